@@ -1,0 +1,57 @@
+# `make demo` and `make test` do everything, installation included, on a machine with Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := outputs
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export TRANSFORMERS_VERBOSITY ?= error
+export TQDM_MININTERVAL ?= 5
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint unit smoke refresh tiny-base clean
+
+help:  ## Show what can be made.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## Create .venv with everything pinned (once; a second time takes no time).
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
+	@echo "installing into $(VENV) (a minute or two, once) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt -r requirements-dev.txt -e .
+	@touch $@
+
+demo: install  ## The whole story on the offline profile: draw, train in two stages, measure, extract.
+	@mkdir -p $(OUT)/notebooks
+	FOODEXTRACT_PROFILE=offline $(BIN)/papermill --no-progress-bar --log-output 00_create_vlm_dataset.ipynb $(OUT)/notebooks/00_create_vlm_dataset.ipynb
+	FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make demo" $(BIN)/papermill --no-progress-bar --log-output \
+		01_fine_tune_vlm_v3_smolVLM_500m.ipynb $(OUT)/notebooks/01_fine_tune_vlm_v3_smolVLM_500m.ipynb
+	@$(BIN)/python -m foodextract.reports
+	@$(BIN)/python -m foodextract.scenes $(OUT)/examples --seed 7 --count 3
+	@$(BIN)/foodextract extract $(OUT)/examples
+	@echo "notebooks with outputs: $(OUT)/notebooks   tuned model: $(OUT)/offline/stage2   figures: results/offline.json"
+
+test: lint unit smoke  ## Lint, unit tests, notebook smoke run.
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: install
+	$(BIN)/python -m pytest -m "not notebooks"
+
+smoke: install
+	$(BIN)/python -m pytest -m notebooks
+
+refresh: demo  ## Maintainers: commit-ready notebooks, tuned tiny model and README from the last `make demo`.
+	$(BIN)/python -m foodextract.reports --publish
+
+tiny-base: install  ## Maintainers: make the tiny base again from nothing (about an hour on 2 cores).
+	$(BIN)/python experiments/tiny_base/make_tiny_base.py
+
+clean:  ## Remove everything made here, .venv included.
+	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache src/*.egg-info

@@ -1,0 +1,75 @@
+"""Opening pictures from strangers: any common file becomes an upright RGB picture or an error that says what to do."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that runs a program, as EPS would
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"})
+MAX_PIXELS = 64_000_000  # checked before decoding: 64 megapixels are 192 MB once decoded
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter rule
+
+
+class PictureError(ValueError):
+    """A file that cannot be read as a picture; the message names the reason and the remedy."""
+
+
+def open_picture(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
+    """Read a path, the bytes of a file or a PIL picture as upright 8-bit RGB.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit and float pictures are scaled to 8 bits, of an animation the
+    first frame counts. Raises PictureError.
+    """
+    if isinstance(source, Image.Image):
+        return _as_rgb(source)
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except FileNotFoundError:
+        raise PictureError("no such file: check the path") from None
+    except OSError as error:
+        raise PictureError(f"cannot be opened ({error.strerror}): check the path and its permissions") from error
+    if not data:
+        raise PictureError("the file is empty (0 bytes): copy or download it again")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                megapixels = picture.width * picture.height / 1e6
+                raise PictureError(f"{megapixels:.0f} megapixels are more than the {MAX_PIXELS / 1e6:.0f} we decode: shrink it first")
+            picture.load()
+            return _as_rgb(picture)
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        raise PictureError(f"not a picture in a format we read: save it as one of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"far more than the {MAX_PIXELS / 1e6:.0f} megapixels we decode: shrink it first") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        raise PictureError(f"damaged or truncated ({error}): copy or download it again") from error
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        values = np.asarray(picture).astype(np.float64)
+        top = 65535 if picture.mode != "F" else max(values.max(), 1.0)
+        picture = Image.fromarray(np.clip(values / top * 255, 0, 255).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def find_pictures(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
+    """The files among `paths` as they are (whatever they turn out to be), and all pictures below its folders, sorted."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        else:
+            yield path

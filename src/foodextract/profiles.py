@@ -1,0 +1,48 @@
+"""The two profiles, a handful of values each; nothing below the notebooks asks which one is running.
+
+Ids that name people or places stand here and nowhere else (the notebooks' Colab badges repeat them, and a test compares).
+"""
+
+from dataclasses import dataclass
+
+from foodextract.dataset import HUB_DATASET, Source
+from foodextract.models import HUB_BASE, TINY_BASE
+from foodextract.training import Stage
+
+OWNER = "berkeruveyik"
+REPOSITORY = "FoodExtract-Vision"
+HUB_MODEL = f"{OWNER}/{REPOSITORY}-SmolVLM2-500M"
+HUB_SPACE = f"{OWNER}/{REPOSITORY}"
+
+VISION = "model.vision_model"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What differs between a Colab GPU with the Hub and a laptop without either."""
+
+    base_model: str
+    source: Source
+    dataset_id: str  # what `source` reads where it is the Hub
+    stage1: Stage
+    stage2: Stage
+    tiles: int = 1  # image budget: one 512 px tile is 64 tokens, the shipped 17 tiles are 1,088
+
+
+PROFILES = {
+    "hub": Profile(
+        base_model=HUB_BASE,
+        source="hub",
+        dataset_id=HUB_DATASET,
+        stage1=Stage("stage1", freeze=(VISION,), learning_rate=2e-4, epochs=2),
+        stage2=Stage("stage2", freeze=(), learning_rate=2e-6, epochs=2),
+    ),
+    # A model of 2.9 M parameters needs rates some ten times higher than one of 507 M, and a few more passes over its 2,000 scenes.
+    "offline": Profile(
+        base_model=str(TINY_BASE),
+        source="scenes",
+        dataset_id="",
+        stage1=Stage("stage1", freeze=(VISION,), learning_rate=2e-3, epochs=4),
+        stage2=Stage("stage2", freeze=(), learning_rate=2e-4, epochs=2),
+    ),
+}

@@ -1,0 +1,90 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from foodextract.pictures import MAX_PIXELS, PictureError, find_pictures, open_picture
+
+
+def encoded(picture, kind="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+RED = Image.new("RGB", (40, 30), (200, 20, 20))
+ODD_BUT_FINE = {
+    "1 x 1": encoded(Image.new("RGB", (1, 1))),
+    "1 x 3000": encoded(Image.new("RGB", (1, 3000))),
+    "16 bits": encoded(Image.fromarray(np.full((30, 40), 40000, np.uint16))),
+    "palette": encoded(RED.quantize(4)),
+    "palette with transparency": encoded(RED.quantize(4), transparency=0),
+    "transparent": encoded(Image.new("RGBA", (40, 30), (0, 0, 0, 0))),
+    "black and white": encoded(RED.convert("1")),
+    "CMYK": encoded(RED.convert("CMYK"), "JPEG"),
+    "animated": encoded(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")]),
+    "32-bit float": encoded(Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_BUT_FINE)
+def test_odd_pictures_become_rgb(name):
+    picture = open_picture(ODD_BUT_FINE[name])
+    assert picture.mode == "RGB"
+    assert min(picture.size) >= 1
+
+
+def test_16_bits_are_scaled_and_not_clipped():
+    assert open_picture(ODD_BUT_FINE["16 bits"]).getpixel((0, 0)) == (156, 156, 156)  # 40000 / 257
+
+
+def test_transparency_is_laid_on_white():
+    assert open_picture(ODD_BUT_FINE["transparent"]).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_first_frame_of_an_animation_counts():
+    assert open_picture(ODD_BUT_FINE["animated"]).getpixel((0, 0))[0] > 150
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_picture(encoded(RED, "JPEG", exif=exif)).size == (30, 40)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty"),
+        (b"no picture at all", "format"),
+        (encoded(RED)[:-40], "truncated"),
+        (encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")[:600], "truncated"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "format"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(data, words):
+    with pytest.raises(PictureError, match=words):
+        open_picture(data)
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_too_many_pixels_are_refused_before_decoding(side, monkeypatch):
+    data = encoded(Image.new("1", (side, side)))
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    assert side**2 > MAX_PIXELS
+    with pytest.raises(PictureError, match=r"megapixels.*shrink"):
+        open_picture(data)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(PictureError, match="no such file"):
+        open_picture(tmp_path / "nowhere.jpg")
+
+
+def test_folders_are_searched_in_a_fixed_order(tmp_path):
+    for name in ("b.jpg", "a/c.PNG", "a/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = list(find_pictures([tmp_path, tmp_path / "a" / "notes.txt"]))
+    assert [path.name for path in found] == ["c.PNG", "b.jpg", "notes.txt"]

@@ -1,0 +1,128 @@
+"""What strangers see first: README, notebooks, figures and the bundled model must agree with each other."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from foodextract import dataset, evaluation, reports, scenes
+from foodextract.extractor import Extractor
+from foodextract.models import TINY_BASE
+from foodextract.profiles import OWNER, REPOSITORY
+from foodextract.results import Row, make_row, read_results, write_results
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
+OFFLINE = ROOT / "results" / "offline.json"
+
+
+def figures(path, subject):
+    return {row.metric: row for row in read_results(path) if row.subject == subject}
+
+
+def test_results_have_the_one_format():
+    files = sorted((ROOT / "results").glob("*.json"))
+    assert OFFLINE in files
+    for file in files:
+        for row in read_results(file):
+            assert row.n >= 1
+            assert row.command
+            assert row.low is None or row.low <= row.value <= row.high, (file.name, row)
+
+
+def test_offline_figures_meet_their_targets():
+    base, tuned = figures(OFFLINE, "base"), figures(OFFLINE, "stage2")
+    assert tuned["strict_json_rate"].n >= 400
+    assert base["strict_json_rate"].value <= 0.05
+    assert tuned["strict_json_rate"].value >= 0.99
+    assert tuned["is_food_accuracy"].value >= 0.97
+    assert tuned["item_f1_micro"].value >= 0.85
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """The very scenes that `make demo` holds out."""
+    found = list(scenes.draw_scenes(42, "test", 500))
+    return [scene.record for scene in found], [scene.image for scene in found]
+
+
+def scored(extractor, held_out):
+    labels, pictures = held_out
+    return {metric.name: metric for metric in evaluation.score(labels, evaluation.ask(extractor.answer, pictures, 50))}
+
+
+def test_bundled_model_answers_as_make_demo_measured(tuned, held_out):
+    """Its figures lie within the intervals that `make demo` wrote: a regression in what the model answers shows here."""
+    measured = figures(OFFLINE, "stage2")
+    for name, metric in scored(tuned, held_out).items():
+        assert measured[name].n == metric.n
+        assert measured[name].low <= metric.value <= measured[name].high, name
+
+
+def test_bundled_base_does_not_speak_json(held_out):
+    labels, pictures = held_out
+    found = scored(Extractor.from_pretrained(TINY_BASE, "cpu"), (labels[:100], pictures[:100]))
+    assert found["schema_valid_rate"].value == figures(OFFLINE, "base")["schema_valid_rate"].value
+
+
+def test_readme_shows_the_measured_figures():
+    assert reports.metric_table(read_metrics(OFFLINE)) in (ROOT / "README.md").read_text()
+
+
+def read_metrics(path):
+    return [row for row in read_results(path) if row.low is not None]
+
+
+def test_readme_names_the_two_commands_and_no_dead_links():
+    text = (ROOT / "README.md").read_text()
+    assert "make demo" in text
+    assert "make test" in text
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"(?!http)([^\"]+)\"", text):
+        path = next(filter(None, target)).split("#")[0]
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_hygiene(path):
+    notebook = json.loads(path.read_text())
+    cells = notebook["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    first = "".join(cells[0]["source"])
+    assert cells[0]["cell_type"] == "markdown"
+    assert first.startswith("# ")
+    assert f"colab.research.google.com/github/{OWNER}/{REPOSITORY}/blob/main/{path.name}" in first
+    assert "profile `offline`" in first
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [out for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in code) == 1
+    assert max(len(cell["source"]) for cell in code) <= 25
+    assert not any("%%writefile" in "".join(cell["source"]) for cell in code)
+    assert "widgets" not in notebook["metadata"]
+    assert "application/vnd.jupyter.widget" not in path.read_text()
+    assert str(ROOT.parent) not in path.read_text()
+
+
+def test_a_place_in_a_page_is_filled_once(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
+    assert reports.fill_in(page, "x", r"new \1")
+    assert page.read_text() == "a\n<!-- x -->\nnew \\1\n<!-- /x -->\nb\n"
+    assert not reports.fill_in(page, "x", r"new \1")
+    with pytest.raises(ValueError, match="no place named y"):
+        reports.fill_in(page, "y", "")
+
+
+def test_table_shows_every_figure_with_its_interval(tmp_path):
+    write_results(tmp_path / "r.json", [make_row("b", "base", "is_food_accuracy", 0.5, low=0.4, high=0.6, n=9, command="c")])
+    assert "| `is_food` accuracy | 50.0 % (40.0–60.0) |" in reports.metric_table(read_results(tmp_path / "r.json"))
+    assert list(Row.__dataclass_fields__) == list(json.loads((tmp_path / "r.json").read_text())[0])
+
+
+def test_figures_are_drawn(rows, drawn):
+    report = json.loads((drawn / "report.json").read_text())
+    reports.bars(report["food_items"], "foods").savefig(drawn / "bars.png")
+    reports.contact_sheet(list(rows["test"]["image"])[:5], ["$5 a\nb"] * 5).savefig(drawn / "sheet.png")
+    reports.loss_curves({"stage1": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}).savefig(drawn / "loss.png")
+    reports.before_after(read_metrics(OFFLINE)).savefig(drawn / "before.png")
+    assert dataset.load(drawn)

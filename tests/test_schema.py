@@ -1,0 +1,100 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from foodextract import schema
+from foodextract.schema import AnswerError, FoodRecord
+
+GOOD = '{"is_food": 1, "image_title": "beer and pretzel", "food_items": ["pretzel"], "drink_items": ["beer"]}'
+NOTHING = '{"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}'
+items = st.lists(st.text(min_size=1, max_size=schema.MAX_ITEM), max_size=schema.MAX_ITEMS, unique=True)
+records = st.one_of(
+    st.just(FoodRecord.parse(NOTHING)),
+    st.builds(FoodRecord, is_food=st.just(1), image_title=st.text(max_size=schema.MAX_TITLE), food_items=items, drink_items=items),
+)
+
+
+@given(records)
+def test_every_record_survives_its_own_text(record):
+    text = record.to_json()
+    assert FoodRecord.parse(text) == record
+    assert text == json.dumps(json.loads(text))
+    assert "\n" not in text
+
+
+def test_key_order_is_that_of_the_contract():
+    assert list(json.loads(FoodRecord.parse(GOOD).to_json())) == ["is_food", "image_title", "food_items", "drink_items"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not JSON"),
+        ("A beer and a pretzel.", "not JSON"),
+        (str(json.loads(GOOD)), "not JSON"),  # the Python repr that the original project trained on
+        (f"```json\n{GOOD}\n```", "not JSON"),
+        (GOOD + " and more", "not JSON"),
+        (GOOD.replace(", ", ","), "canonical"),
+        (" " + GOOD, "canonical"),
+        (GOOD + "\n", "canonical"),
+        ('{"image_title": "", "is_food": 0, "food_items": [], "drink_items": []}', "canonical"),
+        ('{"is_food": 0, "is_food": 0, "image_title": "", "food_items": [], "drink_items": []}', "canonical"),
+        (GOOD.replace('"is_food": 1', '"is_food": true'), "is_food"),
+        (GOOD.replace('"is_food": 1', '"is_food": "1"'), "is_food"),
+        (GOOD.replace('"is_food": 1', '"is_food": 2'), "is_food"),
+        (GOOD.replace('"is_food": 1', '"is_food": 0'), "must be empty"),
+        (GOOD.replace('["beer"]', '["beer", "beer"]'), "twice"),
+        (GOOD.replace('["beer"]', '[""]'), "drink_items"),
+        (GOOD.replace('["beer"]', '"beer"'), "drink_items"),
+        (GOOD.replace("beer", "b" * 101), "image_title"),
+        (GOOD.replace("}", ', "extra": 1}'), "extra"),
+        ("[]", "schema"),
+        ("null", "schema"),
+    ],
+)
+def test_nothing_else_is_strict(text, reason):
+    with pytest.raises(AnswerError, match=reason):
+        FoodRecord.parse(text)
+
+
+def test_other_spacing_is_valid_json_of_the_right_shape_but_not_strict():
+    assert FoodRecord.from_json(GOOD.replace(", ", ",")) == FoodRecord.parse(GOOD)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        str(json.loads(GOOD)),
+        f"Sure!\n```json\n{GOOD}\n```",
+        GOOD.replace('"is_food": 1', '"is_food": 0'),
+        GOOD.replace("1,", "true,"),
+    ],
+)
+def test_lenient_parser_finds_the_record(text):
+    assert FoodRecord.parse_lenient(text) == FoodRecord.parse(GOOD)
+
+
+@pytest.mark.parametrize("text", ["", "no braces", "{not: a dict}", "{1, 2}", "{" * 5000 + "}" * 5000, "{'is_food': __import__('os')}"])
+def test_lenient_parser_refuses_the_rest(text):
+    with pytest.raises(AnswerError):
+        FoodRecord.parse_lenient(text)
+
+
+def test_json_schema_bounds_every_length():
+    properties = schema.json_schema()["properties"]
+    assert properties["image_title"]["maxLength"] == schema.MAX_TITLE
+    for name in ("food_items", "drink_items"):
+        assert properties[name]["maxItems"] == schema.MAX_ITEMS
+        assert properties[name]["items"]["maxLength"] == schema.MAX_ITEM
+    assert schema.json_schema()["additionalProperties"] is False
+
+
+def test_records_cannot_be_changed_or_made_wrong():
+    with pytest.raises(ValidationError):
+        FoodRecord(is_food=0, image_title="beer", food_items=[], drink_items=[])
+    with pytest.raises(ValidationError):
+        FoodRecord.parse(GOOD).is_food = 0
