@@ -8,7 +8,7 @@ os.environ["MPLBACKEND"] = "agg"
 
 import pytest
 
-from foodextract import dataset, models
+from foodextract import dataset, models, sources
 from foodextract.extractor import Extractor
 
 
@@ -16,7 +16,7 @@ from foodextract.extractor import Extractor
 def drawn(tmp_path_factory):
     """A data set of 40 + 16 drawn scenes."""
     out = tmp_path_factory.mktemp("drawn") / "dataset"
-    dataset.build(dataset.scene_source(seed=5, train=40, test=16), out)
+    dataset.build(sources.scenes(seed=5, train=40, test=16), out)
     return out
 
 

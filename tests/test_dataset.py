@@ -1,31 +1,53 @@
+import hashlib
+import io
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
-from foodextract import dataset
-from foodextract.dataset import DatasetError, Reject
-from foodextract.schema import FoodRecord
-
-NOT_FOOD = {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}
+from foodextract import dataset, ingest, publish, scenes, sources
+from foodextract.dataset import DatasetError
+from foodextract.sources import NOTHING, Reject, Sample
 
 
-def labelled_folder(folder, count=30, **changes):
-    """`count` different pictures with correct labels; `changes` replaces metadata lines by number."""
-    folder.mkdir(exist_ok=True)
-    lines = []
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", **NOT_FOOD}))
-    for number, line in changes.items():
-        lines[int(number[1:])] = line
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+def png(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def textured(number):
+    """A picture like no other: smooth random colours."""
+    coarse = np.random.default_rng(number).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+def sample(number, picture=None, **told):
+    data = png(picture or textured(number))
+    return Sample(**{"name": f"{number:03d}.png", "read": lambda: data, "label": NOTHING, "source": "test", "licence": "CC0", **told})
+
+
+def checksum(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def sides(splits):
+    return {row["name"]: split for split, rows in splits.items() for row in rows.remove_columns("image")}
 
 
 def test_what_is_written_is_an_ordinary_image_folder(drawn, rows):
@@ -37,30 +59,51 @@ def test_what_is_written_is_an_ordinary_image_folder(drawn, rows):
         assert row["image"].tobytes() == by_name[row["name"]]["image"].tobytes()
 
 
-def test_report_accounts_for_every_row(drawn):
-    report = json.loads((drawn / "report.json").read_text())
-    assert report["kept"] + report["rejected"] == report["read"]
-    assert report["train"] + report["test"] == report["kept"] == 56
+def test_every_row_is_accounted_for(tmp_path):
+    given = [sample(n) for n in range(30)] + [Reject("x", "broken"), sample(30, label={"is_food": "?"}), sample(31, read=lambda: b"")]
+    report = dataset.build([*given, replace(given[0], name="copy.png")], tmp_path / "out")
+    assert report["read"] == 34
+    assert report["kept"] == report["train"] + report["test"] == 30
+    assert report["rejected"] == 4
+    rejects = {row["name"]: row["reason"] for row in lines(tmp_path / "out" / "rejects.jsonl")}
+    assert set(rejects) == {"x", "030.png", "031.png", "copy.png"}
+    assert rejects["copy.png"] == "duplicate of 000.png"
+    assert "empty" in rejects["031.png"]
 
 
-def test_same_source_same_fingerprint_whatever_the_order(tmp_path):
-    samples = list(dataset.folder_source(labelled_folder(tmp_path / "in")))
-    one = dataset.build(samples, tmp_path / "one")
-    random.Random(1).shuffle(samples)
-    two = dataset.build(samples, tmp_path / "two")
+def test_same_content_same_bytes_whatever_the_order(tmp_path):
+    given = [sample(n, category=f"kind {n % 3}") for n in range(40)]
+    one = dataset.build(given, tmp_path / "one")
+    random.Random(1).shuffle(given)
+    two = dataset.build(given, tmp_path / "two")
     assert one["fingerprint"] == two["fingerprint"]
-    assert dataset.build(samples[:-1], tmp_path / "three")["fingerprint"] != one["fingerprint"]
+    assert checksum(tmp_path / "one") == checksum(tmp_path / "two")
+    assert dataset.build(given[:-1], tmp_path / "three")["fingerprint"] != one["fingerprint"]
 
 
-def test_splits_share_neither_pictures_nor_groups(tmp_path):
-    samples = list(dataset.folder_source(labelled_folder(tmp_path / "in", 60)))
-    grouped = [replace(sample, group=f"group {number // 4}") for number, sample in enumerate(samples)]
-    copies = [replace(sample, name=f"copy of {sample.name}", group="") for sample in samples[:10]]
-    report = dataset.build(grouped + copies, tmp_path / "out")
+def test_groups_and_look_alikes_stay_together(tmp_path):
+    given = [sample(n, group=f"group {n // 4}") for n in range(60)]
+    small = [sample(100 + n, textured(n).resize((70, 70))) for n in range(0, 60, 4)]
+    report = dataset.build(given + small, tmp_path / "out")
     rows = dataset.load(tmp_path / "out")
+    side = {row["name"]: (split, row["group"]) for split in rows for row in rows[split].remove_columns("image")}
+    assert len(side) == 75
+    assert report["near_duplicate_groups"] == 15
+    for n in range(60):
+        assert side[f"{n:03d}.png"] == side[f"{n - n % 4:03d}.png"]
+        if n % 4 == 0:
+            assert side[f"{n:03d}.png"] == side[f"{100 + n:03d}.png"]
     for column in ("pixels_sha256", "group"):
         assert not set(rows["train"][column]) & set(rows["test"][column])
-    assert report["duplicates"] == 10
+
+
+def test_a_look_alike_of_a_held_out_picture_cannot_be_trained_on(tmp_path):
+    held_out = [sample(n, split="test") for n in range(5)]
+    given = [sample(n, split="train") for n in range(10, 20)]
+    planted = sample(50, textured(3).resize((80, 80)), split="train")
+    dataset.build([*held_out, *given, planted], tmp_path / "out")
+    [reject] = lines(tmp_path / "out" / "rejects.jsonl")
+    assert reject == {"name": "050.png", "reason": "near-duplicate of a picture held out, 003.png"}
 
 
 def test_split_is_four_to_one_and_does_not_move_when_rows_are_added():
@@ -71,50 +114,98 @@ def test_split_is_four_to_one_and_does_not_move_when_rows_are_added():
     assert [dataset.split_of(group, seed=43) for group in groups] != sides
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("{not json", "not JSON"),
-        ('"a string"', "lacks"),
-        (json.dumps({"file_name": "3.png"}), "is_food"),
-        (json.dumps(NOT_FOOD), "file_name"),
-        (json.dumps({"file_name": "3.png", **NOT_FOOD, "food_items": ["pie"]}), "breaks the schema"),
-        (json.dumps({"file_name": "3.png", **NOT_FOOD, "is_food": "no"}), "breaks the schema"),
-        (json.dumps({"file_name": "gone.png", **NOT_FOOD}), "cannot be read"),
-        (json.dumps({"file_name": "../3.png", **NOT_FOOD}), "leads out"),
-        (json.dumps({"file_name": "metadata.jsonl", **NOT_FOOD}), "format"),
-    ],
-)
-def test_a_bad_row_is_named_and_the_others_are_kept(tmp_path, line, reason):
-    report = dataset.build(dataset.folder_source(labelled_folder(tmp_path / "in", _3=line)), tmp_path / "out")
-    assert (report["kept"], report["rejected"]) == (29, 1)
-    reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
-    assert reason in reject["reason"]
-    assert "line 4" in reject["name"] or reject["name"] == "metadata.jsonl"
+def test_rows_that_are_added_move_no_other(tmp_path):
+    given = [sample(n) for n in range(60)]
+    dataset.build(given[:40], tmp_path / "few")
+    dataset.build(given, tmp_path / "more")
+    few, more = (sides(dataset.load(tmp_path / name)) for name in ("few", "more"))
+    assert {name: more[name] for name in few} == few
+    assert len(more) == 60
 
 
-def test_a_folder_without_labels_says_what_to_write(tmp_path):
-    with pytest.raises(DatasetError, match=r"no metadata\.jsonl.*\n.*file_name"):
-        list(dataset.folder_source(tmp_path))
+def test_labels_are_cleaned_and_what_was_found_is_kept(tmp_path):
+    label = {"is_food": 1, "image_title": "turkish_coffee", "food_items": ["Coffee", "cake"], "drink_items": []}
+    given = [sample(n) for n in range(30)] + [sample(30, label=label)]
+    dataset.build(given, tmp_path / "out")
+    [row] = [row for split in dataset.load(tmp_path / "out").values() for row in split if row["is_food"]]
+    assert row["image_title"] == "turkish coffee"
+    assert (row["food_items"], row["drink_items"]) == (["cake"], ["coffee"])
+    found = lines(tmp_path / "out" / "findings.jsonl")
+    assert {finding["name"] for finding in found} == {"030.png"}
+    assert all(finding["reason"] and finding["policy"] in ("fix", "flag", "reject") for finding in found)
 
 
-def test_nothing_usable_is_an_error_and_leaves_nothing(tmp_path):
+def test_drawn_labels_are_left_alone(drawn, rows):
+    assert not (drawn / "findings.jsonl").read_text()
+    for row in rows["train"]:
+        _, seed, split, index = Path(row["name"]).stem.split("-")
+        assert dataset.record_of(row) == scenes.draw_scene(int(seed), split, int(index)).record
+
+
+BUILD = """
+import sys, time
+sys.path.insert(0, {here!r})
+from test_dataset import sample
+from foodextract import dataset
+def slowly():
+    for n in range(120):
+        time.sleep(0.02)
+        yield sample(n, group=str(n // 2))
+dataset.build(slowly(), {out!r})
+"""
+
+
+def test_a_killed_build_ends_like_an_undisturbed_one(tmp_path):
+    def start(out):
+        script = BUILD.format(here=str(Path(__file__).parent), out=str(tmp_path / out))
+        return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+
+    killed, whole = start("killed"), start("whole")
+    ledger = tmp_path / "killed.partial" / "ledger.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (ledger.exists() and ledger.read_bytes().count(b"\n") >= 50):
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists()
+    with ledger.open("ab") as file:
+        file.write(b'{"torn": ')
+    before = ledger.read_bytes().count(b"\n")
+    assert 50 <= before < 120
+    assert start("killed").wait() == whole.wait() == 0
+    assert checksum(tmp_path / "killed") == checksum(tmp_path / "whole")
+
+
+def test_taking_up_reads_nothing_twice_and_notices_changes(tmp_path):
+    given = [sample(n) for n in range(6)]
+    ingest.ingest(given, tmp_path / "p")
+    unread = [replace(s, read=lambda: pytest.fail("read again")) for s in given]
+    entries = ingest.ingest([*unread, sample(6)], tmp_path / "p")
+    assert [entry["name"] for entry in entries] == [f"{n:03d}.png" for n in range(7)]
+    corrected = [*unread[:3], replace(given[3], category="corrected"), *given[4:]]
+    entries = ingest.ingest(corrected, tmp_path / "p")
+    assert [entry["category"] for entry in entries] == ["", "", "", "corrected", "", ""]
+    assert [e["name"] for e in ingest.ingest(corrected, tmp_path / "p")] == [f"{n:03d}.png" for n in range(6)]
+
+
+def test_nothing_usable_is_an_error_with_reasons(tmp_path):
     with pytest.raises(DatasetError, match=r"too few usable pictures(.|\n)*broken"):
         dataset.build([Reject("a.png", "broken")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_build_leaves_the_old_data_set(tmp_path):
-    samples = list(dataset.folder_source(labelled_folder(tmp_path / "in")))
-    before = dataset.build(samples, tmp_path / "out")
+    given = [sample(n) for n in range(30)]
+    dataset.build(given, tmp_path / "out")
+    before = checksum(tmp_path / "out")
 
     def interrupted():
-        yield from samples[:5]
+        yield from given[:5]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         dataset.build(interrupted(), tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["fingerprint"] == before["fingerprint"]
+    assert checksum(tmp_path / "out") == before
 
 
 def test_other_peoples_folders_are_not_overwritten(tmp_path):
@@ -124,26 +215,65 @@ def test_other_peoples_folders_are_not_overwritten(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-def test_any_name_of_a_data_set_opens_it(tmp_path, drawn, monkeypatch):
+def test_leaks_into_another_folder_are_found(tmp_path):
+    dataset.build([sample(n) for n in range(30)], tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    textured(7).resize((64, 64)).save(tmp_path / "other" / "seven.jpg", quality=60)
+    textured(900).save(tmp_path / "other" / "new.jpg")
+    [(mine, theirs)] = dataset.leaks(tmp_path / "out", tmp_path / "other")
+    assert "007-" in mine
+    assert theirs == "seven.jpg"
+
+
+def test_any_name_of_a_data_set_opens_it(tmp_path, drawn):
     assert len(dataset.open_dataset(drawn, tmp_path / "unused")["train"]) == 40
-    opened = dataset.open_dataset(labelled_folder(tmp_path / "in"), tmp_path / "built")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n in range(30):
+        textured(n).save(folder / f"{n}.png")
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{n}.png", **NOTHING}) + "\n" for n in range(30)))
+    opened = dataset.open_dataset(folder, tmp_path / "built")
     assert len(opened["train"]) + len(opened["test"]) == 30
     with pytest.raises(DatasetError, match="00_create"):
         dataset.open_dataset(tmp_path / "nothing", tmp_path / "unused")
     with pytest.raises(DatasetError, match=r"nobody/nothing.*check the name and the connection"):
-        dataset.open_dataset("nobody/nothing", tmp_path / "unused")
-    with pytest.raises(DatasetError, match="no source 'flickr'"):
-        dataset.open_source("flickr")
+        dataset.open_dataset("nobody/nothing", tmp_path / "unused2")
 
 
-@pytest.mark.parametrize("as_text", [str, json.dumps, dict])
-def test_hub_rows_become_samples(monkeypatch, as_text):
-    """The Hub cannot be reached from a test: rows of its columns stand in for it."""
-    picture = Image.new("RGB", (8, 8))
-    label = {"is_food": 1, "image_title": "turkish_coffee", "food_items": [], "drink_items": ["coffee"]}
-    row = {"image": picture, "output_json": as_text(label), "image_name": "a.jpg", "food270_class_name": "coffee", "image_source": "web"}
-    found = datasets.Dataset.from_list([row, {**row, "output_json": as_text({})}]).to_iterable_dataset()
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: found)
-    sample, *_ = dataset.hub_source()
-    assert sample.record == FoodRecord(**label)
-    assert (sample.name, sample.category, sample.source) == ("000000-a.jpg", "coffee", "web")
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{not json", "not JSON"),
+        ('"a string"', "not a JSON object"),
+        (json.dumps({"file_name": "3.png"}), "lacks is_food"),
+        (json.dumps(NOTHING), "lacks file_name"),
+        (json.dumps({"file_name": "3.png", **NOTHING, "is_food": "no"}), "is_food"),
+        (json.dumps({"file_name": "3.png", **NOTHING, "food_items": "pie"}), "food_items"),
+        (json.dumps({"file_name": "gone.png", **NOTHING}), "no such file"),
+        (json.dumps({"file_name": "../3.png", **NOTHING}), "leads out"),
+        (json.dumps({"file_name": "metadata.jsonl", **NOTHING}), "format"),
+    ],
+)
+def test_a_bad_row_is_named_and_the_others_are_kept(tmp_path, line, reason):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = [json.dumps({"file_name": f"{n}.png", **NOTHING}) for n in range(30)]
+    for n in range(30):
+        textured(n).save(folder / f"{n}.png")
+    (folder / "metadata.jsonl").write_text("\n".join([*rows[:3], line, *rows[4:]]))
+    report = dataset.build(sources.labelled_folder(folder), tmp_path / "out")
+    assert (report["kept"], report["rejected"]) == (29, 1)
+    [reject] = lines(tmp_path / "out" / "rejects.jsonl")
+    assert reason in reject["reason"]
+    assert "line 4" in reject["name"] or reject["name"] in ("3.png", "metadata.jsonl")
+
+
+def test_the_card_tells_the_runs_own_figures(drawn):
+    report = json.loads((drawn / "report.json").read_text())
+    card = publish.dataset_card(report, "A title", seed=5, commit="abc")
+    assert card.data.license == "cc-by-sa-4.0"
+    assert card.data.size_categories == ["n<1K"]
+    assert card.data.pretty_name == "A title"
+    text = str(card)
+    for told in ("| train | 40 |", "| test | 16 |", report["fingerprint"][:16], "seed 5", "`abc`", "| scenes | 56 |"):
+        assert told in text

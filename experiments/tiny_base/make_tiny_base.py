@@ -40,19 +40,20 @@ from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 from foodextract import evaluation, prompts
 from foodextract.results import Row, write_results
-from foodextract.scenes import DRINKS, FOODS, Scene, draw_scene, others_of
+from foodextract.scenes import DRINKS, FOODS, OTHER_RANGES, Scene, draw_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 2024  # another one than any data set's, so that the base has seen none of the scenes it is tuned or tested on
-IMAGE, PATCH, SHUFFLE, WIDTH, HEADS = 192, 16, 2, 160, 5
+IMAGE, PATCH, SHUFFLE, WIDTH = 192, 16, 2, 160
 GRID = IMAGE // PATCH  # 12 x 12 patches; pixel shuffle 2 makes them 36 image tokens
-CLASSES = {code: i for i, code in enumerate([*FOODS.values(), *DRINKS.values(), *others_of("train")], 1)}  # 0 is background
+CLASSES = {name: number for number, name in enumerate([*FOODS, *DRINKS, *OTHER_RANGES], 1)}  # 0 is background
 
 # SmolVLM2's special tokens, by name; the chat template comes with transformers.
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<global-img>"]
 SPECIAL += [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
 SPECIAL += ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
 PICTURE_TOKENS = ("<fake_token_around_image>", "<image>", "<global-img>")
+AUTOCAST = torch.autocast("cpu", torch.bfloat16)  # a processor with AMX is twice as fast in bf16; weights stay fp32
 SYSTEMS = [None, None, "You are a helpful assistant.", "You look at pictures and answer questions about them."]
 
 
@@ -141,13 +142,13 @@ def make_processor() -> SmolVLMProcessor:
 def make_model(processor: SmolVLMProcessor) -> SmolVLMForConditionalGeneration:
     tokenizer = processor.tokenizer
     text = {
-        "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 432, "num_hidden_layers": 3, "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS, "vocab_size": len(tokenizer), "max_position_embeddings": 2048,
+        "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 432, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": WIDTH // 4, "vocab_size": len(tokenizer), "max_position_embeddings": 2048,
         "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     vision = {
-        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 5, "num_attention_heads": HEADS, "image_size": IMAGE,
+        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": IMAGE,
         "patch_size": PATCH, "hidden_act": "gelu_pytorch_tanh",
     }  # fmt: skip
     config = SmolVLMConfig(
@@ -164,7 +165,7 @@ def make_model(processor: SmolVLMProcessor) -> SmolVLMForConditionalGeneration:
 
 
 def _patch_classes(scene: Scene) -> np.ndarray:
-    """(GRID, GRID) int16: the object that covers most of each patch, if it covers a fifth; test-only objects count as background."""
+    """(GRID, GRID) int16: the object that covers most of each patch, if it covers a fifth. Non-food objects count as their kind."""
     edge = np.linspace(0, scene.owner.shape[0], GRID + 1).round().astype(int)
     classes = np.zeros((GRID, GRID), np.int16)
     covers = np.stack([
@@ -174,7 +175,7 @@ def _patch_classes(scene: Scene) -> np.ndarray:
     patch_area = covers.sum(0)
     for number, placed in enumerate(scene.objects, 1):
         mine = (covers[number] == covers[1:].max(0)) & (covers[number] > 0.2 * patch_area)
-        classes[mine] = CLASSES.get(placed.code, 0)
+        classes[mine] = CLASSES[placed.name or placed.kind]
     return classes
 
 
@@ -203,39 +204,65 @@ def _normalised(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1  # mean and standard deviation 0.5, as SmolVLM's processor does
 
 
-def _schedule(groups: list[dict], steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _schedule(groups: list[dict], steps: float) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, int(steps) // 20, int(steps))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ training
 
 
-def learn_to_see(model: SmolVLMForConditionalGeneration, pixels: torch.Tensor, classes: torch.Tensor, epochs: float, batch: int) -> None:
-    """Step 1: cross-entropy of every patch against the object that covers it; background, two thirds of all patches, weighs 0.2."""
-    vision = model.model.vision_model
-    head = torch.nn.Linear(WIDTH, len(CLASSES) + 1)
-    weight = torch.ones(len(CLASSES) + 1)
-    weight[0] = 0.2
+class PatchHead(torch.nn.Linear):
+    """The dense supervision: every patch against the object that covers it. Thrown away when the base is finished."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, len(CLASSES) + 1)
+
+    def loss(self, seen: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Cross-entropy of (B, GRID * GRID, WIDTH) patches, and the share of covered patches that are right.
+
+        Background, two thirds of all patches, weighs 0.2.
+        """
+        weight = torch.ones(len(CLASSES) + 1)
+        weight[0] = 0.2
+        logits, wanted = self(seen).float(), classes.flatten(1)
+        right = (logits.argmax(-1) == wanted)[wanted > 0].float().mean().item()
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight=weight), right
+
+
+def _batches(pixels: torch.Tensor, classes: torch.Tensor, epochs: float, batch: int, title: str):
+    """Rows, normalised pixels and patch classes of every step, half of the pictures mirrored, behind a progress bar."""
     steps = int(epochs * len(pixels)) // batch
-    optimizer, schedule = _schedule([{"params": [*vision.parameters(), *head.parameters()], "lr": 1e-3}], steps)
-    bar = tqdm(range(steps), desc="step 1: see", unit="step")
     order = torch.cat([torch.randperm(len(pixels)) for _ in range(int(epochs) + 1)])
+    bar = tqdm(range(steps), desc=title, unit="step")
     for step in bar:
         rows = order[step * batch : (step + 1) * batch]
         x, y = _normalised(pixels[rows]), classes[rows]
         flip = torch.rand(len(rows)) < 0.5
         x[flip], y[flip] = x[flip].flip(-1), y[flip].flip(-1)
-        logits = head(vision(x).last_hidden_state)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), weight=weight)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vision.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            covered = y.flatten(1) > 0
-            bar.set_postfix(loss=f"{loss.item():.3f}", patches_right=f"{(logits.argmax(-1) == y.flatten(1))[covered].float().mean():.3f}")
+        yield bar, rows.tolist(), x, y
+
+
+def _step(loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def learn_to_see(
+    model: SmolVLMForConditionalGeneration, head: PatchHead, pixels: torch.Tensor, classes: torch.Tensor, epochs: float, batch: int = 64
+) -> None:
+    """Step 1: the vision tower alone, on what covers each patch."""
+    vision = model.model.vision_model
+    optimizer, schedule = _schedule([{"params": [*vision.parameters(), *head.parameters()], "lr": 1e-3}], epochs * len(pixels) / batch)
+    for bar, _, x, y in _batches(pixels, classes, epochs, batch, "step 1: see"):
+        with AUTOCAST:
+            loss, right = head.loss(vision(x).last_hidden_state, y)
+        _step(loss, optimizer, schedule)
+        if bar.n % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", patches_right=f"{right:.3f}")
 
 
 def _talk_batch(processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Random) -> dict[str, torch.Tensor]:
@@ -253,34 +280,28 @@ def _talk_batch(processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Ra
 
 def learn_to_talk(
     model: SmolVLMForConditionalGeneration,
+    head: PatchHead,
     processor: SmolVLMProcessor,
     pixels: torch.Tensor,
+    classes: torch.Tensor,
     scenes: list[Scene],
     epochs: float,
-    batch: int,
+    batch: int = 32,
 ) -> None:
-    """Step 2: the language loss on everything, with the vision tower at a tenth of the rate so that it keeps what it sees."""
+    """Step 2: the language loss on everything. The dense loss stays on, and the vision tower's rate is a fifth, so that sight is kept."""
     rng = random.Random(SEED)
-    vision = list(model.model.vision_model.parameters())
+    vision = [*model.model.vision_model.parameters(), *head.parameters()]
     rest = [p for name, p in model.named_parameters() if "vision_model" not in name]
-    groups = [{"params": rest, "lr": 2e-3}, {"params": vision, "lr": 2e-4}]
-    steps = int(epochs * len(pixels)) // batch
-    optimizer, schedule = _schedule(groups, steps)
-    order = torch.cat([torch.randperm(len(pixels)) for _ in range(int(epochs) + 1)])
-    bar = tqdm(range(steps), desc="step 2: talk", unit="step")
-    for step in bar:
-        rows = order[step * batch : (step + 1) * batch]
-        x = _normalised(pixels[rows])
-        flip = torch.rand(len(rows)) < 0.5
-        x[flip] = x[flip].flip(-1)
-        loss = model(pixel_values=x[:, None], **_talk_batch(processor, [scenes[row] for row in rows], rng)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    optimizer, schedule = _schedule([{"params": rest, "lr": 2e-3}, {"params": vision, "lr": 4e-4}], epochs * len(pixels) / batch)
+    for bar, rows, x, y in _batches(pixels, classes, epochs, batch, "step 2: talk"):
+        with AUTOCAST:
+            seen = model.model.get_image_features(x[:, None], return_dict=True)
+            talk = _talk_batch(processor, [scenes[row] for row in rows], rng)
+            said = model(mm_encoder_outputs={"image": seen}, **talk).loss
+            loss, right = head.loss(seen.last_hidden_state, y)
+        _step(said + 0.5 * loss, optimizer, schedule)
+        if bar.n % 50 == 0:
+            bar.set_postfix(loss=f"{said.item():.3f}", patches_right=f"{right:.3f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- measuring
@@ -332,11 +353,11 @@ def measure(model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor,
 def main(
     out: Annotated[Path, typer.Option(help="Where the model goes.")] = ROOT / "src/foodextract/bundled/tiny-base",
     work: Annotated[Path, typer.Option(help="Where step 1 keeps its result, which a second run takes up.")] = ROOT / "outputs/tiny-base",
-    scenes: Annotated[int, typer.Option(help="Training scenes to draw.")] = 30_000,
-    see_epochs: Annotated[float, typer.Option(help="Passes over them in step 1.")] = 6,
+    scenes: Annotated[int, typer.Option(help="Training scenes to draw.")] = 45_000,
+    see_epochs: Annotated[float, typer.Option(help="Passes over them in step 1.")] = 4,
     held_out: Annotated[int, typer.Option(help="Scenes to measure on, drawn with non-food objects that training never shows.")] = 1000,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results/tiny_base.json",
-    talk_epochs: Annotated[float, typer.Option(help="Passes over them in step 2.")] = 1.5,
+    talk_epochs: Annotated[float, typer.Option(help="Passes over them in step 2.")] = 2,
 ) -> None:
     """Make the tiny base and measure it on scenes it has not seen."""
     torch.manual_seed(SEED)
@@ -344,15 +365,17 @@ def main(
     model = make_model(processor)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens in the vocabulary")
     pixels, classes, drawn = draw_pool("train", scenes)
-    seen = work / "vision.safetensors"
-    if seen.exists():
+    head = PatchHead()
+    model.set_attn_implementation("eager")  # the fused kernel's backward is five times slower in bf16 on a CPU
+    parts = torch.nn.ModuleDict({"vision": model.model.vision_model, "head": head})
+    if (seen := work / "step1.safetensors").exists():
         print(f"step 1: taking up {seen}")
-        model.model.vision_model.load_state_dict(load_file(seen))
+        parts.load_state_dict(load_file(seen))
     else:
-        learn_to_see(model, pixels, classes, see_epochs, batch=64)
+        learn_to_see(model, head, pixels, classes, see_epochs)
         work.mkdir(parents=True, exist_ok=True)
-        save_file(model.model.vision_model.state_dict(), seen)
-    learn_to_talk(model, processor, pixels, drawn, talk_epochs, batch=32)
+        save_file(parts.state_dict(), seen)
+    learn_to_talk(model, head, processor, pixels, classes, drawn, talk_epochs)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     rows = measure(model, processor, held_out, command="make tiny-base")

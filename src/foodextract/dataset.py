@@ -1,38 +1,47 @@
-"""Sources → one cleaned, deduplicated, split image folder → conversational rows.
+"""Samples → one clean, deduplicated, split data set on disk, and its rows as conversations.
 
-A source is a generator of `Sample`s (a picture that has a label) and `Reject`s (one that has none we could use, and why). `build`
-consumes any of them once, one picture at a time, and writes:
+`build` works in three steps and a killed run takes up where it was:
 
-    OUT/train/*.png, OUT/train/metadata.jsonl      an ordinary image folder: `load_dataset("imagefolder", data_dir=OUT)` reads it
-    OUT/test/…                                     the same for the held-out fifth
-    OUT/arrow/                                     the same rows as a saved DatasetDict
-    OUT/rejects.jsonl, OUT/report.json             what was left out and why; counts
+1. ingest: one picture at a time is read, decoded, hashed and stored, and noted in a ledger, in constant memory;
+2. judge: labels are cleaned and linted, exact duplicates dropped, near-duplicates grouped, groups split; no pictures are touched;
+3. write, all or nothing:
+
+    OUT/train/*.png, OUT/train/metadata.jsonl    an ordinary image folder: `load_dataset("imagefolder", data_dir=OUT)` reads it
+    OUT/test/…                                   the same for the held-out fifth
+    OUT/arrow/                                   the same rows as a saved DatasetDict, ready for `push_to_hub`
+    OUT/rejects.jsonl                            every row that was read and not kept, and why
+    OUT/findings.jsonl                           what the label lint fixed, flagged or rejected, and why
+    OUT/near_duplicates.jsonl                    groups of pictures that look alike; a group is never split
+    OUT/report.json                              counts, and a fingerprint that depends on content alone
 """
 
 import hashlib
-import io
 import json
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
-from pydantic import ValidationError
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from foodextract import prompts
-from foodextract.pictures import PictureError, open_picture
-from foodextract.scenes import Split, draw_scenes
-from foodextract.schema import AnswerError, FoodRecord
+from foodextract import cleaning, duplicates, prompts
+from foodextract.ingest import LEDGER, PICTURES, ingest
+from foodextract.pictures import PictureError, find_pictures, open_picture
+from foodextract.scenes import Split
+from foodextract.schema import FoodRecord
+from foodextract.sources import METADATA, DatasetError, Reject, Sample, hub, labelled_folder
 
-Source = Literal["scenes", "hub", "folder"]
-HUB_DATASET = "berkeruveyik/vlm-food-4k-not-food-dataset"
-METADATA = "metadata.jsonl"
 TEST_SHARE = 0.2
+SPLITS: tuple[Split, ...] = ("train", "test")
+STRINGS = ("category", "group", "source", "licence", "pixels_sha256")
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(),
@@ -41,160 +50,19 @@ FEATURES = datasets.Features(
         "image_title": datasets.Value("string"),
         "food_items": datasets.List(datasets.Value("string")),
         "drink_items": datasets.List(datasets.Value("string")),
-        "category": datasets.Value("string"),
-        "group": datasets.Value("string"),
-        "source": datasets.Value("string"),
-        "licence": datasets.Value("string"),
-        "pixels_sha256": datasets.Value("string"),
+        **{column: datasets.Value("string") for column in STRINGS},
     }
 )
 
 
-class DatasetError(ValueError):
-    """A data set that cannot be built or read; the message names the place and the remedy."""
+@dataclass
+class Judged:
+    """What the second step decides: rows by split, and everything that it left out or noticed."""
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One labelled picture on its way into the data set. `data` is the encoded file; `split` is set where the source fixes it."""
-
-    name: str
-    data: bytes
-    record: FoodRecord
-    source: str
-    licence: str
-    category: str = ""
-    group: str = ""
-    split: Split | None = None
-
-
-@dataclass(frozen=True)
-class Reject:
-    """One row that was read and not kept."""
-
-    name: str
-    reason: str
-
-
-# --------------------------------------------------------------------------------------------------------------------------------- sources
-
-
-def scene_source(seed: int, train: int, test: int) -> Iterator[Sample]:
-    """Drawn scenes; the two splits come fixed, because the test split has non-food objects of its own."""
-    for split, count in (("train", train), ("test", test)):
-        for index, scene in enumerate(draw_scenes(seed, split, count)):
-            png = io.BytesIO()
-            scene.image.save(png, "PNG", compress_level=1)  # the noise hardly compresses, and 1 is three times as fast as the default
-            kinds = sorted({placed.kind for placed in scene.objects})
-            yield Sample(
-                name=f"scene-{seed}-{split}-{index:05d}.png",
-                data=png.getvalue(),
-                record=scene.record,
-                source="scenes",
-                licence="CC BY-SA 4.0 (OpenMoji)",
-                category=" + ".join(kinds) or "nothing",
-                split=split,
-            )
-
-
-def folder_source(folder: str | Path) -> Iterator[Sample | Reject]:
-    """A folder of pictures with one JSON line each in `metadata.jsonl`: `file_name`, the four keys of a record, and optionally
-    `category`, `group` (pictures to keep on one side of the split), `source` and `licence`. Raises DatasetError without that file."""
-    folder = Path(folder)
-    metadata = folder / METADATA
-    if not metadata.is_file():
-        raise DatasetError(
-            f"{folder} has no {METADATA}: write one line of JSON a picture, for example\n"
-            '{"file_name": "a.jpg", "is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}'
-        )
-    with metadata.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _folder_row(folder, f"{METADATA} line {number}", line)
-
-
-def _folder_row(folder: Path, where: str, line: str) -> Sample | Reject:
-    try:
-        row = json.loads(line)
-        where = f"{where} ({row['file_name']})"
-        path = (folder / row["file_name"]).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            return Reject(where, "file_name leads out of the folder")
-        record = FoodRecord.model_validate({key: row[key] for key in FoodRecord.model_fields})
-        return Sample(
-            name=row["file_name"],
-            data=path.read_bytes(),
-            record=record,
-            source=row.get("source") or folder.name,
-            licence=row.get("licence") or "not stated",
-            category=str(row.get("category") or ""),
-            group=str(row.get("group") or ""),
-        )
-    except json.JSONDecodeError as error:
-        return Reject(where, f"not JSON ({error}): write one JSON object a line")
-    except (KeyError, TypeError) as error:
-        return Reject(where, f"lacks {error}: needs file_name, {', '.join(FoodRecord.model_fields)}")
-    except ValidationError as error:
-        return Reject(where, f"breaks the schema: {error.errors()[0]['loc']} {error.errors()[0]['msg']}")
-    except OSError as error:
-        return Reject(where, f"picture cannot be read: {error.strerror}")
-
-
-def hub_source(dataset_id: str = HUB_DATASET) -> Iterator[Sample | Reject]:
-    """The Hub data set of the original project: `image`, `output_json` and columns of provenance. Raises DatasetError offline.
-
-    Its labels were written by a larger model, so contradictions are read as `FoodRecord.parse_lenient` reads them.
-    """
-    try:
-        rows = datasets.load_dataset(dataset_id, split="train", streaming=True).cast_column("image", datasets.Image(decode=False))
-        for index, row in enumerate(rows):
-            name = f"{row.get('image_name') or row.get('image_id') or index}"
-            picture, label = row["image"], row["output_json"]
-            try:
-                yield Sample(
-                    name=f"{index:06d}-{Path(name).stem}{Path(picture.get('path') or name).suffix or '.jpg'}",
-                    data=picture["bytes"],
-                    record=FoodRecord.parse_lenient(label if isinstance(label, str) else json.dumps(label)),
-                    source=str(row.get("image_source") or dataset_id),
-                    licence=f"see {dataset_id}",
-                    category=str(row.get("food270_class_name") or row.get("category") or ""),
-                )
-            except AnswerError as error:
-                yield Reject(name, str(error))
-    except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise DatasetError(
-            f"cannot read {dataset_id!r} from the Hub ({type(error).__name__}): check the name and the connection, "
-            "or use the source `scenes` or `folder`"
-        ) from error
-
-
-def open_source(
-    source: Source,
-    *,
-    folder: str | Path | None = None,
-    dataset_id: str = HUB_DATASET,
-    seed: int = 42,
-    scenes: tuple[int, int] = (2000, 500),
-) -> Iterator[Sample | Reject]:
-    """The source of that name. `scenes` is how many to draw for train and for test. Raises DatasetError where its place is missing."""
-    if source == "scenes":
-        return scene_source(seed, *scenes)
-    if source == "hub":
-        return hub_source(dataset_id)
-    if source == "folder":
-        if folder is None:
-            raise DatasetError(f"the source `folder` needs a folder: pictures and their {METADATA}")
-        return folder_source(folder)
-    raise DatasetError(f"there is no source {source!r}: choose scenes, hub or folder")
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------- build
-
-
-def split_of(group: str, seed: int, test_share: float = TEST_SHARE) -> Split:
-    """Which side a group falls on: by its hash, so that adding pictures moves none that is already there."""
-    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
-    return "test" if int.from_bytes(digest[:8]) < test_share * 2**64 else "train"
+    rows: dict[Split, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    rejects: list[Reject] = field(default_factory=list)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    near: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build(
@@ -203,85 +71,187 @@ def build(
     *,
     seed: int = 42,
     test_share: float = TEST_SHARE,
+    policy: Mapping[str, str] | None = None,
     total: int | None = None,
 ) -> dict[str, Any]:
-    """Write the data set to `out` (all or nothing) and return its report.
+    """Write the data set to `out` and return its report. `policy` says what happens to label faults where it is not `cleaning.POLICIES`.
 
-    A picture whose pixels were seen before is rejected as a duplicate; so is one that cannot be decoded. Groups stay together.
+    The same samples and seed give the same data set, byte for byte, in whatever order they come and however often the run was killed.
     Raises DatasetError when a split would be empty, and when `out` holds something that is not a data set built here.
     """
     out = Path(out)
-    if out.exists() and not (out / "report.json").exists() and any(out.iterdir()):
+    if out.exists() and not (out / "report.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(f"{out} exists and is not a data set built here: choose another folder or empty it")
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    rows: dict[Split, list[dict]] = {"train": [], "test": []}
-    rejects: list[Reject] = []
-    seen: dict[str, str] = {}
-    for split in rows:
-        (partial / split).mkdir(parents=True)
-    for sample in tqdm(samples, total=total, desc="building the data set", unit="picture"):
-        if isinstance(sample, Reject):
-            rejects.append(sample)
-            continue
-        try:
-            picture = open_picture(sample.data)
-        except PictureError as error:
-            rejects.append(Reject(sample.name, str(error)))
-            continue
-        pixels = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
-        if pixels in seen:
-            rejects.append(Reject(sample.name, f"duplicate of {seen[pixels]}"))
-            continue
-        seen[pixels] = sample.name
-        split = sample.split or split_of(sample.group or pixels, seed, test_share)
-        file_name = f"{pixels[:8]}-{Path(sample.name).name}"  # unique, also where two subfolders use the same name
-        (partial / split / file_name).write_bytes(sample.data)
-        rows[split].append(
-            {"file_name": file_name, "name": sample.name, **sample.record.model_dump(), "category": sample.category}
-            | {"group": sample.group, "source": sample.source, "licence": sample.licence, "pixels_sha256": pixels}
-        )
-    if not all(rows.values()):
-        counts = ", ".join(f"{len(found)} {split}" for split, found in rows.items())
-        reasons = "".join(f"\n  {reject.name}: {reject.reason}" for reject in rejects[:5])
-        raise DatasetError(f"too few usable pictures ({counts}, {len(rejects)} rejected): add pictures or mend their labels{reasons}")
-    report = _report(rows, rejects)
-    _write(partial, rows, rejects, report)
-    if out.exists():
-        shutil.rmtree(out)
+    entries = ingest(samples, partial, total)
+    judged = judge(entries, seed=seed, test_share=test_share, policy=policy)
+    if not all(judged.rows.values()):
+        counts = ", ".join(f"{len(rows)} {split}" for split, rows in judged.rows.items())
+        reasons = "".join(f"\n  {reject.name}: {reject.reason}" for reject in judged.rejects[:5])
+        raise DatasetError(f"too few usable pictures ({counts}, {len(judged.rejects)} rejected): add pictures or mend labels{reasons}")
+    report = _report(judged, len(entries))
+    _write(partial, judged, report)
+    shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return report
 
 
-def _report(rows: dict[Split, list[dict]], rejects: list[Reject]) -> dict[str, Any]:
-    everything = list(chain(*rows.values()))
-    fingerprint = hashlib.sha256("".join(sorted(json.dumps(row, sort_keys=True) for row in everything)).encode()).hexdigest()
+# ----------------------------------------------------------------------------------------------------------------------------------- judge
+
+
+def split_of(group: str, seed: int, test_share: float = TEST_SHARE) -> Split:
+    """Which side a group falls on: by its hash alone, so that adding pictures moves none that is already there.
+
+    Every class and both values of `is_food` are split in this proportion, up to chance; the notebook's split table shows by how much.
+    """
+    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+    return "test" if int.from_bytes(digest[:8]) < test_share * 2**64 else "train"
+
+
+def judge(entries: list[dict[str, Any]], *, seed: int, test_share: float = TEST_SHARE, policy: Mapping[str, str] | None = None) -> Judged:
+    """Decide what becomes of every entry, whatever their order: clean, drop, group, split."""
+    judged = Judged()
+    read = sorted((entry for entry in entries if "pixels" in entry), key=lambda entry: (entry["pixels"], entry["name"]))
+    judged.rejects = [Reject(entry["name"], entry["reject"]) for entry in entries if "reject" in entry]
+    unique = []
+    for _, copies in groupby(read, key=lambda entry: entry["pixels"]):
+        first, *others = copies
+        unique.append(first)
+        for other in others:
+            differs = "" if other["label"] == first["label"] else ", labelled differently"
+            judged.rejects.append(Reject(other["name"], f"duplicate of {first['name']}{differs}"))
+    labelled = _clean(unique, judged, policy)
+    components = _groups([entry for entry, _ in labelled], judged)
+    for (entry, record), component in zip(labelled, components, strict=True):
+        split = component["split"] or split_of(component["key"], seed, test_share)
+        if entry["split"] not in (None, split):
+            judged.rejects.append(Reject(entry["name"], f"near-duplicate of a picture held out, {component['held_out']}"))
+            continue
+        judged.rows[split].append(
+            {"file_name": f"{Path(entry['name']).stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}", "name": entry["name"]}
+            | record.model_dump()
+            | {"category": entry["category"], "group": component["key"], "source": entry["source"], "licence": entry["licence"]}
+            | {"pixels_sha256": entry["pixels"], "stored": entry["stored"]}
+        )
+    for rows in judged.rows.values():
+        rows.sort(key=lambda row: row["file_name"])
+    judged.rejects.sort(key=lambda reject: (reject.name, reject.reason))
+    return judged
+
+
+def _clean(entries: list[dict[str, Any]], judged: Judged, policy: Mapping[str, str] | None) -> list[tuple[dict[str, Any], FoodRecord]]:
+    """Two passes over the labels: what is usual in this data set, then every label in its light."""
+    policies = cleaning.POLICIES | (policy or {})
+    if unknown := set(policies) - set(cleaning.POLICIES):
+        raise DatasetError(f"no label rule is called {', '.join(sorted(unknown))}: choose among {', '.join(cleaning.POLICIES)}")
+    statistics = cleaning.Statistics()
+    for entry in entries:
+        record, _ = cleaning.clean(entry["label"], entry["category"], policies=policies)
+        if record is not None:
+            statistics.add(record, entry["category"])
+    cleaned = []
+    for entry in entries:
+        record, findings = cleaning.clean(entry["label"], entry["category"], statistics, policies)
+        judged.findings += [{"name": entry["name"], **asdict(finding)} for finding in findings]
+        if record is not None:
+            cleaned.append((entry, record))
+        else:
+            reasons = [f"{finding.rule}: {finding.reason}" for finding in findings if finding.policy == "reject"]
+            judged.rejects.append(Reject(entry["name"], "; ".join(reasons)))
+    return cleaned
+
+
+def _groups(entries: list[dict[str, Any]], judged: Judged) -> list[dict[str, Any]]:
+    """The component of every entry: pictures that look alike, or that their source puts into one group, directly or through others.
+
+    `key` is the component's smallest pixel hash, `split` what a source fixed ("test" where it fixed both), `held_out` that row's name.
+    """
+    if not entries:
+        return []
+    near = duplicates.group_near([bytes.fromhex(entry["print"]) for entry in entries])
+    declared: dict[str, int] = {}
+    told = [declared.setdefault(f"{e['source']}/{e['group']}" if e["group"] else f"#{i}", i) for i, e in enumerate(entries)]
+    here = np.arange(len(entries))
+    edges = coo_array((np.ones(2 * len(entries)), (np.r_[here, here], np.r_[near, told])), shape=(len(entries),) * 2)
+    _, label = connected_components(edges, directed=False)
+    components: dict[int, dict[str, Any]] = {}
+    for entry, number in zip(entries, label, strict=True):  # entries are sorted by pixel hash, so the first one's is the smallest
+        component = components.setdefault(number, {"key": entry["pixels"], "split": None, "held_out": None, "names": []})
+        component["names"].append(entry["name"])
+        if entry["split"] == "test" and component["split"] != "test":
+            component |= {"split": "test", "held_out": entry["name"]}
+        component["split"] = component["split"] or entry["split"]
+    alike: dict[int, list[str]] = {}
+    for entry, first in zip(entries, near, strict=True):
+        alike.setdefault(first, []).append(entry["name"])
+    judged.near = [{"names": sorted(names)} for names in alike.values() if len(names) > 1]
+    return [components[number] for number in label]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- write
+
+
+def _report(judged: Judged, read: int) -> dict[str, Any]:
+    everything = list(chain(*judged.rows.values()))
+    told = sorted(json.dumps({key: value for key, value in row.items() if key != "stored"}, sort_keys=True) for row in everything)
+    by_category = {split: Counter(row["category"] for row in rows) for split, rows in judged.rows.items()}
     return {
-        "read": len(everything) + len(rejects),
+        "read": read,
         "kept": len(everything),
-        "rejected": len(rejects),
-        "duplicates": sum(reject.reason.startswith("duplicate") for reject in rejects),
-        "train": len(rows["train"]),
-        "test": len(rows["test"]),
-        "is_food": sum(row["is_food"] for row in everything),
+        "rejected": len(judged.rejects),
+        "duplicates": sum(reject.reason.startswith("duplicate") for reject in judged.rejects),
+        "near_duplicate_groups": len(judged.near),
+        "train": len(judged.rows["train"]),
+        "test": len(judged.rows["test"]),
+        "is_food": {split: sum(row["is_food"] for row in rows) for split, rows in judged.rows.items()},
+        "findings": Counter(f"{finding['rule']}: {finding['policy']}" for finding in judged.findings).most_common(),
+        "categories": {name: [by_category[split][name] for split in SPLITS] for name in sorted(set(chain(*by_category.values())))},
         "food_items": Counter(item for row in everything for item in row["food_items"]).most_common(),
         "drink_items": Counter(item for row in everything for item in row["drink_items"]).most_common(),
         "sources": Counter(row["source"] for row in everything).most_common(),
         "licences": Counter(row["licence"] for row in everything).most_common(),
-        "fingerprint": fingerprint,
+        "fingerprint": hashlib.sha256("\n".join(told).encode()).hexdigest(),
     }
 
 
-def _write(folder: Path, rows: dict[Split, list[dict]], rejects: list[Reject], report: dict[str, Any]) -> None:
+def _write(folder: Path, judged: Judged, report: dict[str, Any]) -> None:
     splits = {}
-    for split, found in rows.items():
-        found.sort(key=lambda row: row["file_name"])
-        (folder / split / METADATA).write_text("".join(json.dumps(row) + "\n" for row in found))
-        columns = [{**row, "image": str(folder / split / row["file_name"])} for row in found]
-        splits[split] = datasets.Dataset.from_list([{key: row[key] for key in FEATURES} for row in columns], features=FEATURES)
+    for split, rows in judged.rows.items():
+        shutil.rmtree(folder / split, ignore_errors=True)
+        (folder / split).mkdir()
+        with (folder / split / METADATA[0]).open("w", encoding="utf-8") as metadata:
+            for row in tqdm(rows, desc=f"writing {split}", unit="picture"):
+                _link(folder / row["stored"], folder / split / row["file_name"])
+                metadata.write(json.dumps({key: value for key, value in row.items() if key != "stored"}) + "\n")
+        print_of = f"{report['fingerprint'][:16]}-{split}"
+        splits[split] = _arrow(folder, split, rows, print_of)
+    shutil.rmtree(folder / "arrow", ignore_errors=True)
     datasets.DatasetDict(splits).save_to_disk(folder / "arrow")  # the pictures' bytes go in with them
-    (folder / "rejects.jsonl").write_text("".join(json.dumps({"name": r.name, "reason": r.reason}) + "\n" for r in rejects))
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    for name, lines in (("rejects", map(asdict, judged.rejects)), ("findings", judged.findings), ("near_duplicates", judged.near)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (folder / LEDGER).unlink()  # first: without it a run that is killed here starts anew instead of missing pictures
+    for leftover in ("cache", PICTURES):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+
+
+def _arrow(folder: Path, split: Split, rows: list[dict[str, Any]], fingerprint: str) -> datasets.Dataset:
+    def told() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            yield {"image": str(folder / split / row["file_name"])} | {key: row[key] for key in FEATURES if key != "image"}
+
+    made = datasets.Dataset.from_generator(told, features=FEATURES, cache_dir=str(folder / "cache"), fingerprint=fingerprint)
+    return datasets.Dataset(made.data, datasets.DatasetInfo(features=FEATURES), fingerprint=fingerprint)  # no trace of when and where
+
+
+def _link(stored: Path, target: Path) -> None:
+    try:
+        os.link(stored, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(stored, target)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------ read
 
 
 def load(folder: str | Path) -> datasets.DatasetDict:
@@ -298,13 +268,34 @@ def open_dataset(where: str | Path, build_in: str | Path, seed: int = 42) -> dat
     The latter two are built in `build_in` first. Raises DatasetError.
     """
     where, name = Path(where), str(where)
-    if (where / METADATA).is_file():
-        build(folder_source(where), build_in, seed=seed)
-    elif not where.exists() and name.count("/") == 1 and not where.is_absolute():
-        build(hub_source(name), build_in, seed=seed)
+    if (where / "arrow").is_dir() or (where.exists() and not where.is_dir()):
+        return load(where)
+    if where.is_dir():
+        build(labelled_folder(where), build_in, seed=seed)
+    elif name.count("/") == 1 and not where.is_absolute():
+        build(hub(name), build_in, seed=seed)
     else:
         return load(where)
     return load(build_in)
+
+
+def leaks(folder: str | Path, other: str | Path) -> list[tuple[str, str]]:
+    """Pictures of the data set in `folder` that look like one below `other` (any folder of pictures): pairs of file names.
+
+    Run it against whatever a model was trained on before its scores on this data set are believed.
+    """
+    prints, names = [], []
+    for root in (Path(folder), Path(other)):
+        for path in tqdm(list(find_pictures([root])), desc=f"looking at {root.name}", unit="picture"):
+            try:
+                prints.append(duplicates.fingerprint(open_picture(path)))
+                names.append((root == Path(other), path.relative_to(root).as_posix()))
+            except PictureError:
+                continue  # unreadable pictures were named when the data set was built
+    groups: dict[int, list[tuple[bool, str]]] = {}
+    for first, name in zip(duplicates.group_near(prints), names, strict=True):
+        groups.setdefault(first, []).append(name)
+    return [(a, b) for group in groups.values() for mine, a in group if not mine for theirs, b in group if theirs]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------ rows

@@ -49,7 +49,7 @@ def open_picture(source: str | os.PathLike | bytes | Image.Image) -> Image.Image
         raise PictureError(f"not a picture in a format we read: save it as one of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise PictureError(f"far more than the {MAX_PIXELS / 1e6:.0f} megapixels we decode: shrink it first") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
         raise PictureError(f"damaged or truncated ({error}): copy or download it again") from error
 
 

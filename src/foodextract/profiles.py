@@ -5,8 +5,8 @@ Ids that name people or places stand here and nowhere else (the notebooks' Colab
 
 from dataclasses import dataclass
 
-from foodextract.dataset import HUB_DATASET, Source
 from foodextract.models import HUB_BASE, TINY_BASE
+from foodextract.sources import HUB_DATASET
 from foodextract.training import Stage
 
 OWNER = "berkeruveyik"
@@ -22,7 +22,7 @@ class Profile:
     """What differs between a Colab GPU with the Hub and a laptop without either."""
 
     base_model: str
-    source: Source
+    source: str
     dataset_id: str  # what `source` reads where it is the Hub
     stage1: Stage
     stage2: Stage

@@ -4,7 +4,7 @@ import base64
 import html
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,20 +28,24 @@ NAMES = {
 SUBJECTS = {"base": "base", "stage1": "after stage 1", "stage2": "after stage 2"}
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def metric_table(rows: Sequence[Row]) -> str:
     """Markdown: one line a metric, one column a subject, every figure with its 95 % interval, n in the head."""
     subjects = list(dict.fromkeys(row.subject for row in rows))
     figures = {(row.metric, row.subject): row for row in rows}
     n = max(row.n for row in rows)
-    lines = [f"| n = {n} | " + " | ".join(SUBJECTS.get(subject, subject) for subject in subjects) + " |"]
-    lines += ["|---|" + "---|" * len(subjects)]
+    lines = []
     for metric, name in NAMES.items():
-        if any((metric, subject) in figures for subject in subjects):
-            cells = [_cell(figures.get((metric, subject))) for subject in subjects]
-            n_of = {figures[metric, subject].n for subject in subjects if (metric, subject) in figures}
-            name += "" if n_of == {n} else f", n = {', '.join(map(str, sorted(n_of)))}"
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        of = {figures[metric, subject].n for subject in subjects if (metric, subject) in figures}
+        if of:
+            note = "" if of == {n} else f", n = {', '.join(map(str, sorted(of)))}"
+            lines.append([name + note, *(_cell(figures.get((metric, subject))) for subject in subjects)])
+    return markdown_table([f"n = {n}", *(SUBJECTS.get(subject, subject) for subject in subjects)], lines)
 
 
 def _cell(row: Row | None) -> str:

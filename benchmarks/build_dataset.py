@@ -1,0 +1,129 @@
+"""How building a data set scales: memory and throughput over 100,000 small pictures, and what a SIGKILL half-way costs.
+
+    python benchmarks/build_dataset.py                  # about half an hour on 2 cores; writes results/dataset_build.json and a curve
+
+Two builds of the same generated pictures run side by side in processes of their own: one undisturbed, one killed with SIGKILL
+half-way and started again. Both must leave the same files, byte for byte.
+"""
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import numpy as np
+import typer
+from PIL import Image
+
+from foodextract import dataset
+from foodextract.results import make_row, write_results
+from foodextract.scenes import DRINKS, FOODS
+from foodextract.sources import Sample
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDE = 64  # pixels
+
+
+def generated(count: int, seed: int = 0) -> Iterator[Sample]:
+    """`count` different pictures with labels: smooth random colours, the one thing that no two have in common."""
+    names = [(name, "food_items") for name in FOODS] + [(name, "drink_items") for name in DRINKS]
+    for number in range(count):
+        name, field = names[number % len(names)]
+        label = {"is_food": 1, "image_title": name, "food_items": [], "drink_items": [], field: [name]}
+        read = partial(_png, seed, number)
+        yield Sample(f"{number:07d}.png", read, label, source="generated", licence="none needed", category=name, group=f"{number // 2}")
+
+
+def _png(seed: int, number: int) -> bytes:
+    coarse = np.random.default_rng([seed, number]).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def checksum(folder: Path) -> str:
+    """One hash over the names and bytes of all files below `folder`."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        total.update(path.relative_to(folder).as_posix().encode())
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+class Watched:
+    """A build in a process of its own, with its resident memory by seconds since the start."""
+
+    def __init__(self, count: int, out: Path) -> None:
+        self.out, self.curve, self.start = out, [], time.perf_counter()
+        command = [sys.executable, __file__, "--pictures", str(count), "--build-in", str(out)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: S603
+
+    def look(self) -> bool:
+        """Note time, memory in GiB and pictures done; False once the process has ended."""
+        try:
+            memory = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            memory = 0.0
+        if self.process.poll() is not None:
+            return False
+        self.curve.append((time.perf_counter() - self.start, memory, self.done()))
+        return True
+
+    def done(self) -> int:
+        ledger = self.out.with_name(self.out.name + ".partial") / "ledger.jsonl"
+        return sum(1 for _ in ledger.open("rb")) if ledger.exists() else 0
+
+
+def main(
+    pictures: Annotated[int, typer.Option(help="How many to build.")] = 100_000,
+    build_in: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results/dataset_build.json",
+) -> None:
+    """Measure a large build, undisturbed and killed."""
+    if build_in:
+        dataset.build(generated(pictures), build_in, total=pictures)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, killed = Watched(pictures, Path(scratch) / "whole"), Watched(pictures, Path(scratch) / "killed")
+        again = None
+        while whole.look() | (again or killed).look():
+            if again is None and killed.done() >= pictures // 2:
+                killed.process.send_signal(signal.SIGKILL)
+                killed.process.wait()
+                again = Watched(pictures, killed.out)
+            time.sleep(1)
+        same = checksum(whole.out) == checksum(killed.out)
+    reading = [point for point in whole.curve if 0 < point[2] < pictures]
+    speed = (reading[-1][2] - reading[0][2]) / (reading[-1][0] - reading[0][0])
+    peak = max(memory for _, memory, _ in whole.curve + killed.curve + again.curve)
+    row = partial(make_row, "dataset_build", n=pictures, command="python benchmarks/build_dataset.py")
+    write_results(
+        results,
+        [
+            row("uninterrupted", "images_per_second", speed, unit="1/s"),
+            row("uninterrupted", "seconds", whole.curve[-1][0], unit="s"),
+            row("uninterrupted and killed", "peak_memory_gib", peak, unit="GiB"),
+            row("killed", "byte_identical", float(same), unit="1 is yes"),
+        ],
+    )
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, watched, shift in (("uninterrupted", whole, 0), ("until SIGKILL", killed, 0), ("resumed", again, again.start - killed.start)):
+        axis.plot([seconds + shift for seconds, _, _ in watched.curve], [memory for _, memory, _ in watched.curve], label=name)
+    axis.set(xlabel="seconds", ylabel="resident memory, GiB", ylim=(0, None), title=f"building {pictures:,} pictures, two builds at a time")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    figure.savefig(results.with_suffix(".png"), dpi=120)
+    print(f"{speed:.0f} pictures/s, peak {peak:.2f} GiB, killed and resumed build is {'the same' if same else 'DIFFERENT'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

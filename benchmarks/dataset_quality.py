@@ -1,0 +1,309 @@
+"""How many planted label faults does `foodextract.cleaning` find, and how often does it complain about clean labels?
+
+    python benchmarks/dataset_quality.py
+
+Two data sets whose labels are right by construction: drawn scenes (no class names, titles that list every item) and food classes, composed
+here as a larger model would label photographs of them. Into copies of their rows go faults of ten kinds, half of each into either data set
+where both can have it. A fault counts as found when a rule made for its kind names the planted item. Clean rows are linted beside the
+faulty ones, with the same statistics, and any finding on them is a false alarm. Nothing is drawn: only the labels are needed.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from foodextract import scenes
+from foodextract.cleaning import Statistics, clean, lint
+from foodextract.evaluation import rate
+from foodextract.results import make_row, write_results
+from foodextract.schema import FoodRecord
+
+COMMAND = "python benchmarks/dataset_quality.py"
+OUT = Path(__file__).parents[1] / "results" / "dataset_quality.json"
+Raw = dict[str, Any]
+
+# class: foods that every picture shows; foods that some show, from common to rare | drinks that every picture shows; drinks that some show
+CLASSES = {
+    "lasagna": "lasagna; basil leaf, tomato sauce, cheese, side salad | ; red wine",
+    "kazandibi": "milk pudding; cinnamon, ice cream, pistachio | ; turkish tea",
+    "turkish coffee": "; turkish delight, chocolate | turkish coffee; water",
+    "baklava": "baklava; pistachio, clotted cream, ice cream | ; tea",
+    "caesar salad": "lettuce, crouton; parmesan, chicken breast, anchovy, lemon wedge | ; water",
+    "greek salad": "tomato, cucumber, feta; olive, red onion, bell pepper | ; white wine",
+    "sushi": "sushi; wasabi, pickled ginger, soy sauce | ; green tea, sake",
+    "ramen": "ramen; boiled egg, nori, spring onion, pork belly, bamboo shoot | ; beer",
+    "pho": "noodle soup; beef, bean sprout, lime wedge, mint | ; iced tea",
+    "pad thai": "noodles; shrimp, peanuts, lime wedge, bean sprout, egg | ;",
+    "hamburger": "hamburger; french fries, ketchup, lettuce, pickle | ; cola, milkshake",
+    "hot dog": "hot dog; mustard, ketchup, french fries, onion | ; cola",
+    "pizza margherita": "pizza; basil leaf, tomato, mozzarella, olive | ; red wine, cola",
+    "spaghetti carbonara": "spaghetti; bacon, parmesan, parsley | ; white wine",
+    "fish and chips": "fried fish, french fries; peas, lemon wedge, tartar sauce | ; beer",
+    "paella": "paella; shrimp, mussel, lemon wedge, bell pepper | ; sangria",
+    "tacos": "taco; guacamole, salsa, cilantro, lime wedge | ; margarita",
+    "burrito": "burrito; rice, beans, salsa, sour cream | ; horchata",
+    "nachos": "tortilla chips; melted cheese, guacamole, jalapeno, sour cream | ; beer",
+    "chicken curry": "chicken curry; rice, naan, cilantro | ; mango lassi",
+    "biryani": "biryani; raita, boiled egg, lemon wedge, fried onion | ; buttermilk",
+    "dosa": "dosa; sambar, coconut chutney, tomato chutney | ; filter coffee",
+    "samosa": "samosa; mint chutney, tamarind chutney | ; masala chai",
+    "butter chicken": "butter chicken; naan, rice, cilantro | ; lassi",
+    "dim sum": "dumpling; bao, chili oil, spring roll | ; jasmine tea",
+    "fried rice": "fried rice; egg, peas, shrimp, spring onion | ;",
+    "bibimbap": "bibimbap; fried egg, kimchi, spinach, carrot | ; barley tea",
+    "steak": "steak; mashed potato, asparagus, grilled tomato, french fries | ; red wine",
+    "roast chicken": "roast chicken; roast potato, carrot, gravy, green beans | ; white wine",
+    "fried chicken": "fried chicken; coleslaw, french fries, biscuit | ; sweet tea",
+    "omelette": "omelette; toast, tomato, cheese, mushroom | ; coffee, orange juice",
+    "full breakfast": "fried egg, bacon; sausage, baked beans, toast, grilled tomato, mushroom | ; tea, coffee",
+    "pancakes": "pancakes; maple syrup, blueberries, strawberry, banana | ; coffee, milk",
+    "waffles": "waffle; whipped cream, strawberry, chocolate sauce | ; coffee",
+    "french toast": "french toast; berries, maple syrup, powdered sugar | ; coffee",
+    "croissant": "croissant; jam, fruit salad | ; cappuccino, orange juice",
+    "cheesecake": "cheesecake; strawberry, raspberry sauce, mint leaf | ; espresso",
+    "chocolate cake": "chocolate cake; raspberry, whipped cream, ice cream | ; milk",
+    "apple pie": "apple pie; vanilla ice cream, whipped cream | ; coffee",
+    "tiramisu": "tiramisu; strawberry, mint leaf | ; espresso",
+    "ice cream": "ice cream; wafer, sprinkles, cherries, chocolate sauce | ;",
+    "doughnuts": "doughnut; sprinkles | ; coffee",
+    "cupcakes": "cupcake; sprinkles, strawberry | ;",
+    "fruit platter": "watermelon, pineapple; grapes, kiwi, mango, strawberry, orange | ;",
+    "cheese board": "cheese, cracker; grapes, walnut, fig, salami, olive | ; red wine",
+    "hummus": "hummus; pita, olive oil drizzle, chickpea, parsley | ; mint tea",
+    "falafel": "falafel; pita, tahini, tomato, pickle | ; ayran",
+    "shawarma": "shawarma; french fries, pickle, garlic sauce | ; cola",
+    "goulash": "goulash; bread, dumpling, sour cream | ; beer",
+    "pierogi": "pierogi; fried onion, sour cream, bacon | ; kompot",
+    "latte": "; croissant, cookie | latte; water",
+    "smoothie": "; banana, strawberry, mint leaf | smoothie;",
+    "mojito": "; lime wedge, nachos | mojito;",
+    "beer": "; pretzel, peanuts, french fries | beer;",
+    "afternoon tea": "scone, sandwich; jam, clotted cream, macaron | tea; champagne",
+}
+PANTRY = [
+    "flour",
+    "wheat flour",
+    "baking powder",
+    "baking soda",
+    "vanilla extract",
+    "granulated sugar",
+    "yeast",
+    "corn starch",
+    "vegetable oil",
+]
+SENTENCES = (
+    "This is a plate of {}.",
+    "A photo of {}",
+    "The image shows {} on a wooden table",
+    "There is {} in this picture.",
+    "A close-up of {} with a blurred background",
+    "Somebody is about to enjoy {} at home",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One label as a source would hand it over. `fault` is the kind of fault planted in it, `item` the name it is about."""
+
+    raw: Raw
+    category: str
+    origin: str
+    fault: str = ""
+    item: str = ""
+
+
+def scene_rows(rng: np.random.Generator, count: int) -> list[Row]:
+    """The labels of drawn scenes, with the classes that `dataset.scene_source` gives them, in no order."""
+    rows = []
+    for index in rng.choice(100_000, count, replace=False):
+        objects, _ = scenes.plan_scene(7, "train", int(index))
+        category = " + ".join(sorted({placed.kind for placed in objects})) or "nothing"
+        rows.append(Row(scenes.record_of(objects).model_dump(), category, "scenes"))
+    return rows
+
+
+def parts(category: str) -> list[list[str]]:
+    """Foods always and sometimes, drinks always and sometimes seen with a class."""
+    return [[*filter(None, part.strip().split(", "))] for part in CLASSES[category].replace("|", ";").split(";")]
+
+
+def class_rows(rng: np.random.Generator, per_class: int) -> list[Row]:
+    """Labels of food classes: every picture shows what its class always shows, and some of the rest; titles in three styles."""
+    rows = []
+    for name in CLASSES:
+        foods, some_foods, drinks, some_drinks = parts(name)
+        for _ in range(per_class):
+            eaten = foods + [item for rank, item in enumerate(some_foods, 1) if rng.random() < 0.5 / rank]
+            drunk = drinks + [item for rank, item in enumerate(some_drinks, 1) if rng.random() < 0.2 / rank]
+            items = eaten + drunk
+            title = (name, f"{name} with {items[-1]}" if items[1:] else name, " and ".join(items[:2]))[rng.integers(3)]
+            rows.append(Row({"is_food": 1, "image_title": title, "food_items": eaten, "drink_items": drunk}, name, "food classes"))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- faults
+# Each takes a copy of a label and its class, plants one fault, and returns the name that the finding must be about ("" for none), or None
+# where this label cannot have the fault.
+
+
+def _spelling(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    shelf, name = _pick(rng, raw)
+    broken = [name.upper(), name.title(), name.replace(" ", "_"), f" {name}", f"{name}.", f'"{name}"', f"_{name}"][rng.integers(7)]
+    raw[shelf][raw[shelf].index(name)] = broken
+    return broken if broken != name else None
+
+
+def _duplicate(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    shelf, name = _pick(rng, raw)
+    raw[shelf].insert(rng.integers(len(raw[shelf]) + 1), name)
+    return name
+
+
+def _plural_twin(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    shelf, name = _pick(rng, raw)
+    twin = name[:-1] if name.endswith("s") else name.removesuffix("y") + "ies" if name[-2:] in ("ry", "dy") else name + "s"
+    twin = {"potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "cherries": "cherry", "blueberries": "blueberry"}.get(
+        name, twin
+    )
+    twin = name + "es" if name.endswith(("sh", "ch", "x")) else "fry".join(name.rsplit("fries", 1)) if name.endswith("fries") else twin
+    if name.endswith(("ss", "us")) or twin == "strawberrys":
+        return None
+    raw[shelf].insert(rng.integers(len(raw[shelf]) + 1), twin)
+    return twin
+
+
+def _wrong_shelf(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    shelf, name = _pick(rng, raw)
+    raw[shelf].remove(name)
+    raw["drink_items" if shelf == "food_items" else "food_items"].append(name)
+    return name
+
+
+def _sentence(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    raw["image_title"] = SENTENCES[rng.integers(len(SENTENCES))].format(raw["image_title"])
+    return ""
+
+
+def _pantry(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    name = str(rng.choice(PANTRY))
+    raw["food_items"].insert(rng.integers(len(raw["food_items"]) + 1), name)
+    return name
+
+
+def _stranger(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    """A dish of a class that has nothing in common with this one."""
+    own = {item for part in parts(category) for item in part}
+    foreign = [item for other in CLASSES if not any(own & set(part) for part in parts(other)) for item in parts(other)[0]]
+    name = str(rng.choice([item for item in foreign if not set(item.split()) & set(category.split())]))
+    raw["food_items"].append(name)
+    return name
+
+
+def _contradiction(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    if rng.random() < 0.5:
+        raw["is_food"] = 0
+    else:
+        raw["food_items"], raw["drink_items"] = [], []
+    return ""
+
+
+def _long_list(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    raw["food_items"] += [
+        name for name in rng.permutation([*scenes.FOODS])[: rng.integers(10, 25)].tolist() if name not in raw["food_items"]
+    ]
+    return ""
+
+
+def _title_mismatch(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    spoken = {word for text in (category, raw["image_title"], *raw["food_items"], *raw["drink_items"]) for word in text.split()}
+    titles = [title for title in CLASSES if not any(word[:4] in " ".join(spoken) for word in title.split())]
+    raw["image_title"] = str(rng.choice(titles))
+    return ""
+
+
+def _pick(rng: np.random.Generator, raw: Raw) -> tuple[str, str]:
+    shelf = str(rng.choice([shelf for shelf in ("food_items", "drink_items") if raw[shelf]]))
+    return shelf, str(rng.choice(raw[shelf]))
+
+
+Plant = Callable[[np.random.Generator, Raw, str], str | None]
+KINDS: dict[str, tuple[Plant, set[str]]] = {  # kind: how it is planted, the rules that may find it
+    "spelling": (_spelling, {"underscore", "casing", "punctuation"}),
+    "duplicate": (_duplicate, {"duplicate"}),
+    "plural twin": (_plural_twin, {"plural_twin"}),
+    "wrong shelf": (_wrong_shelf, {"wrong_shelf"}),
+    "sentence title": (_sentence, {"sentence_title", "photo_of"}),
+    "pantry": (_pantry, {"pantry"}),
+    "stranger": (_stranger, {"stranger"}),
+    "contradiction": (_contradiction, {"contradiction", "empty"}),
+    "long list": (_long_list, {"long_list"}),
+    "title mismatch": (_title_mismatch, {"title_mismatch"}),
+}
+
+
+def plant(rng: np.random.Generator, rows: list[Row], per_kind: int) -> list[Row]:
+    """The same rows, of which `per_kind` of each kind have one fault each."""
+    rows, free = list(rows), [int(index) for index in rng.permutation(len(rows)) if rows[index].raw["is_food"]]
+    for kind, (sow, _) in KINDS.items():
+        origins = ["food classes"] if kind == "stranger" else ["food classes", "scenes"]
+        for number in range(per_kind):
+            while True:
+                index = next(i for i in free if rows[i].origin == origins[number % len(origins)])
+                free.remove(index)
+                raw = json.loads(json.dumps(rows[index].raw))
+                if (item := sow(rng, raw, rows[index].category)) is not None:
+                    rows[index] = Row(raw, rows[index].category, rows[index].origin, kind, item)
+                    break
+    return rows
+
+
+def measure(rows: list[Row]) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """(kind, found) of every fault and (origin, alarm) of every clean row."""
+    statistics = Statistics()
+    for row in rows:
+        record, _ = clean(row.raw, row.category)
+        if record is not None:
+            statistics.add(FoodRecord.parse(record.to_json()), row.category)
+    faults, alarms = [], []
+    for row in rows:
+        findings = lint(row.raw, row.category, statistics)
+        if row.fault:
+            found = any(finding.rule in KINDS[row.fault][1] and repr(row.item)[1:-1] in finding.reason for finding in findings)
+            faults.append((row.fault, found))
+            if not found:
+                print(f"missed {row.fault}: {row.item!r} in {row.category!r}: {json.dumps(row.raw)}")
+        else:
+            alarms.append((row.origin, bool(findings)))
+            for finding in findings:
+                print(f"false alarm: {finding.rule}, {finding.reason}: {row.category!r}: {json.dumps(row.raw)}")
+    return faults, alarms
+
+
+def main(
+    seed: Annotated[int, typer.Option(help="Which rows get which faults.")] = 0,
+    per_kind: Annotated[int, typer.Option(min=1, help="Faults of each of the ten kinds.")] = 20,
+    count: Annotated[int, typer.Option(min=100, help="Drawn scenes; the food classes are about as many.")] = 1100,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = OUT,
+) -> None:
+    """Plant faults, look for them, write the figures."""
+    rng = np.random.default_rng(seed)
+    rows = plant(rng, scene_rows(rng, count) + class_rows(rng, round(count / len(CLASSES))), per_kind)
+    faults, alarms = measure(rows)
+    found = []
+    for metric, outcomes in (("faults_found_share", faults), ("false_alarm_share", alarms)):
+        for subject in ("all", *dict.fromkeys(subject for subject, _ in outcomes)):
+            share = rate(metric, [hit for name, hit in outcomes if subject in ("all", name)])
+            found.append(
+                make_row("dataset_quality", subject, metric, share.value, low=share.low, high=share.high, n=share.n, command=COMMAND)
+            )
+            print(f"{metric:20} {subject:16} {share.value:7.2%}  [{share.low:.2%}, {share.high:.2%}]  n = {share.n}")
+    write_results(out, found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

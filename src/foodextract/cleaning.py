@@ -1,0 +1,370 @@
+"""Cleaning labels and looking for faults in them: every fault becomes a `Finding` that says which item, why, and what was done about it.
+
+`clean` mends one label and says what it found; given the `Statistics` of the whole data set it also judges what one row alone cannot show.
+`lint` returns the findings alone. Two passes over a data set need memory for its vocabulary only, never for its rows:
+
+    statistics = Statistics()
+    for raw, category in rows: ...          # first pass:  statistics.add(clean(raw, category)[0], category)
+    for raw, category in rows: ...          # second pass: record, findings = clean(raw, category, statistics)
+
+What to do about a fault is a dict, rule → `fix`, `flag` or `reject`: pass `POLICIES | {"pantry": "flag"}`. A row is rejected as a whole
+(None comes back, with all its findings), `flag` leaves the label as it is. Two limits: what the schema does not allow is mended even where
+the policy says `flag`, and what nobody can mend is flagged where it says `fix`; the finding names what really happened.
+
+The word lists in `words/` are meant to be edited: which names are drinks, which are foods, and which ingredients no picture shows.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from foodextract import words
+from foodextract.schema import MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
+from foodextract.words import Shelf, key
+
+Severity = Literal["low", "medium", "high"]
+Policy = Literal["fix", "flag", "reject"]
+SHELVES: tuple[Shelf, Shelf] = ("food_items", "drink_items")
+
+# rule: how bad it is for a model that learns from the label, and what is done about it unless the caller says otherwise
+RULES: dict[str, tuple[Severity, Policy]] = {
+    "shape": ("high", "reject"),  # not the four keys, or not of their types
+    "contradiction": ("high", "fix"),  # is_food 0 beside a title or items; the items win, as in `FoodRecord.parse_lenient`
+    "class_contradiction": ("high", "flag"),  # is_food differs from (nearly) all other rows of the class
+    "empty": ("medium", "flag"),  # is_food 1 and nothing listed
+    "underscore": ("low", "fix"),
+    "casing": ("low", "fix"),
+    "punctuation": ("low", "fix"),  # stray marks and spaces at the ends or doubled, invisible characters, decomposed accents
+    "long_name": ("medium", "fix"),  # longer than the schema allows
+    "duplicate": ("medium", "fix"),
+    "plural_twin": ("medium", "fix"),  # "egg" and "eggs" in one record: the form that the title uses stays, else the first
+    "rare_form": ("low", "fix"),  # "eggs" where the data set says "egg" five times as often
+    "wrong_shelf": ("high", "fix"),
+    "pantry": ("high", "fix"),
+    "stranger": ("high", "flag"),  # an item that its class has nowhere else
+    "long_list": ("medium", "flag"),
+    "photo_of": ("low", "fix"),
+    "sentence_title": ("medium", "fix"),
+    "untitled": ("low", "fix"),
+    "title_mismatch": ("medium", "flag"),
+}
+POLICIES: dict[str, Policy] = {rule: policy for rule, (_, policy) in RULES.items()}
+
+LONG_LIST = 8  # items in one record; of 1,700 measured photographs and all drawn scenes none has more than 7
+MIN_SUPPORT = 8  # rows of a class before its other rows may speak against one of them
+SIGNATURE = 0.5  # share of a class's rows that its commonest item must reach: else the class is a mixture and nothing is strange in it
+REGULAR = 0.2  # share of a class's rows that makes an item one of its regulars
+NEWCOMERS = 0.05  # where a smaller share of rows than this brings an item that its class has nowhere else, each such item is strange
+PRIOR_ROWS = 30  # rows' worth of the whole data set that are counted with those of a class when judging that share
+RARE = 5  # the other form, or the other shelf, must be this many times as common before the data set overrules one row
+AGREED = 0.95  # share of the other rows of a class that must agree on is_food to contradict one row
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault of one label. `item` is the name (or the title) it is about, "" for the record; `policy` is what was done about it."""
+
+    rule: str
+    severity: Severity
+    item: str
+    reason: str
+    policy: Policy
+
+
+class Statistics:
+    """Counts over a data set, by class and item: what is usual in it. Grows with the vocabulary, not with the rows."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()  # class → rows
+        self.foods: Counter[str] = Counter()  # class → rows with is_food 1
+        self.items: dict[str, Counter[str]] = defaultdict(Counter)  # class → key of an item → rows
+        self.classes: dict[str, set[str]] = defaultdict(set)  # key → classes that have it
+        self.forms: dict[str, Counter[str]] = defaultdict(Counter)  # key → the names that were written for it → rows
+        self.shelves: dict[str, Counter[str]] = defaultdict(Counter)  # key → shelf → rows
+        self._newcomers: float | None = None
+
+    def add(self, record: FoodRecord, category: str = "") -> None:
+        """Count one kept record of a class ("" for none). The items of a list that is itself in doubt for its length are left out."""
+        self.rows[category] += 1
+        self.foods[category] += record.is_food
+        self._newcomers = None
+        for shelf in SHELVES if len(record.food_items + record.drink_items) <= LONG_LIST else ():
+            for name in getattr(record, shelf):
+                item = key(name)
+                self.items[category][item] += 1
+                self.classes[item].add(category)
+                self.forms[item][name] += 1
+                self.shelves[item][shelf] += 1
+
+    def is_strange(self, item: str, category: str, alone: bool) -> bool:
+        """Whether a class that is seen often, and much the same every time, has this item (a `key`) nowhere else, and rightly so.
+
+        Three kinds of evidence. The row is `alone`: it shares no item at all with the others. Or so few rows bring an item that the others
+        of their class lack that any newcomer is a surprise (Good and Turing's estimate; a class of few rows is judged together with the
+        whole data set). Or the item is at home in other classes, and those share no regular item with this one.
+        """
+        rows, items = self.rows[category], self.items.get(category, Counter())
+        if items[item] > 1 or not self._is_regular(category):
+            return False
+        if self._newcomers is None:
+            judged = [other for other in self.items if self._is_regular(other)]
+            self._newcomers = sum(_singles(self.items[other]) for other in judged) / max(sum(self.rows[other] for other in judged), 1)
+        if alone or _singles(items) - items[item] + PRIOR_ROWS * self._newcomers <= NEWCOMERS * (rows + PRIOR_ROWS):
+            return True
+        homes = [self.items[other] for other in self.classes.get(item, ()) if other != category and self.items[other][item] > 1]
+        regulars = [other for other, count in items.items() if count >= REGULAR * rows]
+        return bool(homes) and not any(home[regular] > 1 for home in homes for regular in regulars)
+
+    def _is_regular(self, category: str) -> bool:
+        rows, items = self.rows[category], self.items.get(category)
+        return bool(category and items) and rows >= MIN_SUPPORT and items.most_common(1)[0][1] >= SIGNATURE * rows
+
+
+NOTHING_KNOWN = Statistics()
+
+
+def _singles(items: Counter[str]) -> int:
+    return sum(count == 1 for count in items.values())
+
+
+def clean(
+    raw: Mapping[str, Any] | FoodRecord,
+    category: str = "",
+    statistics: Statistics | None = None,
+    policies: Mapping[str, Policy] = POLICIES,
+) -> tuple[FoodRecord | None, list[Finding]]:
+    """Mend one label: the record (None where a rule rejects it) and everything that was found, in the order of the rules.
+
+    `raw` needs the four keys of a record and their types, and may break the schema in any other way; further keys are ignored. Cleaning a
+    cleaned record again changes nothing. Raises KeyError when `policies` lacks a rule.
+    """
+    raw = raw.model_dump() if isinstance(raw, FoodRecord) else raw
+    if reason := _misshapen(raw):
+        return None, [Finding("shape", RULES["shape"][0], "", reason, "reject")]
+    shelves = {shelf: list(raw[shelf]) for shelf in SHELVES}
+    draft = _Draft(category, statistics or NOTHING_KNOWN, policies, raw["is_food"], raw["image_title"], shelves)
+    for rule in (_spelling, _shelves, _twins, _forms, _long_list, _pantry, _strangers, _is_food, _title):
+        rule(draft)
+    if draft.rejected:
+        return None, draft.findings
+    record = FoodRecord(is_food=draft.is_food, image_title=draft.title, **draft.shelves)
+    if any(value != raw[name] for name, value in record.model_dump().items()):  # what one rule mended may be news to another
+        record, more = clean(record, category, statistics, policies)
+        draft.findings += [finding for finding in more if finding not in draft.findings]
+    return record, draft.findings
+
+
+def lint(
+    raw: Mapping[str, Any] | FoodRecord, category: str, statistics: Statistics, policies: Mapping[str, Policy] = POLICIES
+) -> list[Finding]:
+    """All faults of one label, those of `clean` and those that only the rest of the data set shows."""
+    return clean(raw, category, statistics, policies)[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- rules
+
+
+@dataclass
+class _Draft:
+    """A label while the rules work on it, and what they found."""
+
+    category: str
+    statistics: Statistics
+    policies: Mapping[str, Policy]
+    is_food: int
+    title: str
+    shelves: dict[Shelf, list[str]]
+    findings: list[Finding] = field(default_factory=list)
+    rejected: bool = False
+
+    def found(self, rule: str, item: str, reason: str, mend: Literal["can", "must", "cannot"] = "can") -> bool:
+        """Note a fault; True where the rule is to mend it."""
+        policy = self.policies[rule]
+        if policy != "reject" and mend != "can":
+            policy = "fix" if mend == "must" else "flag"
+        self.findings.append(Finding(rule, RULES[rule][0], item, reason, policy))
+        self.rejected |= policy == "reject"
+        return policy == "fix"
+
+    @property
+    def items(self) -> list[str]:
+        return self.shelves["food_items"] + self.shelves["drink_items"]
+
+    def speaks_of(self, item: str) -> bool:
+        """Whether title or class name the item, word for word."""
+        return set(words.stems(item)) <= {*words.stems(self.title), *words.stems(self.category)}
+
+    def drop(self, item: str) -> None:
+        for names in self.shelves.values():
+            names[:] = [name for name in names if name != item]
+
+
+def _misshapen(raw: Mapping[str, Any]) -> str:
+    if missing := [key for key in FoodRecord.model_fields if key not in raw]:
+        return f"it lacks {', '.join(missing)}"
+    if type(raw["is_food"]) is not int or raw["is_food"] not in (0, 1):
+        return f"is_food is {raw['is_food']!r}, neither 0 nor 1"
+    if not isinstance(raw["image_title"], str):
+        return f"image_title is {raw['image_title']!r}, not a text"
+    for shelf in SHELVES:
+        if not isinstance(raw[shelf], list | tuple) or not all(isinstance(item, str) for item in raw[shelf]):
+            return f"{shelf} is {raw[shelf]!r}, not a list of texts"
+    return ""
+
+
+def _spelling(draft: _Draft) -> None:
+    draft.title = _spelled(draft, draft.title)
+    for shelf, names in draft.shelves.items():
+        spelled = [_spelled(draft, name) for name in names]
+        if "" in spelled:
+            draft.found("punctuation", "", f"{shelf} has an item without a name", "must")
+        draft.shelves[shelf] = [_shortened(draft, name) for name in spelled if name]
+
+
+def _spelled(draft: _Draft, name: str) -> str:
+    for rule, step, reason in (
+        ("underscore", lambda text: re.sub(r"[_\s]*_[_\s]*", " ", text).strip(), "has underscores for spaces"),
+        ("casing", str.lower, "has capital letters"),
+        ("punctuation", words.trimmed, "has marks or spaces that do not belong to it, or accents written as separate characters"),
+    ):
+        if (better := step(name)) != name and draft.found(rule, name, f"{name!r} {reason}"):
+            name = better
+    return name
+
+
+def _shortened(draft: _Draft, name: str) -> str:
+    if len(name) > MAX_ITEM and draft.found("long_name", name, f"{name!r} is longer than {MAX_ITEM} characters", "must"):
+        head = re.split(r"[,;:(]| (?:with|in|on|and|topped|served) ", name)[0]
+        return words.trimmed((head if len(head) <= MAX_ITEM else name)[:MAX_ITEM]) or name[:MAX_ITEM]
+    return name
+
+
+def _shelves(draft: _Draft) -> None:
+    hidden = _hidden(draft)
+    for shelf, other in (SHELVES, SHELVES[::-1]):
+        for item in [name for name in dict.fromkeys(draft.shelves[shelf]) if shelf == "drink_items" or name not in hidden]:
+            counts = draft.statistics.shelves.get(key(item), Counter())
+            if known := words.shelf_of(item):
+                reason = f"{item!r} is a {'drink' if known == 'drink_items' else 'food'}, and stands in {shelf}"
+            elif counts[other] >= RARE * max(counts[shelf], 1):
+                known, reason = other, f"{item!r} stands in {other} in {counts[other]} other rows, and in {shelf} here"
+            if known != other:
+                continue
+            dishes = [name for name in draft.shelves["food_items"] if not words.is_cooking_liquid(name)]
+            liquid = shelf == "food_items" and words.is_cooking_liquid(item) and item not in draft.shelves[other]
+            if draft.found("wrong_shelf", item, reason):
+                draft.shelves[other] += [name for name in draft.shelves[shelf] if name == item]
+                draft.shelves[shelf] = [name for name in draft.shelves[shelf] if name != item]
+            cooked = liquid and dishes and not draft.speaks_of(item)
+            if cooked and draft.found("pantry", item, f"{item!r} is listed as a food beside {dishes[0]!r}: it is in it, not in a glass"):
+                draft.drop(item)
+
+
+def _twins(draft: _Draft) -> None:
+    kept: dict[str, tuple[Shelf, str]] = {}
+    for shelf, names in draft.shelves.items():
+        left: list[str] = []
+        for name in names:
+            home, twin = kept.setdefault(key(name), (shelf, name))
+            if name in left:
+                draft.found("duplicate", name, f"{name!r} is listed twice", "must")
+            elif home != shelf and name == twin and draft.found("duplicate", name, f"{name!r} is listed as a food and as a drink"):
+                continue
+            elif name == twin:
+                left.append(name)
+            else:
+                better = home == shelf and words.holds(draft.title, name) and not words.holds(draft.title, twin)
+                worse, stays = (twin, name) if better else (name, twin)
+                if not draft.found("plural_twin", worse, f"{worse!r} is listed beside {stays!r}"):
+                    left.append(name)
+                elif better:
+                    left[left.index(twin)], kept[key(name)] = name, (shelf, name)
+        draft.shelves[shelf] = left
+
+
+def _forms(draft: _Draft) -> None:
+    for names in draft.shelves.values():
+        for position, name in enumerate(names):
+            forms = draft.statistics.forms.get(key(name), Counter())
+            common, count = forms.most_common(1)[0] if forms else (name, 0)
+            rare = common != name and common not in names and count >= RARE * max(forms[name], 1)
+            if rare and draft.found("rare_form", name, f"{name!r} is {common!r} in {count} other rows"):
+                names[position] = common
+
+
+def _long_list(draft: _Draft) -> None:
+    if len(draft.items) > LONG_LIST:
+        too_long = any(len(names) > MAX_ITEMS for names in draft.shelves.values())
+        dropped = [name for names in draft.shelves.values() for name in names[MAX_ITEMS:]]
+        reason = f"{len(draft.items)} items are more than anybody checks" + (f"; dropped: {', '.join(dropped)}" if too_long else "")
+        draft.found("long_list", "", reason, "must" if too_long else "cannot")
+        draft.shelves = {shelf: names[:MAX_ITEMS] for shelf, names in draft.shelves.items()}
+
+
+def _hidden(draft: _Draft) -> list[str]:
+    """Foods that cannot be seen, unless title or class name them or there is nothing else."""
+    foods, items = draft.shelves["food_items"], draft.items
+    about = [draft.title, draft.category]
+    hidden = [food for food in foods if not draft.speaks_of(food) and words.is_hidden(food, [*about, *(i for i in items if i != food)])]
+    return hidden if len(hidden) < len(items) else []
+
+
+def _pantry(draft: _Draft) -> None:
+    for item in _hidden(draft):
+        if draft.found("pantry", item, f"{item!r} is an ingredient that cannot be seen, and no title or class is about it"):
+            draft.drop(item)
+
+
+def _strangers(draft: _Draft) -> None:
+    category, statistics = draft.category, draft.statistics
+    alone = not any(statistics.items.get(category, Counter())[key(item)] > 1 for item in draft.items)
+    for item in draft.items:
+        strange = not words.content(item) & words.content(category) and statistics.is_strange(key(item), category, alone)
+        if strange and draft.found("stranger", item, f"no other of the {statistics.rows[category]} rows of {category!r} has {item!r}"):
+            draft.drop(item)
+
+
+def _is_food(draft: _Draft) -> None:
+    beside = repr(draft.items[0]) if draft.items else f"the title {draft.title!r}" if draft.title else ""
+    if draft.is_food and not draft.items:
+        draft.found("empty", "", "is_food is 1 and nothing is listed", "cannot")
+    elif not draft.is_food and beside and draft.found("contradiction", "", f"is_food is 0 beside {beside}", "must"):
+        draft.is_food, draft.title = int(bool(draft.items)), draft.title if draft.items else ""
+    others = draft.statistics.rows[draft.category] - 1
+    share = (draft.statistics.foods[draft.category] - draft.is_food) / max(others, 1)
+    if draft.category and others + 1 >= MIN_SUPPORT and abs(share - draft.is_food) >= AGREED:
+        draft.found("class_contradiction", "", f"is_food is {draft.is_food}, unlike other rows of {draft.category!r}", "cannot")
+
+
+def _title(draft: _Draft) -> None:
+    listing = _listing(draft.items)
+    if not draft.is_food or draft.title == listing:
+        return
+    if not draft.title:
+        if draft.found("untitled", "", "the title is empty", "can" if listing else "cannot"):
+            draft.title = listing
+        return
+    subject = words.without_photo_of(draft.title)
+    if subject != draft.title and draft.found("photo_of", draft.title, f"{draft.title!r} speaks of the picture"):
+        draft.title = subject
+    title, names = draft.title, [*draft.items, draft.category]
+    too_long = len(title) > MAX_TITLE
+    reason = f"the title {title!r} shares no word with {listing!r}, nor with the class"
+    if listing and not words.share_a_word(title, names) and draft.found("title_mismatch", title, reason):
+        draft.title = listing
+    mend = "must" if too_long else "can" if listing else "cannot"
+    reason = f"{title!r} is a sentence, or too long for a title"
+    if (too_long or words.is_sentence(title, names)) and draft.found("sentence_title", title, reason, mend):
+        draft.title = listing or words.trimmed(title[:MAX_TITLE].rpartition(" ")[0])
+
+
+def _listing(items: list[str]) -> str:
+    """A title made of the items, as many as the schema has room for: "egg, pie and tea"."""
+    while True:
+        *start, last = items or [""]
+        title = f"{', '.join(start)} and {last}" if start else last
+        if len(title) <= MAX_TITLE:
+            return title
+        items = items[:-1]

@@ -1,0 +1,168 @@
+"""Near-duplicate pictures: found again after resizing, JPEG compression, mirroring and a crop of 5 % a side.
+
+What is kept of a picture is its fingerprint: 12 x 12 cells of colour, 432 bytes. Two steps find the pairs:
+
+1. An index (a k-d tree over 13 numbers: mean colour, contrast, the lowest frequencies, all blind to mirroring) names for every
+   picture, and for its middle as a crop would leave it, the few nearest others. What is compared grows with n, not with n².
+2. Every named pair is compared cell by cell, after the shift and zoom that fit it best are taken out. What is left over, as a
+   share of the pictures' own contrast, is their distance: 0 for equal cells, about 1 for unrelated pictures.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+from scipy.fft import dctn
+from scipy.interpolate import CubicSpline
+from scipy.sparse import coo_array
+from scipy.spatial import KDTree
+
+GRID = 12  # cells along an edge
+FINGERPRINT_BYTES = 3 * GRID * GRID
+ZOOM = 0.91  # the middle that is looked up besides the whole; the fit makes up for crops a little larger, smaller or off centre
+REACH = 0.32  # how far the index looks
+NEIGHBOURS = 12  # candidates a look-up at most: thousands of near-blank pictures then cost no more than thousands of others
+NEAR = 0.3  # the largest distance of near-duplicates
+LOOSE = 0.45  # the largest distance from the hub of a group to any member
+UNLIKE = 1.0  # pairs that differ by more than their contrast before the fit are not fitted
+NOISE = np.array([1.5, 3.0, 3.0], np.float32)  # levels of Y, Cb and Cr that JPEG leaves on a cell; contrast below them is none
+BATCH = 2048  # pictures or pairs at a time: about 50 MB
+
+_CELLS = np.arange(GRID)
+_SPLINE = CubicSpline(_CELLS, np.eye(GRID))
+_SLOPE = (_SPLINE.derivative()(_CELLS) * GRID).astype(np.float32)  # cells -> their slopes, in levels per width
+_MIDDLE = _SPLINE((_CELLS + 0.5 - GRID / 2) * ZOOM + GRID / 2 - 0.5).astype(np.float32)  # cells -> cells of the middle
+_ACROSS = ((_CELLS + 0.5) / GRID - 0.5).astype(np.float32)  # where the cells lie: -0.5 to 0.5
+_LOW = tuple(np.array([(p, v, u) for p, top in enumerate((2, 1, 1)) for v in range(3) for u in range(3) if 0 < v + u <= top]).T)
+
+
+class NearPair(NamedTuple):
+    """Two positions, `first < second`, and the distance of their pictures: 0 to NEAR."""
+
+    first: int
+    second: int
+    distance: float
+
+
+def fingerprint(picture: Image.Image) -> bytes:
+    """The FINGERPRINT_BYTES to keep of a picture: (3, GRID, GRID) cells of YCbCr, whatever its size and aspect."""
+    fine = picture.convert("RGB").resize((4 * GRID, 4 * GRID), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    # a cell is a blurred spot, wider than the cell: sharper ones alias, and then a crop cannot be undone by moving them
+    cells = fine.filter(ImageFilter.GaussianBlur(2.4)).resize((GRID, GRID), Image.Resampling.BOX).convert("YCbCr")
+    return np.asarray(cells).transpose(2, 0, 1).tobytes()
+
+
+def near_pairs(fingerprints: Sequence[bytes]) -> list[NearPair]:
+    """The pairs of near-duplicates, in order of position. Raises ValueError for bytes that are no fingerprint.
+
+    Of equal fingerprints only the first is compared with others; each later one is paired with it. In a crowd of more than
+    NEIGHBOURS pictures that are all alike, not every pair is listed.
+    """
+    cells, kinds, first = _distinct(fingerprints)
+    pairs = {(first[kind], position): 0.0 for position, kind in enumerate(kinds) if first[kind] < position}
+    for one, other, crop in _candidates(cells):
+        distances = _distances(_middle(cells[one]) if crop else cells[one], cells[other])
+        for k in np.flatnonzero(distances <= NEAR):
+            ends = first[one[k]], first[other[k]]
+            pair = min(ends), max(ends)
+            pairs[pair] = min(float(distances[k]), pairs.get(pair, NEAR))
+    return sorted(NearPair(*pair, distance) for pair, distance in pairs.items())
+
+
+def group_near(fingerprints: Sequence[bytes], pairs: Sequence[NearPair] | None = None) -> list[int]:
+    """For every picture the first position in its group of near-duplicates: its own where it is alone.
+
+    A group grows along pairs from its hub, the picture with the most, and takes in only what resembles the hub: a chain of small
+    differences does not join unrelated pictures. Who is grouped with whom does not depend on the order of the pictures.
+    `pairs` saves the search where `near_pairs` was asked already. Raises ValueError for bytes that are no fingerprint.
+    """
+    cells, kinds, _ = _distinct(fingerprints)
+    ends = [(kinds[pair.first], kinds[pair.second]) for pair in (near_pairs(fingerprints) if pairs is None else pairs)]
+    a, b = np.array([end for end in ends if end[0] != end[1]], int).reshape(-1, 2).T
+    links = coo_array((np.ones(2 * len(a), bool), (np.r_[a, b], np.r_[b, a])), shape=(len(cells), len(cells))).tocsr()
+    hubs = np.full(len(cells), -1)
+    for hub in np.argsort(-np.diff(links.indptr), kind="stable"):  # ties: in order of content
+        if hubs[hub] < 0:
+            hubs[hub] = hub
+            reached = links.indices[links.indptr[hub] : links.indptr[hub + 1]]
+            while len(reached := reached[hubs[reached] < 0]):
+                hubs[reached] = hub
+                reached = np.unique(links[reached].indices)
+                reached = reached[hubs[reached] < 0]
+                reached = reached[_resemblance(cells[[hub]], cells[reached]) <= LOOSE]
+    start: dict[int, int] = {}
+    return [start.setdefault(int(hubs[kind]), position) for position, kind in enumerate(kinds)]
+
+
+def _distinct(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, list[int], list[int]]:
+    """The different fingerprints in order of content as cells (m, 3, GRID, GRID); which of them each is; where each is first."""
+    for position, print_ in enumerate(fingerprints):
+        if len(print_) != FINGERPRINT_BYTES:
+            raise ValueError(f"fingerprint {position} has {len(print_)} bytes, not {FINGERPRINT_BYTES}: make it with `fingerprint`")
+    content = sorted(set(fingerprints))
+    number = {print_: kind for kind, print_ in enumerate(content)}
+    kinds = [number[print_] for print_ in fingerprints]
+    first = dict(zip(reversed(kinds), range(len(kinds) - 1, -1, -1), strict=True))
+    cells = np.frombuffer(b"".join(content), np.uint8).reshape(-1, 3, GRID, GRID)
+    return cells, kinds, [first[kind] for kind in range(len(content))]
+
+
+def _middle(cells: np.ndarray) -> np.ndarray:
+    return _MIDDLE @ cells.astype(np.float32) @ _MIDDLE.T
+
+
+def _contrast(cells: np.ndarray) -> np.ndarray:
+    """(n, 3, 1, 1): the spread of the cells of each plane, in levels, and no less than NOISE."""
+    return np.sqrt(cells.var((2, 3)) + NOISE**2)[:, :, None, None]
+
+
+def _keys(cells: np.ndarray) -> np.ndarray:
+    """(n, 13): where pictures lie in the index. Equal for a picture and its mirror image, whose odd frequencies change sign."""
+    cells = cells.astype(np.float32)
+    contrast = _contrast(cells)
+    waves = np.abs(dctn(cells, axes=(2, 3), norm="ortho")) / GRID
+    return np.hstack([waves[:, :, 0, 0] / 50, np.log(contrast).mean((1, 2, 3))[:, None] / 2, (waves / contrast)[:, *_LOW]])
+
+
+def _candidates(cells: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Pairs worth comparing, BATCH at a time: ones, others, and whether it is the ones' middle that looks like the others."""
+    if not len(cells):
+        return
+    tree = KDTree(np.vstack([_keys(cells[start : start + BATCH]) for start in range(0, len(cells), BATCH)]), leafsize=32)
+    for start in range(0, len(cells), BATCH):
+        batch = cells[start : start + BATCH]
+        for crop in (False, True):
+            found = tree.query(_keys(_middle(batch) if crop else batch), NEIGHBOURS + 1, eps=0.25, distance_upper_bound=REACH, workers=-1)[1]
+            row, rank = np.nonzero(found < len(cells))
+            one, other = row + start, found[row, rank]
+            one, other = one[one != other], other[one != other]
+            for at in range(0, len(one), BATCH):
+                yield one[at : at + BATCH], other[at : at + BATCH], crop
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(n,): how pictures a and b differ, whichever way round, once the shift and zoom that fit best are taken out; inf if too far.
+
+    One Gauss-Newton step: to first order, moving a picture by t and stretching it by s adds (t + s * place) * slope to a cell.
+    """
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    mirrored = ((a - b[..., ::-1]) ** 2).sum((1, 2, 3)) < ((a - b) ** 2).sum((1, 2, 3))
+    b = np.where(mirrored[:, None, None, None], b[..., ::-1], b)
+    contrast = np.sqrt(_contrast(a) * _contrast(b))
+    a, b = a / contrast, b / contrast
+    distances = np.full(len(a), np.inf)
+    close = ((a - b) ** 2).mean((1, 2, 3)) <= UNLIKE**2
+    mean, difference = (a[close] + b[close]) / 2, (a[close] - b[close]).reshape(-1, FINGERPRINT_BYTES, 1)
+    across, down = mean @ _SLOPE.T, _SLOPE @ mean
+    moves = np.stack([across, across * _ACROSS, down, down * _ACROSS[:, None]], 1).reshape(-1, 4, FINGERPRINT_BYTES)
+    normal = moves @ moves.transpose(0, 2, 1) + 1e-3 * np.eye(4, dtype=np.float32)
+    fit = np.linalg.solve(normal, moves @ difference).clip(-0.15, 0.15)
+    distances[close] = np.sqrt(((difference - moves.transpose(0, 2, 1) @ fit) ** 2).mean((1, 2)))
+    return distances
+
+
+def _resemblance(hub: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """(n,): the distances of pictures from one, where either may be a crop of the other."""
+    hub = np.broadcast_to(hub, cells.shape)
+    return np.minimum(_distances(hub, cells), np.minimum(_distances(_middle(hub), cells), _distances(hub, _middle(cells))))

@@ -1,0 +1,85 @@
+"""Reading every picture of a source once, so that a killed run can take up where it was.
+
+Each picture is decoded, hashed and stored, and a line about it goes to a ledger. Memory does not grow with the pictures, only with the
+lines. Nothing is judged here.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from foodextract.duplicates import fingerprint
+from foodextract.pictures import SUFFIXES, PictureError, open_picture
+from foodextract.sources import Reject, Sample
+
+LEDGER, PICTURES = "ledger.jsonl", "pictures"
+
+
+def ingest(samples: Iterable[Sample | Reject], folder: Path, total: int | None = None) -> list[dict[str, Any]]:
+    """Store every picture of `samples` below `folder` and return the ledger: one entry a sample, with hashes, label and provenance.
+
+    Entries of an earlier, killed run are kept as long as the source still yields the same samples; the first that differs, and all
+    behind it, are read anew.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = folder / LEDGER
+    entries, kept_bytes = _read_ledger(ledger)
+    stream = iter(samples)
+    waiting: list[Sample | Reject] = []
+    for position, entry in enumerate(entries):
+        sample = next(stream, None)
+        if sample is None or _identity(sample) != entry["id"]:
+            kept_bytes = sum(entry["bytes"] for entry in entries[:position])
+            entries = entries[:position]
+            waiting = [sample] if sample is not None else []
+            break
+    with ledger.open("ab") as file, tqdm(total=total, initial=len(entries), desc="reading pictures", unit="picture") as bar:
+        file.truncate(kept_bytes)
+        for sample in chain(waiting, stream):
+            entry = _entry(sample, folder)
+            line = json.dumps(entry).encode() + b"\n"
+            file.write(line)
+            file.flush()
+            entries.append(entry | {"bytes": len(line)})
+            bar.update()
+    return entries
+
+
+def _read_ledger(ledger: Path) -> tuple[list[dict[str, Any]], int]:
+    entries, size = [], 0
+    for line in ledger.open("rb") if ledger.exists() else ():
+        try:
+            entries.append(json.loads(line) | {"bytes": len(line)})
+        except json.JSONDecodeError:  # the line that was being written when the run was killed
+            break
+        size += len(line)
+    return entries, size
+
+
+def _identity(sample: Sample | Reject) -> str:
+    """Changes whenever anything that the source says of a row does."""
+    told = {name: value for name, value in vars(sample).items() if name != "read"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _entry(sample: Sample | Reject, folder: Path) -> dict[str, Any]:
+    entry = {"id": _identity(sample), "name": sample.name}
+    if isinstance(sample, Reject):
+        return entry | {"reject": sample.reason}
+    try:
+        data = sample.read()
+        picture = open_picture(data)
+    except (PictureError, OSError) as error:
+        return entry | {"reject": str(error)}
+    pixels = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+    suffix = Path(sample.name).suffix.lower()
+    stored = Path(PICTURES) / pixels[:2] / f"{pixels}-{hashlib.sha256(data).hexdigest()[:8]}{suffix if suffix in SUFFIXES else '.img'}"
+    (folder / stored).parent.mkdir(parents=True, exist_ok=True)
+    (folder / stored).write_bytes(data)
+    told = {name: value for name, value in vars(sample).items() if name not in ("read", "name")}
+    return entry | told | {"pixels": pixels, "stored": str(stored), "print": fingerprint(picture).hex()}

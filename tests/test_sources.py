@@ -1,0 +1,136 @@
+import json
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from foodextract import sources
+from foodextract.pictures import open_picture
+from foodextract.sources import NOTHING, DatasetError, Reject, Sample
+
+BEER = {"is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}
+
+
+def picture(path, number=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
+
+
+def test_scenes_are_labelled_without_being_drawn(monkeypatch):
+    from foodextract.scenes import draw_scene
+
+    monkeypatch.setattr(sources, "draw_scene", lambda *_: pytest.fail("drawn"))
+    samples = list(sources.scenes(seed=3, train=20, test=5))
+    monkeypatch.undo()
+    assert [sample.split for sample in samples] == ["train"] * 20 + ["test"] * 5
+    for sample, scene in zip(samples[20:], (draw_scene(3, "test", number) for number in range(5)), strict=True):
+        assert sample.label == scene.record.model_dump()
+        assert open_picture(sample.read()).tobytes() == scene.image.tobytes()
+        assert sample.licence.startswith("CC BY-SA 4.0")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv with JSON lists", "csv with semicolons"])
+def test_metadata_in_either_form(tmp_path, kind):
+    picture(tmp_path / "a.png")
+    if kind == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **BEER, "group": 7, "licence": "CC0"}) + "\n\n")
+    else:
+        cell = '"[""beer""]"' if "JSON" in kind else "beer;"
+        (tmp_path / "metadata.csv").write_text(
+            f"file_name,is_food,image_title,food_items,drink_items,group,licence\na.png,1,beer,,{cell},7,CC0\n"
+        )
+    [sample] = sources.labelled_folder(tmp_path)
+    assert (sample.label, sample.group, sample.licence, sample.source) == (BEER, "7", "CC0", tmp_path.name)
+    assert sample.read() == (tmp_path / "a.png").read_bytes()
+
+
+def test_class_named_folders(tmp_path):
+    for name in ("apple_pie/1.png", "apple_pie/2.png", "not_food/3.png"):
+        picture(tmp_path / name)
+    found = list(sources.labelled_folder(tmp_path))
+    assert [sample.name for sample in found] == ["apple_pie/1.png", "apple_pie/2.png", "not_food/3.png"]
+    assert found[0].label == {"is_food": 1, "image_title": "apple pie", "food_items": ["apple pie"], "drink_items": []}
+    assert found[2].label == NOTHING
+
+
+def test_not_food_folder(tmp_path):
+    with pytest.raises(DatasetError, match="no pictures"):
+        list(sources.not_food_folder(tmp_path))
+    picture(tmp_path / "deep" / "b.png")
+    [sample] = sources.not_food_folder(tmp_path)
+    assert (sample.name, sample.label) == ("deep/b.png", NOTHING)
+
+
+def test_bad_csv_rows_are_named(tmp_path):
+    picture(tmp_path / "a.png")
+    head = "file_name,is_food,image_title,food_items,drink_items"
+    (tmp_path / "metadata.csv").write_text(f"{head}\na.png,perhaps,,,\na.png,0,,[broken,\na.png\n")
+    found = list(sources.labelled_folder(tmp_path))
+    assert [type(row) for row in found] == [Reject] * 3
+    assert [row.name.split(" (")[0] for row in found] == [f"metadata.csv line {number}" for number in (2, 3, 4)]
+
+
+class Streamed(datasets.IterableDataset):
+    """Stands in for what the Hub would stream."""
+
+    @classmethod
+    def of(cls, monkeypatch, rows, features):
+        made = datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_iterable_dataset()
+        asked = []
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or made)
+        return asked
+
+
+@pytest.mark.parametrize("as_text", [str, json.dumps], ids=["Python repr", "JSON"])
+def test_hub_rows(monkeypatch, as_text):
+    label = {"is_food": 1, "image_title": "turkish_coffee", "food_items": [], "drink_items": ["coffee"]}
+    row = {"image": Image.new("RGB", (8, 8)), "output_json": as_text(label), "image_name": "a.jpg", "food270_class_name": "coffee"}
+    features = {"image": datasets.Image(), **dict.fromkeys(("output_json", "image_name", "food270_class_name"), datasets.Value("string"))}
+    asked = Streamed.of(monkeypatch, [row, {**row, "output_json": "nothing of use"}], features)
+    sample, reject = sources.hub()
+    assert asked == [(sources.HUB_DATASET, {"split": "train", "streaming": True})]
+    assert (sample.label, sample.category, sample.name) == (label, "coffee", "000000-a.jpg")
+    assert open_picture(sample.read()).size == (8, 8)
+    assert isinstance(reject, Reject)
+
+
+def test_food101_has_names_and_never_numbers(monkeypatch):
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["apple_pie", "beignets", "grilled_salmon"])}
+    Streamed.of(monkeypatch, [{"image": Image.new("RGB", (8, 8)), "label": 2}], features)
+    [sample] = sources.food101()
+    assert (sample.category, sample.label["food_items"]) == ("grilled salmon", ["grilled salmon"])
+
+
+@pytest.mark.parametrize("kind", ["hub", "food101"])
+def test_an_unreachable_hub_is_named(kind):
+    with pytest.raises(DatasetError, match=r"cannot read '.*/.*' from the Hub .*check the name and the connection"):
+        next(sources.open_source(kind))
+
+
+def test_unknown_sources_and_missing_places_are_named():
+    with pytest.raises(DatasetError, match="no source 'flickr'"):
+        sources.open_source("flickr")
+    with pytest.raises(DatasetError, match="needs a folder"):
+        sources.open_source("folder")
+
+
+def numbered(name, count):
+    return (Sample(f"{name}{number}", bytes, NOTHING, name, "") for number in range(count))
+
+
+def test_a_mix_keeps_its_shares_at_every_point():
+    mixed = list(sources.mix([(numbered("a", 1000), 3), (numbered("b", 1000), 1)]))
+    for length in (4, 40, 400, len(mixed)):
+        assert sum(sample.source == "a" for sample in mixed[:length]) == pytest.approx(0.75 * length, abs=1)
+    assert sum(sample.source == "a" for sample in mixed) == 1000  # until the first runs out
+    again = sources.mix([(numbered("a", 1000), 3), (numbered("b", 1000), 1)])
+    assert [sample.name for sample in islice(again, 50)] == [sample.name for sample in mixed[:50]]
+
+
+def test_rejects_pass_through_a_mix_and_wrong_shares_do_not():
+    rows = list(sources.mix([(iter([Reject("x", "y"), *numbered("a", 1)]), 1)]))
+    assert [type(row) for row in rows] == [Reject, Sample]
+    with pytest.raises(DatasetError, match="share above 0"):
+        list(sources.mix([(numbered("a", 1), 0)]))
