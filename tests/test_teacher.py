@@ -23,7 +23,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from foodextract import dataset, prompts, scenes, schema, teacher
+from foodextract import prompts, scenes, schema, sources, teacher
 from foodextract.schema import FoodRecord
 from foodextract.teacher import Summary, Teacher, TeacherError, as_data_url, label_folder
 
@@ -193,14 +193,15 @@ def url_of(path, max_edge=1024):
 # ------------------------------------------------------------------------------------------------------------------------------ all is well
 
 
-def test_every_picture_gets_its_own_label_and_folder_source_reads_them(ask, folder, endpoint):
+def test_every_picture_gets_its_own_label_and_the_labelled_folder_can_be_read(ask, folder, endpoint):
     summary = ask(licence="CC0")
     assert (summary.asked, summary.labelled, summary.requests, summary.questions) == (6, 6, 6, 6)
-    samples = list(dataset.folder_source(folder))
-    assert all(isinstance(sample, dataset.Sample) for sample in samples)
+    samples = list(sources.labelled_folder(folder))
+    assert all(isinstance(sample, sources.Sample) for sample in samples)
     assert [sample.name for sample in samples] == ["0.png", "1.png", "2.png", "3.png", "4.png", "more/5.png"]
     for sample in samples:
-        assert sample.record == label_of(url_of(folder / sample.name))
+        assert FoodRecord(**sample.label) == label_of(url_of(folder / sample.name))
+        assert sample.read() == (folder / sample.name).read_bytes()
         assert (sample.source, sample.licence) == ("teacher:big-model", "CC0")
     assert set(endpoint.asked().values()) == {1}
 
@@ -380,7 +381,7 @@ def test_an_answer_that_breaks_the_schema_is_kept_with_its_words(text, reason, a
     assert (row["file_name"], row["status"]) == ("1.png", "rejected")
     assert row["raw"] == (text[:20_000] if isinstance(text, str) else str(text or ""))
     assert reason in row["reason"]
-    assert len(list(dataset.folder_source(folder))) == 5
+    assert len(list(sources.labelled_folder(folder))) == 5
 
 
 def test_a_good_second_answer_counts_and_its_temperature_is_noted(ask, folder, endpoint):

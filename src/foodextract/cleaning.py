@@ -152,7 +152,8 @@ def clean(
     record = FoodRecord(is_food=draft.is_food, image_title=draft.title, **draft.shelves)
     if any(value != raw[name] for name, value in record.model_dump().items()):  # what one rule mended may be news to another
         record, more = clean(record, category, statistics, policies)
-        draft.findings += [finding for finding in more if finding not in draft.findings]
+        known = {(finding.rule, finding.item) for finding in draft.findings}
+        draft.findings += [finding for finding in more if (finding.rule, finding.item) not in known]
     return record, draft.findings
 
 

@@ -4,7 +4,7 @@
 
 The teacher gets our prompt and our JSON schema, so its labels need no translation. Written beside the pictures:
 
-    metadata.jsonl            the labels, as `dataset.folder_source` reads them
+    metadata.jsonl            the labels, as `sources.labelled_folder` reads them
     metadata.rejects.jsonl    the pictures without a label: why, and the teacher's words where there were any
     metadata.ledger.jsonl     one line an outcome, appended as it comes; a later run asks only for what is not in it
 """

@@ -1,0 +1,174 @@
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from foodextract import duplicates
+from foodextract.duplicates import FINGERPRINT_BYTES, NEAR, NEIGHBOURS, fingerprint, group_near, near_pairs
+from foodextract.scenes import draw_scenes, sprite
+
+
+def crop(picture, left, top, right, bottom):
+    """The picture less these shares of its edges."""
+    width, height = picture.size
+    return picture.crop((round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height)))
+
+
+def jpeg(picture, quality):
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=quality)
+    return Image.open(data)
+
+
+def resize(picture, scale):
+    return picture.resize([round(edge * scale) for edge in picture.size])
+
+
+CHANGES = {
+    "the same": lambda picture: picture.copy(),
+    "resized": lambda picture: resize(picture, 0.4),
+    "squeezed": lambda picture: picture.resize((224, 160)),
+    "recompressed": lambda picture: jpeg(picture, 30),
+    "mirrored": ImageOps.mirror,
+    "cropped all round": lambda picture: crop(picture, 0.05, 0.05, 0.05, 0.05),
+    "cropped at two edges": lambda picture: crop(picture, 0.05, 0.05, 0, 0),
+    "cropped off centre": lambda picture: crop(picture, 0.01, 0.04, 0.04, 0.01),
+    "all at once": lambda picture: jpeg(resize(ImageOps.mirror(crop(picture, 0.02, 0.01, 0.03, 0.04)), 0.6), 50),
+}
+
+
+def texture(seed, size=(240, 180)):
+    """Coloured noise with the spectrum of photographs: amplitude falls with frequency."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    fall = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width).clip(1) ** -1.3
+    planes = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, height, width))) * fall, s=(height, width))
+    planes /= planes.std((1, 2), keepdims=True)
+    levels = planes[[0, 0, 0]] * 45 + planes * rng.uniform(5, 15, (3, 1, 1)) + rng.uniform(90, 150, (3, 1, 1))
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def blank(*colour, size=(64, 48)):
+    return Image.new("RGB", size, colour)
+
+
+def near_blank(count, seed=0):
+    """Fingerprints of white pictures that differ by a grey level here and there."""
+    cells = np.full((count, FINGERPRINT_BYTES), 250, np.uint8) - np.random.default_rng(seed).integers(0, 2, (count, FINGERPRINT_BYTES))
+    return [row.astype(np.uint8).tobytes() for row in cells]
+
+
+def parts(groups):
+    """The groups as sets of positions, whatever they are called."""
+    return {frozenset(p for p, group in enumerate(groups) if group == name) for name in set(groups)}
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [scene.image for scene in draw_scenes(21, "train", 150)]
+
+
+@pytest.fixture(scope="module")
+def textures():
+    return [texture(seed) for seed in range(30)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_copy_is_found_again(scenes, textures, change):
+    pictures = scenes[:50] + textures
+    copies = [CHANGES[change](picture) for picture in pictures]
+    groups = group_near([fingerprint(picture) for picture in pictures + copies])
+    assert groups[: len(pictures)] == list(range(len(pictures)))  # each alone …
+    assert groups[len(pictures) :] == list(range(len(pictures)))  # … but for its own copy
+
+
+def test_all_copies_of_a_picture_make_one_group(textures):
+    pictures = [change(picture) for picture in textures[:3] for change in CHANGES.values()]
+    assert group_near([fingerprint(picture) for picture in pictures]) == [i // len(CHANGES) * len(CHANGES) for i in range(len(pictures))]
+
+
+def test_different_pictures_stay_apart(scenes, textures):
+    pictures = scenes + textures
+    assert group_near([fingerprint(picture) for picture in pictures]) == list(range(len(pictures)))
+
+
+def test_different_dishes_on_the_same_table_stay_apart(textures):
+    pictures = []
+    for code in ("1F34E", "1F34C", "1F354", "1F382"):  # apple, banana, hamburger, cake
+        table, dish = textures[0].copy(), sprite(code).resize((80, 80))
+        table.paste(dish, (80, 50), dish)
+        pictures.append(table)
+    assert group_near([fingerprint(picture) for picture in pictures]) == [0, 1, 2, 3]
+
+
+def test_groups_do_not_depend_on_order(scenes, textures):
+    pictures = scenes[:40] + textures[:10]
+    pictures += [CHANGES[change](picture) for picture in pictures[::3] for change in ("mirrored", "cropped all round", "recompressed")]
+    fingerprints = [fingerprint(picture) for picture in pictures] + near_blank(200)
+    groups = group_near(fingerprints)
+    assert 50 < len(set(groups)) < len(pictures)
+    assert all(groups[group] == group <= position for position, group in enumerate(groups))  # each is called by its first
+    assert group_near(fingerprints) == groups
+    for seed in range(3):
+        order = random.Random(seed).sample(range(len(fingerprints)), len(fingerprints))
+        shuffled = group_near([fingerprints[old] for old in order])
+        assert {frozenset(order[new] for new in part) for part in parts(shuffled)} == parts(groups)
+
+
+def test_pairs_name_what_is_grouped_and_how_far_apart(textures):
+    pictures = [textures[0], textures[1], resize(textures[0], 0.5), textures[1], crop(textures[0], 0.05, 0.05, 0.05, 0.05)]
+    fingerprints = [fingerprint(picture) for picture in pictures]
+    pairs = near_pairs(fingerprints)
+    assert [pair[:2] for pair in pairs] == [(0, 2), (0, 4), (1, 3), (2, 4)]
+    distances = [pair.distance for pair in pairs]
+    assert distances[2] == 0 < distances[0] < distances[1] <= NEAR
+    assert group_near(fingerprints, pairs) == group_near(fingerprints) == [0, 1, 0, 1, 0]
+    assert group_near(fingerprints, pairs[:1]) == [0, 1, 0, 1, 4]  # equal fingerprints need no pair to be together
+
+
+def test_a_chain_of_small_steps_does_not_join_its_ends(textures):
+    steps = [fingerprint(Image.blend(textures[0], textures[1], share)) for share in np.linspace(0, 1, 41)]
+    pairs = near_pairs(steps)
+    assert {(at, at + 1) for at in range(40)} <= {pair[:2] for pair in pairs}  # every link of the chain is there
+    groups = group_near(steps, pairs)
+    assert 2 <= len(set(groups)) <= 8
+    assert max(len(part) for part in parts(groups)) < 30
+    assert groups[0] != groups[-1]
+
+
+def test_blank_and_tiny_pictures():
+    colours = [(255, 255, 255), (0, 0, 0), (200, 40, 40), (40, 200, 40), (200, 190, 40)]
+    pictures = [blank(*colour) for colour in colours] + [blank(*colour, size=(1, 1)) for colour in colours]
+    pictures += [texture(0, (2, 2)), texture(1, (3, 1)), texture(2, (1, 700)), texture(3, (4, 4))]
+    assert group_near([fingerprint(picture) for picture in pictures]) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 10, 11, 12, 13]
+
+
+def test_a_crowd_of_blank_pictures_is_one_group_and_takes_in_no_other(textures):
+    fingerprints = near_blank(500) + [fingerprint(picture) for picture in textures]
+    assert group_near(fingerprints) == [0] * 500 + list(range(500, 530))
+
+
+def test_what_is_compared_grows_with_the_number_of_pictures():
+    """Random cells are all alike to the index, and so are blank ones: without a bound both would be compared all with all."""
+    random_cells = np.random.default_rng(0).integers(0, 256, (15_000, FINGERPRINT_BYTES), dtype=np.uint8)
+    cells, *_ = duplicates._distinct([row.tobytes() for row in random_cells] + near_blank(5_000))
+    batches = [(len(one), len(other)) for one, other, _ in duplicates._candidates(cells)]
+    compared = sum(one for one, _ in batches)
+    assert len(cells) * NEIGHBOURS < compared <= len(cells) * 2 * (NEIGHBOURS + 1)
+    assert all(one == other <= duplicates.BATCH for one, other in batches)
+
+
+def test_fingerprints_are_small_and_of_one_size():
+    modes = [Image.new(mode, size) for mode, size in (("RGB", (1, 1)), ("L", (300, 5)), ("RGBA", (9, 9)), ("RGB", (1500, 1000)))]
+    assert {len(fingerprint(picture)) for picture in modes} == {FINGERPRINT_BYTES}
+    assert FINGERPRINT_BYTES <= 512
+    assert fingerprint(texture(1)) == fingerprint(texture(1)) != fingerprint(texture(2))
+
+
+def test_nothing_in_nothing_out_and_wrong_bytes_are_named():
+    assert group_near([]) == near_pairs([]) == []
+    assert group_near([bytes(FINGERPRINT_BYTES)]) == [0]
+    with pytest.raises(ValueError, match="fingerprint 1 has 3 bytes"):
+        group_near([bytes(FINGERPRINT_BYTES), b"abc"])
