@@ -221,19 +221,36 @@ def test_what_the_schema_forbids_is_mended_even_where_the_policy_says_flag():
 # ------------------------------------------------------------------------------------------------------------------------------ whole sets
 
 
-def desserts():
-    """A class that always shows milk pudding, most often cinnamon, and one of many other things; eggplant is at home elsewhere."""
+def desserts(category="kazandibi"):
+    """A class that always shows milk pudding, often cinnamon, and in every third picture something that no other has."""
     others = ["pistachio", "walnut", "mint leaf", "strawberry", "coconut", "almond", "wafer", "orange peel", "rose petal", "raisin"]
-    rows = [(raw("kazandibi", ["milk pudding", "cinnamon", other]), "kazandibi") for other in others]
-    return rows + [(raw("moussaka", ["moussaka", "eggplant", "tomato"]), "moussaka")] * 10
+    rows = [raw("kazandibi", ["milk pudding", "cinnamon", other]) for other in others] + [
+        raw("kazandibi", ["milk pudding", "cinnamon"])
+    ] * 20
+    return [(row, category) for row in rows]
+
+
+MOUSSAKA = [(raw("moussaka", ["moussaka", "eggplant", "tomato"]), "moussaka")] * 10
+PIZZA, ODD_PIZZA = (raw("pizza", ["pizza"]), "pizza"), (raw("pizza", ["pizza", "octopus"]), "pizza")
 
 
 def test_an_item_at_home_in_unlike_classes_is_a_stranger():
     faulty = (raw("kazandibi", ["milk pudding", "eggplant"]), "kazandibi")
-    statistics = count([*desserts(), faulty])
+    statistics = count([*desserts(), *MOUSSAKA, faulty])
     (finding,) = lint(*faulty, statistics)
     assert (finding.rule, finding.item, finding.policy) == ("stranger", "eggplant", "flag")
     assert not any(lint(*row, statistics) for row in desserts())
+
+
+def test_an_item_at_home_in_a_class_like_this_one_is_no_stranger():
+    likely = (raw("kazandibi", ["milk pudding", "mango"]), "kazandibi")
+    rice_puddings = [(raw("sutlac", ["milk pudding", "mango"]), "sutlac")] * 10
+    assert lint(*likely, count([*desserts(), *rice_puddings, likely])) == []
+
+
+def test_a_newcomer_is_no_stranger_where_many_rows_bring_one():
+    rare = (raw("kazandibi", ["milk pudding", "honey"]), "kazandibi")
+    assert lint(*rare, count([*desserts(), rare])) == []
 
 
 def test_a_row_that_shares_nothing_with_its_class_is_strange():
@@ -242,22 +259,25 @@ def test_a_row_that_shares_nothing_with_its_class_is_strange():
 
 
 def test_any_newcomer_is_strange_where_hardly_any_row_brings_one():
-    faulty = (raw("pizza", ["pizza", "octopus"]), "pizza")
-    assert rules(lint(*faulty, count([(raw("pizza", ["pizza"]), "pizza")] * 30 + [faulty]))) == {"stranger"}
+    assert rules(lint(*ODD_PIZZA, count([PIZZA] * 30 + [ODD_PIZZA]))) == {"stranger"}
+
+
+def test_a_class_of_few_rows_is_judged_with_the_whole_data_set_and_a_large_one_by_itself():
+    varied = [row for number in range(20) for row in desserts(f"kazandibi {number}")]
+    assert lint(*ODD_PIZZA, count([*varied, *[PIZZA] * 10, ODD_PIZZA])) == []
+    assert rules(lint(*ODD_PIZZA, count([*varied, *[PIZZA] * 400, ODD_PIZZA]))) == {"stranger"}
 
 
 def test_nothing_is_strange_without_support_nor_when_it_belongs_to_the_class_name():
-    pizza, octopus = (raw("pizza", ["pizza"]), "pizza"), (raw("pizza", ["pizza", "octopus"]), "pizza")
-    assert lint(*octopus, count([pizza] * 5 + [octopus])) == []
-    assert lint(*octopus, count([(label, "") for label, _ in [pizza] * 30 + [octopus]])) == []
+    assert lint(*ODD_PIZZA, count([PIZZA] * 5 + [ODD_PIZZA])) == []
+    assert lint(*ODD_PIZZA, count([(label, "") for label, _ in [PIZZA] * 30 + [ODD_PIZZA]])) == []
     named = (raw("octopus pizza", ["pizza", "octopus"]), "octopus pizza")
     assert lint(*named, count([(raw("octopus pizza", ["pizza"]), "octopus pizza")] * 30 + [named])) == []
 
 
 def test_a_stranger_can_be_dropped():
-    faulty = (raw("kazandibi", ["milk pudding", "eggplant"]), "kazandibi")
-    record, _ = clean(*faulty, count([*desserts(), faulty]), POLICIES | {"stranger": "fix"})
-    assert record.food_items == ["milk pudding"]
+    record, _ = clean(*ODD_PIZZA, count([PIZZA] * 30 + [ODD_PIZZA]), POLICIES | {"stranger": "fix"})
+    assert record.food_items == ["pizza"]
 
 
 def test_the_commoner_form_of_a_name_wins():
@@ -265,7 +285,6 @@ def test_the_commoner_form_of_a_name_wins():
     record, findings = clean(*rows[-1], count(rows))
     assert (record.food_items, rules(findings)) == (["egg"], {"rare_form"})
     assert lint(*rows[0], count(rows)) == []
-    assert lint(*rows[-1], count(rows[5:])) == [] or rules(lint(*rows[-1], count(rows[5:]))) == {"rare_form"}
     assert lint(*rows[-1], count(rows[7:])) == []
 
 
@@ -287,6 +306,7 @@ def test_lint_reports_the_faults_of_the_row_too_and_changes_no_count():
     statistics = count(desserts())
     before = {name: dict(table) for name, table in vars(statistics).items() if isinstance(table, dict)}
     assert rules(lint(raw("Moussaka", ["moussaka", "flour"], ["new tea"]), "unknown class", statistics)) == {"casing", "pantry"}
+    lint(*ODD_PIZZA, statistics)
     assert before == {name: dict(table) for name, table in vars(statistics).items() if isinstance(table, dict)}
 
 

@@ -67,7 +67,8 @@ def parts(groups):
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [scene.image for scene in draw_scenes(21, "train", 150)]
+    """Drawn scenes that show something: JPEG moves a plain colour further than two plain colours may differ."""
+    return [scene.image for scene in draw_scenes(21, "train", 90) if scene.objects]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_different_dishes_on_the_same_table_stay_apart(textures):
 def test_groups_do_not_depend_on_order(scenes, textures):
     pictures = scenes[:40] + textures[:10]
     pictures += [CHANGES[change](picture) for picture in pictures[::3] for change in ("mirrored", "cropped all round", "recompressed")]
-    fingerprints = [fingerprint(picture) for picture in pictures] + near_blank(200)
+    fingerprints = [fingerprint(picture) for picture in pictures] + near_blank(60)
     groups = group_near(fingerprints)
     assert 50 < len(set(groups)) < len(pictures)
     assert all(groups[group] == group <= position for position, group in enumerate(groups))  # each is called by its first
@@ -133,8 +134,8 @@ def test_a_chain_of_small_steps_does_not_join_its_ends(textures):
     pairs = near_pairs(steps)
     assert {(at, at + 1) for at in range(40)} <= {pair[:2] for pair in pairs}  # every link of the chain is there
     groups = group_near(steps, pairs)
-    assert 2 <= len(set(groups)) <= 8
-    assert max(len(part) for part in parts(groups)) < 30
+    assert len(set(groups)) < 20  # neighbours are together …
+    assert max(len(part) for part in parts(groups)) < 20  # … but never half the chain
     assert groups[0] != groups[-1]
 
 
@@ -146,14 +147,14 @@ def test_blank_and_tiny_pictures():
 
 
 def test_a_crowd_of_blank_pictures_is_one_group_and_takes_in_no_other(textures):
-    fingerprints = near_blank(500) + [fingerprint(picture) for picture in textures]
-    assert group_near(fingerprints) == [0] * 500 + list(range(500, 530))
+    fingerprints = near_blank(300) + [fingerprint(picture) for picture in textures]
+    assert group_near(fingerprints) == [0] * 300 + list(range(300, 330))
 
 
 def test_what_is_compared_grows_with_the_number_of_pictures():
     """Random cells are all alike to the index, and so are blank ones: without a bound both would be compared all with all."""
-    random_cells = np.random.default_rng(0).integers(0, 256, (15_000, FINGERPRINT_BYTES), dtype=np.uint8)
-    cells, *_ = duplicates._distinct([row.tobytes() for row in random_cells] + near_blank(5_000))
+    random_cells = np.random.default_rng(0).integers(0, 256, (16_000, FINGERPRINT_BYTES), dtype=np.uint8)
+    cells, *_ = duplicates._distinct([row.tobytes() for row in random_cells] + near_blank(4_000))
     batches = [(len(one), len(other)) for one, other, _ in duplicates._candidates(cells)]
     compared = sum(one for one, _ in batches)
     assert len(cells) * NEIGHBOURS < compared <= len(cells) * 2 * (NEIGHBOURS + 1)

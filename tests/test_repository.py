@@ -43,7 +43,7 @@ def test_offline_figures_meet_their_targets():
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
     """The very scenes that `make demo` holds out."""
-    found = list(scenes.draw_scenes(42, "test", 500))
+    found = list(scenes.draw_scenes(42, "test", 600))
     return [scene.record for scene in found], [scene.image for scene in found]
 
 

@@ -4,7 +4,7 @@
 `lint` returns the findings alone. Two passes over a data set need memory for its vocabulary only, never for its rows:
 
     statistics = Statistics()
-    for raw, category in rows: ...          # first pass:  statistics.add(clean(raw, category)[0], category)
+    for raw, category in rows: ...          # first pass:  statistics.add(record, category) for every record that clean(raw, category) gives
     for raw, category in rows: ...          # second pass: record, findings = clean(raw, category, statistics)
 
 What to do about a fault is a dict, rule → `fix`, `flag` or `reject`: pass `POLICIES | {"pantry": "flag"}`. A row is rejected as a whole

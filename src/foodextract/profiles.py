@@ -37,12 +37,13 @@ PROFILES = {
         stage1=Stage("stage1", freeze=(VISION,), learning_rate=2e-4, epochs=2),
         stage2=Stage("stage2", freeze=(), learning_rate=2e-6, epochs=2),
     ),
-    # A model of 2.9 M parameters needs rates some ten times higher than one of 507 M, and a few more passes over its 2,000 scenes.
+    # A model of 2.9 M parameters needs rates some ten times higher than one of 507 M, and as many optimizer steps as 2,400 scenes will
+    # give: no accumulation, and a few more passes.
     "offline": Profile(
         base_model=str(TINY_BASE),
         source="scenes",
         dataset_id="",
-        stage1=Stage("stage1", freeze=(VISION,), learning_rate=2e-3, epochs=4),
-        stage2=Stage("stage2", freeze=(), learning_rate=2e-4, epochs=2),
+        stage1=Stage("stage1", freeze=(VISION,), learning_rate=1e-3, epochs=4, accumulation=1),
+        stage2=Stage("stage2", freeze=(), learning_rate=2e-4, epochs=2, accumulation=1),
     ),
 }
