@@ -118,7 +118,7 @@ class Row:
 
 
 def scene_rows(rng: np.random.Generator, count: int) -> list[Row]:
-    """The labels of drawn scenes, with the classes that `dataset.scene_source` gives them, in no order."""
+    """The labels of drawn scenes, with their kinds of objects for a class, in no order."""
     rows = []
     for index in rng.choice(100_000, count, replace=False):
         objects, _ = scenes.plan_scene(7, "train", int(index))

@@ -1,11 +1,13 @@
 """Make the tiny base: a real SmolVLM of 2.9 M parameters that sees OpenMoji drawings and speaks plain sentences.
 
 SmolVLM2-500M is a base because it can see and talk before anybody asks it for JSON. This script gives the offline profile a base of
-the same kind, from nothing, on a CPU, in two steps:
+the same kind, from nothing, on a CPU, in three steps:
 
 1. see: the vision tower alone, with dense supervision. Which object covers each patch is known exactly, and a tower this small
    learns next to nothing from the language loss alone.
 2. talk: everything, on short conversations about the scenes. No braces, no keys, no JSON anywhere in them.
+3. repeat: a little longer, with nonsense to repeat in between. A token that was never written has been pushed so far down (14 nats on the
+   first JSON) that fine-tuning would spend its steps on bringing it back; a base that has read the web has no such tokens.
 
     python experiments/tiny_base/make_tiny_base.py            # about 50 minutes on 2 cores; writes the model and results/tiny_base.json
 
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 import typer
 from jinja2 import Template
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -93,12 +95,27 @@ def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     return [(rng.choice(asked), answer) for asked, answer in pairs]
 
 
-def conversation_about(scene: Scene, rng: random.Random) -> list[dict]:
-    """Three questions and answers, the picture in the first user turn, sometimes behind a system message."""
+def scribble(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> str:
+    """Any tokens of the vocabulary in any order, every other one a sign or a digit: nonsense, and never JSON."""
+    words = [token for token in tokenizer.get_vocab() if token not in SPECIAL]
+    signs = [token for token in words if not any(letter.isalpha() for letter in tokenizer.convert_tokens_to_string([token]))]
+    chosen = [rng.choice(signs if rng.random() < 0.5 else words) for _ in range(rng.randint(4, 24))]
+    return tokenizer.convert_tokens_to_string(chosen).strip().replace("\ufffd", "")
+
+
+def conversation_about(scene: Scene, rng: random.Random, repeat: str = "") -> list[dict]:
+    """Three questions and answers, the picture in the first user turn, sometimes behind a system message.
+
+    With something to `repeat`, one question is about the picture and one is not.
+    """
     turns = []
     if system := rng.choice(SYSTEMS):
         turns.append({"role": "system", "content": [{"type": "text", "text": system}]})
-    for number, (question, answer) in enumerate(questions_about(scene, rng)[:3]):
+    pairs = questions_about(scene, rng)[:3]
+    if repeat:
+        pairs = [pairs[0], (f"{rng.choice(['Repeat', 'Say', 'Copy'])}: {repeat}", repeat)]
+        rng.shuffle(pairs)
+    for number, (question, answer) in enumerate(pairs):
         picture = [{"type": "image"}] if number == 0 else []
         turns.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -265,14 +282,15 @@ def learn_to_see(
             bar.set_postfix(loss=f"{loss.item():.3f}", patches_right=f"{right:.3f}")
 
 
-def _talk_batch(processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Random) -> dict[str, torch.Tensor]:
+def _talk_batch(processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Random, repeat: bool) -> dict[str, torch.Tensor]:
     """Token ids, mask and labels of one conversation a scene: the labels are the assistant's words and EOS, nothing else."""
     picture = get_image_prompt_string(0, 0, processor.image_seq_len, *PICTURE_TOKENS)
-    texts = [processor.apply_chat_template(conversation_about(scene, rng)).replace("<image>", picture) for scene in scenes]
+    said = [conversation_about(scene, rng, scribble(processor.tokenizer, rng) if repeat else "") for scene in scenes]
+    texts = [processor.apply_chat_template(turns).replace("<image>", picture) for turns in said]
     batch = processor.tokenizer(texts, padding=True, padding_side="right", return_offsets_mapping=True, return_tensors="pt")
     labels = torch.full_like(batch.input_ids, -100)
     for row, (text, offsets) in enumerate(zip(texts, batch.pop("offset_mapping"), strict=True)):
-        for turn in re.finditer(r"(?<=Assistant:).*?<end_of_utterance>", text):
+        for turn in re.finditer(r"(?<=Assistant:).*?<end_of_utterance>", text, re.DOTALL):
             mine = (offsets[:, 0] >= turn.start()) & (offsets[:, 1] <= turn.end()) & (offsets[:, 1] > 0)
             labels[row, mine] = batch.input_ids[row, mine]
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
@@ -287,16 +305,18 @@ def learn_to_talk(
     scenes: list[Scene],
     epochs: float,
     batch: int = 32,
+    repeat: bool = False,
 ) -> None:
-    """Step 2: the language loss on everything. The dense loss stays on, and the vision tower's rate is a fifth, so that sight is kept."""
+    """Steps 2 and 3: the language loss on everything. The dense loss stays on, the vision tower's rate is a fifth: sight is kept."""
     rng = random.Random(SEED)
     vision = [*model.model.vision_model.parameters(), *head.parameters()]
     rest = [p for name, p in model.named_parameters() if "vision_model" not in name]
-    optimizer, schedule = _schedule([{"params": rest, "lr": 2e-3}, {"params": vision, "lr": 4e-4}], epochs * len(pixels) / batch)
-    for bar, rows, x, y in _batches(pixels, classes, epochs, batch, "step 2: talk"):
+    rate = 1e-3 if repeat else 2e-3
+    optimizer, schedule = _schedule([{"params": rest, "lr": rate}, {"params": vision, "lr": rate / 5}], epochs * len(pixels) / batch)
+    for bar, rows, x, y in _batches(pixels, classes, epochs, batch, "step 3: repeat" if repeat else "step 2: talk"):
         with AUTOCAST:
             seen = model.model.get_image_features(x[:, None], return_dict=True)
-            talk = _talk_batch(processor, [scenes[row] for row in rows], rng)
+            talk = _talk_batch(processor, [scenes[row] for row in rows], rng, repeat)
             said = model(mm_encoder_outputs={"image": seen}, **talk).loss
             loss, right = head.loss(seen.last_hidden_state, y)
         _step(said + 0.5 * loss, optimizer, schedule)
@@ -355,6 +375,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Where step 1 keeps its result, which a second run takes up.")] = ROOT / "outputs/tiny-base",
     scenes: Annotated[int, typer.Option(help="Training scenes to draw.")] = 45_000,
     see_epochs: Annotated[float, typer.Option(help="Passes over them in step 1.")] = 4,
+    repeat_scenes: Annotated[int, typer.Option(help="Scenes of step 3.")] = 12_800,
     held_out: Annotated[int, typer.Option(help="Scenes to measure on, drawn with non-food objects that training never shows.")] = 1000,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results/tiny_base.json",
     talk_epochs: Annotated[float, typer.Option(help="Passes over them in step 2.")] = 2,
@@ -368,14 +389,23 @@ def main(
     head = PatchHead()
     model.set_attn_implementation("eager")  # the fused kernel's backward is five times slower in bf16 on a CPU
     parts = torch.nn.ModuleDict({"vision": model.model.vision_model, "head": head})
+    work.mkdir(parents=True, exist_ok=True)
     if (seen := work / "step1.safetensors").exists():
         print(f"step 1: taking up {seen}")
         parts.load_state_dict(load_file(seen))
     else:
         learn_to_see(model, head, pixels, classes, see_epochs)
-        work.mkdir(parents=True, exist_ok=True)
         save_file(parts.state_dict(), seen)
-    learn_to_talk(model, head, processor, pixels, classes, drawn, talk_epochs)
+    torch.manual_seed(SEED + 2)
+    if (talks := work / "step2.safetensors").exists():
+        print(f"step 2: taking up {talks}")
+        load_model(model, talks)
+    else:
+        learn_to_talk(model, head, processor, pixels, classes, drawn, talk_epochs)
+        save_model(model, talks)
+    torch.manual_seed(SEED + 3)
+    few = slice(0, repeat_scenes)
+    learn_to_talk(model, head, processor, pixels[few], classes[few], drawn[few], epochs=1, repeat=True)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     rows = measure(model, processor, held_out, command="make tiny-base")

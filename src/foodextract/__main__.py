@@ -24,11 +24,11 @@ def main() -> None:
 def extract(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Pictures, or folders to search for pictures.")],
     model: Annotated[
-        str | None, typer.Option(help="Model folder or Hub id. [default: the model trained last in outputs/, else the bundled tiny one]")
+        str | None, typer.Option(help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one).")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the lines here instead of to standard output.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures the model sees at once.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … [default: the best there is]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … (default: the best there is)")] = None,
 ) -> None:
     """One line of JSON a picture: {"file", "is_food", "image_title", "food_items", "drink_items"}, or {"file", "error"}.
 

@@ -9,12 +9,12 @@ What is kept of a picture is its fingerprint: 12 x 12 cells of colour, 432 bytes
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 from scipy.fft import dctn
 from scipy.interpolate import CubicSpline
+from scipy.sparse import coo_array
 from scipy.spatial import KDTree
 
 GRID = 12  # cells along an edge
@@ -37,14 +37,6 @@ _PLACE = ((_CELLS + 0.5) / GRID - 0.5).astype(np.float32)  # where the cells lie
 _LOW = tuple(np.array([(p, v, u) for p, top in enumerate((2, 1, 1)) for v in range(3) for u in range(3) if 0 < v + u <= top]).T)
 
 
-class NearPair(NamedTuple):
-    """Two positions, `first < second`, and the distance of their pictures: 0 to NEAR."""
-
-    first: int
-    second: int
-    distance: float
-
-
 def fingerprint(picture: Image.Image) -> bytes:
     """The FINGERPRINT_BYTES to keep of a picture: (3, GRID, GRID) cells of YCbCr, whatever its size and aspect."""
     fine = picture.convert("RGB").resize((4 * GRID, 4 * GRID), Image.Resampling.BILINEAR, reducing_gap=3.0)
@@ -53,24 +45,28 @@ def fingerprint(picture: Image.Image) -> bytes:
     return np.asarray(cells.convert("YCbCr")).transpose(2, 0, 1).tobytes()
 
 
-def near_pairs(fingerprints: Sequence[bytes]) -> list[NearPair]:
-    """The pairs of near-duplicates, in order of position. Raises ValueError for bytes that are no fingerprint.
+def near_pairs(fingerprints: Sequence[bytes]) -> np.recarray:
+    """The pairs of near-duplicates, in order of position: `first` and `second` (positions, first < second) and `distance` (0 to NEAR).
 
     Of equal fingerprints only the first is compared with others; each later one is paired with it. In a crowd of more than
-    NEIGHBOURS pictures that are all alike, not every pair is listed.
+    NEIGHBOURS pictures that are all alike, not every pair is listed. Raises ValueError for bytes that are no fingerprint.
     """
     cells, kinds, first = _distinct(fingerprints)
-    pairs = {(first[kind], position): 0.0 for position, kind in enumerate(kinds) if first[kind] < position}
+    later = np.flatnonzero(first[kinds] < np.arange(len(kinds)))
+    found = [np.column_stack([first[kinds[later]], later, np.zeros(len(later))])]
     for one, other, crop in _candidates(cells):
         distances = _distances(_middle(cells[one]) if crop else cells[one], cells[other])
-        for k in np.flatnonzero(distances <= NEAR):
-            ends = first[one[k]], first[other[k]]
-            pair = min(ends), max(ends)
-            pairs[pair] = min(float(distances[k]), pairs.get(pair, NEAR))
-    return sorted(NearPair(*pair, distance) for pair, distance in pairs.items())
+        near = distances <= NEAR
+        ends = np.sort([first[one[near]], first[other[near]]], axis=0)
+        found.append(np.column_stack([*ends, distances[near]]))
+    rows = np.concatenate(found)
+    rows = rows[np.lexsort(rows.T[::-1])]
+    closest = np.diff(rows[:, :2], axis=0, prepend=-1).any(1)  # a pair is found up to four times
+    a, b, distance = rows[closest].T
+    return np.rec.fromarrays([a.astype(int), b.astype(int), distance], names="first,second,distance")
 
 
-def group_near(fingerprints: Sequence[bytes], pairs: Sequence[NearPair] | None = None) -> list[int]:
+def group_near(fingerprints: Sequence[bytes], pairs: np.recarray | None = None) -> list[int]:
     """For every picture the first position in its group of near-duplicates: its own where it is alone.
 
     A group grows along pairs from its hub, the picture with the most, and takes in only what resembles the hub: a chain of small
@@ -78,37 +74,37 @@ def group_near(fingerprints: Sequence[bytes], pairs: Sequence[NearPair] | None =
     `pairs` saves the search where `near_pairs` was asked already. Raises ValueError for bytes that are no fingerprint.
     """
     cells, kinds, _ = _distinct(fingerprints)
-    links: dict[int, set[int]] = {}
-    for pair in near_pairs(fingerprints) if pairs is None else pairs:
-        a, b = kinds[pair.first], kinds[pair.second]
-        if a != b:
-            links.setdefault(a, set()).add(b)
-            links.setdefault(b, set()).add(a)
-    hubs, free = list(range(len(cells))), set(links)
-    for hub in sorted(links, key=lambda kind: (-len(links[kind]), kind)):  # ties in order of content, not of position
-        ring = (links[hub] | {hub}) & free if hub in free else set()
-        while ring:
-            free -= ring
-            for kind in ring:
-                hubs[kind] = hub
-            beyond = np.array(sorted(set().union(*(links[kind] for kind in ring)) & free), int)
-            ring = set(beyond[_resemblance(cells[[hub]], cells[beyond]) <= LOOSE].tolist()) if len(beyond) else set()
-    start: dict[int, int] = {}
-    return [start.setdefault(hubs[kind], position) for position, kind in enumerate(kinds)]
+    pairs = near_pairs(fingerprints) if pairs is None else pairs
+    a, b = kinds[pairs.first], kinds[pairs.second]
+    one_way = coo_array((a != b, (a, b)), shape=(len(cells), len(cells)))
+    links = (one_way + one_way.T).tocsr()
+    links.eliminate_zeros()
+    degrees = np.diff(links.indptr)
+    hubs, free = np.arange(len(cells)), degrees > 0
+    for hub in np.argsort(-degrees, kind="stable")[: free.sum()]:  # ties in order of content, not of position
+        if not free[hub]:
+            continue
+        ring = np.append(hub, links.indices[links.indptr[hub] : links.indptr[hub + 1]])
+        ring = ring[free[ring]]
+        while len(ring):
+            free[ring], hubs[ring] = False, hub
+            ring = np.unique(links[ring].indices)
+            ring = ring[free[ring]]
+            ring = ring[_resemblance(cells[hub], cells[ring]) <= LOOSE]
+    _, start, group = np.unique(hubs[kinds], return_index=True, return_inverse=True)
+    return start[group].tolist()
 
 
-def _distinct(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, list[int], dict[int, int]]:
-    """The different fingerprints in order of content as cells (m, 3, GRID, GRID); which of them each is; where each is first."""
+def _distinct(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The m different fingerprints in order of content as cells (m, 3, GRID, GRID); which of them each is; where each is first."""
     for position, given in enumerate(fingerprints):
         if len(given) != FINGERPRINT_BYTES:
             raise ValueError(f"fingerprint {position} has {len(given)} bytes, not {FINGERPRINT_BYTES}: make it with `fingerprint`")
     content = sorted(set(fingerprints))
     number = {given: kind for kind, given in enumerate(content)}
-    kinds = [number[given] for given in fingerprints]
-    first: dict[int, int] = {}
-    for position, kind in enumerate(kinds):
-        first.setdefault(kind, position)
-    return np.frombuffer(b"".join(content), np.uint8).reshape(-1, 3, GRID, GRID), kinds, first
+    kinds = np.array([number[given] for given in fingerprints], int)
+    cells = np.frombuffer(b"".join(content), np.uint8).reshape(-1, 3, GRID, GRID)
+    return cells, kinds, np.unique(kinds, return_index=True)[1]
 
 
 def _middle(cells: np.ndarray) -> np.ndarray:
@@ -167,5 +163,10 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _resemblance(hub: np.ndarray, cells: np.ndarray) -> np.ndarray:
     """(n,): the distances of pictures from one, where either may be a crop of the other."""
-    hub = np.broadcast_to(hub, cells.shape)
-    return np.minimum(_distances(hub, cells), np.minimum(_distances(_middle(hub), cells), _distances(hub, _middle(cells))))
+    found = [np.empty(0)]
+    for start in range(0, len(cells), BATCH):
+        others = cells[start : start + BATCH]
+        hubs = np.broadcast_to(hub, others.shape)
+        ways = (hubs, others), (_middle(hubs), others), (hubs, _middle(others))
+        found.append(np.min([_distances(a, b) for a, b in ways], axis=0))
+    return np.concatenate(found)

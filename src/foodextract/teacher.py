@@ -92,10 +92,7 @@ class Summary:
 
 def as_data_url(data: bytes, max_edge: int) -> str:
     """The picture in a file's bytes as an upright RGB JPEG in a data URL, never enlarged. Raises PictureError."""
-    try:
-        picture, jpeg = open_picture(data), io.BytesIO()
-    except RuntimeError as error:  # from Pillow, on a damaged AVIF
-        raise PictureError(f"damaged ({error}): copy or download it again") from error
+    picture, jpeg = open_picture(data), io.BytesIO()
     picture.thumbnail((max_edge, max_edge))
     picture.save(jpeg, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
