@@ -43,7 +43,7 @@ def test_prompt_in_training_is_the_prompt_at_inference_byte_for_byte(batch, rows
 
 
 def test_the_prompt_shows_valid_canonical_json():
-    shown = [line for line in prompts.USER.splitlines() if line.startswith("{")]
+    shown = [line for line in prompts.SYSTEM.splitlines() if line.startswith("{")]
     assert len(shown) == 2
     assert [FoodRecord.parse(line).is_food for line in shown] == [1, 0]
 

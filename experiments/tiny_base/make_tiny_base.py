@@ -282,6 +282,19 @@ def learn_to_see(
             bar.set_postfix(loss=f"{loss.item():.3f}", patches_right=f"{right:.3f}")
 
 
+@torch.no_grad()
+def share_spellings(model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor) -> None:
+    """Give "pizza" behind a quotation mark the embedding of " pizza" behind a space, and so for every word that has both tokens.
+
+    Sentences show a word behind spaces only, so the other token of the same word would mean nothing to the base, and fine-tuning would have
+    to teach all names again. A base that has read the web knows both.
+    """
+    tokens, embeddings = processor.tokenizer.get_vocab(), model.get_input_embeddings().weight
+    for token, position in tokens.items():
+        if token.startswith("Ġ") and len(token) > 2 and token[1:] in tokens:  # byte-level BPE writes a space as Ġ
+            embeddings[tokens[token[1:]]] = embeddings[position]
+
+
 def _talk_batch(processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Random, repeat: bool) -> dict[str, torch.Tensor]:
     """Token ids, mask and labels of one conversation a scene: the labels are the assistant's words and EOS, nothing else."""
     picture = get_image_prompt_string(0, 0, processor.image_seq_len, *PICTURE_TOKENS)
@@ -406,6 +419,7 @@ def main(
     torch.manual_seed(SEED + 3)
     few = slice(0, repeat_scenes)
     learn_to_talk(model, head, processor, pixels[few], classes[few], drawn[few], epochs=1, repeat=True)
+    share_spellings(model, processor)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     rows = measure(model, processor, held_out, command="make tiny-base")

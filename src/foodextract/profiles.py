@@ -43,7 +43,7 @@ PROFILES = {
         base_model=str(TINY_BASE),
         source="scenes",
         dataset_id="",
-        stage1=Stage("stage1", freeze=(VISION,), learning_rate=1e-3, epochs=4, accumulation=1),
+        stage1=Stage("stage1", freeze=(VISION,), learning_rate=5e-4, epochs=4, accumulation=1),
         stage2=Stage("stage2", freeze=(), learning_rate=2e-4, epochs=2, accumulation=1),
     ),
 }

@@ -2,6 +2,9 @@
 
 Training, evaluation, command line, Space and server all build their prompt here, so that the model is asked in the words it was
 trained on, byte for byte.
+
+All that is the same for every picture stands before it, in the system message: the answer then follows the picture closely (a small model
+loses sight of what is a hundred tokens away), and a server can keep the prefix in its cache.
 """
 
 from foodextract.schema import FoodRecord
@@ -9,12 +12,12 @@ from foodextract.schema import FoodRecord
 _EXAMPLE = FoodRecord(is_food=1, image_title="beer and pretzel", food_items=["pretzel"], drink_items=["beer"])
 _NOTHING = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
 
-SYSTEM = "You find food and drink in pictures and answer with one line of JSON, nothing else."
-USER = f"""Is any food or drink visible in this picture? Give it a short title and list the food items and the drink items you can see, \
-for example:
+SYSTEM = f"""You find food and drink in pictures and answer with one line of JSON, nothing else: is any food or drink visible, a short title, \
+the food items and the drink items you can see, for example:
 {_EXAMPLE.to_json()}
 If there is neither, answer:
 {_NOTHING.to_json()}"""
+USER = "What food and drink can you see?"
 
 
 def conversation() -> list[dict]:
