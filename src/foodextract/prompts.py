@@ -12,8 +12,8 @@ from foodextract.schema import FoodRecord
 _EXAMPLE = FoodRecord(is_food=1, image_title="beer and pretzel", food_items=["pretzel"], drink_items=["beer"])
 _NOTHING = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
 
-SYSTEM = f"""You find food and drink in pictures and answer with one line of JSON, nothing else: is any food or drink visible, a short title, \
-the food items and the drink items you can see, for example:
+SYSTEM = f"""You find food and drink in pictures and answer with one line of JSON, nothing else: is any food or drink visible, \
+a short title, the food items and the drink items you can see, for example:
 {_EXAMPLE.to_json()}
 If there is neither, answer:
 {_NOTHING.to_json()}"""
