@@ -74,7 +74,7 @@ def test_another_recipe_starts_afresh(base, processor, rows, tmp_path):
 def test_nan_is_an_error_with_a_remedy(base, processor, rows, tmp_path):
     with torch.no_grad():
         base.model.connector.modality_projection.proj.weight[0, 0] = float("nan")
-    with pytest.raises(ModelError, match="stage1: the loss became NaN; lower its learning rate"):
+    with pytest.raises(ModelError, match="stage1: the loss became NaN at step 1; lower its learning rate"):
         training.train_stage(base, processor, STAGE1, rows["train"], tmp_path)
     assert not (tmp_path / "stage1" / models.FINISHED).exists()
 

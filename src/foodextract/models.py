@@ -60,7 +60,7 @@ def choose_precision(device: torch.device, training: bool) -> Precision:
 
 def load_processor(model_id: str | os.PathLike, tiles: int | None = None) -> ProcessorMixin:
     """The processor that came with the model; `tiles` sets another image budget. Raises ModelError."""
-    with _loading(model_id):
+    with _loading(model_id, "processor_config.json"):
         processor = AutoProcessor.from_pretrained(model_id)
     if tiles is not None:
         set_image_budget(processor, tiles)
@@ -100,11 +100,11 @@ def newest_tuned(outputs: Path = OUTPUTS) -> Path:
 
 
 @contextmanager
-def _loading(model_id: str | os.PathLike) -> Iterator[None]:
+def _loading(model_id: str | os.PathLike, needs: str = "config.json") -> Iterator[None]:
     """Turn what goes wrong between a model id and its weights into a ModelError."""
     path = Path(model_id)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{path} holds no model (no config.json): give the folder that a training or `save_pretrained` wrote")
+    if path.is_dir() and not (path / needs).is_file():
+        raise ModelError(f"{path} holds no model (no {needs}): give the folder that a training or `save_pretrained` wrote")
     if not path.is_dir() and (path.is_absolute() or str(model_id).count("/") != 1):
         raise ModelError(f"{model_id} is neither a folder nor a Hub id (owner/name): check the path")
     try:

@@ -1,6 +1,7 @@
 """Two stages of full fine-tuning with TRL: what each one freezes, how it runs, and proof of which weights it moved."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -89,14 +90,17 @@ def weights_moved(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> li
 
 
 class _Progress(TrainerCallback):
-    """One bar a stage, in pictures, with the last loss: plain text, so that notebooks, logs and terminals all show it."""
+    """One bar a stage, in pictures, with the last loss: plain text, so that notebooks, logs and terminals all show it.
 
-    def __init__(self, title: str) -> None:
-        self.title, self.bar = title, None
+    Stops the stage with a ModelError at the first loss that is not a number.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.bar = stage, None
 
     def on_train_begin(self, args, state, control, **_):
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.bar = tqdm(total=state.max_steps * per_step, initial=state.global_step * per_step, desc=self.title, unit="picture")
+        self.bar = tqdm(total=state.max_steps * per_step, initial=state.global_step * per_step, desc=self.stage.name, unit="picture")
         self.per_step = per_step
 
     def on_step_end(self, args, state, control, **_):
@@ -104,6 +108,11 @@ class _Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "loss" in logs:
+            if not math.isfinite(float(logs["loss"])):
+                raise ModelError(
+                    f"{self.stage.name}: the loss became NaN at step {state.global_step}; lower its learning rate "
+                    f"({self.stage.learning_rate}) or look for broken labels. The last checkpoint is kept"
+                )
             self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", step=state.global_step)
 
     def on_train_end(self, args, state, control, **_):
@@ -153,7 +162,7 @@ def train_stage(
         use_cpu=model.device.type == "cpu",
         save_strategy="epoch",
         save_total_limit=1,
-        logging_steps=5,
+        logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen
         report_to="none",
         disable_tqdm=True,
@@ -165,11 +174,9 @@ def train_stage(
         model, config, train_dataset=as_conversations(split), processing_class=processor, data_collator=Collator(processor)
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress(stage.name))
+    trainer.add_callback(_Progress(stage))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if resumable else None)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if any(entry["loss"] != entry["loss"] for entry in log):
-        raise ModelError(f"{stage.name}: the loss became NaN; lower its learning rate ({stage.learning_rate}) or look for broken labels")
     moved = weights_moved(model, before)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
