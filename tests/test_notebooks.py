@@ -17,8 +17,8 @@ SMALL = {"stage1": {"epochs": 1}, "stage2": {"epochs": 1}, "eval_batch": 8}
 pytestmark = pytest.mark.notebooks
 
 
-def run(name, folder, **parameters):
-    papermill.execute_notebook(ROOT / name, folder / name, parameters=parameters, cwd=folder, progress_bar=False, kernel_name="python3")
+def run(name, where, /, **parameters):
+    papermill.execute_notebook(ROOT / name, where / name, parameters=parameters, cwd=where, progress_bar=False, kernel_name="python3")
 
 
 def test_the_offline_story(tmp_path, monkeypatch):
