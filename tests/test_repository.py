@@ -39,7 +39,7 @@ def test_the_base_does_not_speak_json_and_the_tuned_model_does():
     assert tuned["item_f1_micro"].low >= 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="the offline recipe overfits its 2,400 scenes in stage 2; see README, limits")
+@pytest.mark.xfail(strict=True, reason="short of target, probably overfitting in stage 2; see README, limits")
 @pytest.mark.parametrize(("metric", "target"), [("strict_json_rate", 0.99), ("is_food_accuracy", 0.97), ("item_f1_micro", 0.85)])
 def test_offline_figures_meet_their_targets(metric, target):
     assert figures(OFFLINE, "stage2")[metric].value >= target
