@@ -299,7 +299,7 @@ def learn_to_see(
 ) -> None:
     """Step 1: the vision tower alone, on what covers each patch.
 
-    Small batches: in trials of 25,600 pictures each, batches of 64, 32 and 16 got 31, 46 and 56 % of unseen food patches right in the same time.
+    The batches are small: in equal time, 16 pictures a step learned far more than 64.
     """
     vision = model.model.vision_model
     optimizer, schedule = _schedule([{"params": [*vision.parameters(), *head.parameters()], "lr": 1e-3}], epochs * len(pixels) / batch)
