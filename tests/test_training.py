@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foodextract import models, training
+from foodextract import models, training, weights
 from foodextract.models import ModelError
 from foodextract.profiles import PROFILES
 from foodextract.training import Stage
@@ -15,7 +15,7 @@ STAGE2 = replace(PROFILES["hub"].stage2, **QUICK)  # the real, very low rate of 
 
 
 def test_stage_1_leaves_vision_bit_identical_and_stage_2_moves_every_tensor(base, processor, rows, tmp_path):
-    before = training.snapshot(base)
+    before = weights.snapshot(base)
     _, moved = training.train_stage(base, processor, STAGE1, rows["train"], tmp_path)
     by_module = {m.module: m for m in moved}
     assert by_module["vision_model"].weights_moved == 0
@@ -52,7 +52,7 @@ def test_an_interrupted_stage_ends_like_an_uninterrupted_one(processor, rows, tm
 
     broken = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
     with monkeypatch.context() as patch:
-        patch.setattr(training._Progress, "on_step_end", die)
+        patch.setattr(training.Progress, "on_step_end", die)
         with pytest.raises(Killed):
             training.train_stage(broken, processor, stage, rows["train"], tmp_path / "broken")
     assert not (tmp_path / "broken" / "stage1" / models.FINISHED).exists()
@@ -81,12 +81,12 @@ def test_nan_is_an_error_with_a_remedy(base, processor, rows, tmp_path):
 
 def test_freezing_what_is_not_there_is_an_error(base):
     with pytest.raises(ModelError, match=r"nothing to freeze under 'vision'.*vision_model"):
-        training.freeze(base, ["vision"])
+        weights.freeze(base, ["vision"])
 
 
 def test_table_counts_every_parameter(base):
-    training.freeze(base, STAGE1.freeze)
-    table = {line["module"]: line for line in training.trainable_table(base)}
+    weights.freeze(base, STAGE1.freeze)
+    table = {line["module"]: line for line in weights.trainable_table(base)}
     assert sum(line["parameters"] for line in table.values()) == sum(p.numel() for p in base.parameters())
     assert table["vision_model"]["trainable"] == 0
     assert table["text_model"]["trainable"] == table["text_model"]["parameters"] > 0

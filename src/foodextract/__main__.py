@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +70,52 @@ def extract(
     if failed:
         print(f"{failed} of {len(files)} pictures could not be answered; their lines say why", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Argument(help="A data set from notebook 00, a labelled picture folder, or a Hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where models and checkpoints go.")] = Path("outputs/train"),
+    profile: Annotated[str, typer.Option(help="Whose base model and rates: hub or offline.")] = "hub",
+    base: Annotated[str | None, typer.Option(help="Hub id or folder of another base model.")] = None,
+    stage1: Annotated[str, typer.Option(help='What differs in stage 1, as JSON: {"epochs": 1, "learning_rate": 1e-4}')] = "{}",
+    stage2: Annotated[str, typer.Option(help="The same for stage 2.")] = "{}",
+    seed: Annotated[int, typer.Option(help="Order of the pictures.")] = 42,
+    max_steps: Annotated[int, typer.Option(help="Stop each stage after so many optimizer steps; -1: never.")] = -1,
+) -> None:
+    """Both stages of fine-tuning without a notebook, on one device or, under `accelerate launch`, on several.
+
+    With N processes every optimizer step takes N times the pictures; divide `batch_size` or `accumulation` by N for the same training.
+    An interrupted run takes up its last checkpoint when it is started again.
+    """
+    from accelerate import PartialState
+
+    from foodextract.dataset import open_dataset
+    from foodextract.models import ModelError, choose_device, load_model, load_processor
+    from foodextract.profiles import PROFILES
+    from foodextract.sources import DatasetError
+    from foodextract.training import train_stage
+
+    if profile not in PROFILES:
+        _stop(f"there is no profile {profile!r}: take one of {', '.join(PROFILES)}")
+    settings = PROFILES[profile]
+    try:
+        stages = [replace(settings.stage1, **json.loads(stage1)), replace(settings.stage2, **json.loads(stage2))]
+    except (TypeError, json.JSONDecodeError) as error:
+        _stop(f"--stage1 and --stage2 take JSON with values of a stage, such as '{{\"epochs\": 1}}' ({error})")
+    processes = PartialState()
+    try:
+        with processes.main_process_first():
+            rows = open_dataset(dataset, build_in=out / "dataset", seed=seed)
+        device = processes.device if processes.num_processes > 1 else choose_device()
+        model = load_model(base or settings.base_model, device, training=True)
+        processor = load_processor(base or settings.base_model, tiles=settings.tiles)
+        for stage in stages:
+            train_stage(model, processor, stage, rows["train"], out, seed=seed, max_steps=max_steps)
+    except (ModelError, DatasetError) as error:
+        _stop(str(error))
+    if processes.is_main_process:
+        print(out / stages[-1].name)
 
 
 def _stop(message: str) -> None:

@@ -6,8 +6,11 @@ lines. Nothing is judged here.
 
 import hashlib
 import json
-from collections.abc import Iterable
-from itertools import chain
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from foodextract.pictures import SUFFIXES, PictureError, open_picture
 from foodextract.sources import Reject, Sample
 
 LEDGER, PICTURES = "ledger.jsonl", "pictures"
+AHEAD = 16  # pictures in work or waiting to be noted
 
 
 def ingest(samples: Iterable[Sample | Reject], folder: Path, total: int | None = None) -> list[dict[str, Any]]:
@@ -40,14 +44,22 @@ def ingest(samples: Iterable[Sample | Reject], folder: Path, total: int | None =
             break
     with ledger.open("ab") as file, tqdm(total=total, initial=len(entries), desc="reading pictures", unit="picture") as bar:
         file.truncate(kept_bytes)
-        for sample in chain(waiting, stream):
-            entry = _entry(sample, folder)
+        for entry in _in_order(chain(waiting, stream), folder):
             line = json.dumps(entry).encode() + b"\n"
             file.write(line)
             file.flush()
             entries.append(entry | {"bytes": len(line)})
             bar.update()
     return entries
+
+
+def _in_order(samples: Iterator[Sample | Reject], folder: Path) -> Iterator[dict[str, Any]]:
+    """The entries of `samples`, one after the other, while threads work on the next few: decoding and hashing let go of the interpreter."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead = deque(pool.submit(_entry, sample, folder) for sample in islice(samples, AHEAD))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(_entry, sample, folder) for sample in islice(samples, 1))
 
 
 def _read_ledger(ledger: Path) -> tuple[list[dict[str, Any]], int]:

@@ -58,7 +58,7 @@ Rows = Iterator[Sample | Reject]
 # ------------------------------------------------------------------------------------------------------------------------------- offline
 
 
-def scenes(seed: int = 42, train: int = 2400, test: int = 600) -> Rows:
+def scenes(seed: int = 42, train: int = 8000, test: int = 600) -> Rows:
     """Drawn scenes. Their splits come fixed, because the test split has non-food objects of its own."""
     for split, count in (("train", train), ("test", test)):
         for index in range(count):
@@ -254,7 +254,7 @@ def open_source(
     folder: str | Path | None = None,
     dataset_id: str = HUB_DATASET,
     seed: int = 42,
-    drawn: tuple[int, int] = (2400, 600),
+    drawn: tuple[int, int] = (8000, 600),
 ) -> Rows:
     """The source of that name. Raises DatasetError where there is none, or where its folder is not given."""
     if kind in ("folder", "not_food") and folder is None:

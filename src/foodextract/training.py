@@ -1,22 +1,27 @@
 """Two stages of full fine-tuning with TRL: what each one freezes, how it runs, and proof of which weights it moved."""
 
+import errno
+import hashlib
 import json
-import math
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from accelerate import PartialState
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
+from foodextract import evaluation
 from foodextract.collate import Collator
-from foodextract.dataset import as_conversations
-from foodextract.models import FINISHED, ModelError, choose_precision
+from foodextract.dataset import as_conversations, record_of
+from foodextract.extractor import Extractor
+from foodextract.models import FINISHED, ModelError, Precision, choose_precision
+from foodextract.performance import flops_per_picture, matmul_rate, memory_used
+from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features
+from foodextract.trainer import PreparedTrainer, Progress
+from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved
 
 
 @dataclass(frozen=True)
@@ -30,93 +35,9 @@ class Stage:
     batch_size: int = 8  # pictures on the device at once
     accumulation: int = 4  # such batches an optimizer step
     warmup: float = 0.03  # share of the steps
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a stage did to one module: how many of its weights, and of its tensors, are no longer what they were."""
-
-    module: str
-    weights: int
-    weights_moved: int
-    tensors: int
-    tensors_moved: int
-
-
-def freeze(model: PreTrainedModel, prefixes: Iterable[str]) -> None:
-    """Make exactly the parameters under `prefixes` constant. Raises ModelError for a prefix that no parameter has."""
-    model.requires_grad_(True)
-    for prefix in prefixes:
-        frozen = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
-        if not frozen:
-            raise ModelError(f"nothing to freeze under {prefix!r}: the model's modules are {', '.join(sorted(modules_of(model)))}")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def modules_of(model: PreTrainedModel) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-    """Parameters by the part of the model they belong to: vision_model, connector, text_model, lm_head (unless tied)."""
-    modules: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        modules.setdefault(name.removeprefix("model.").split(".")[0], []).append((name, parameter))
-    return modules
-
-
-def trainable_table(model: PreTrainedModel) -> list[dict[str, str | int]]:
-    """One row a module: its parameters and how many of them train."""
-    return [
-        {
-            "module": module,
-            "parameters": sum(p.numel() for _, p in parameters),
-            "trainable": sum(p.numel() for _, p in parameters if p.requires_grad),
-        }
-        for module, parameters in modules_of(model).items()
-    ]
-
-
-def snapshot(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A copy of all weights on the CPU, to compare with later."""
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-
-
-def weights_moved(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> list[Moved]:
-    """Compare, bit for bit, every weight with its value in `before`."""
-    table = []
-    for module, parameters in modules_of(model).items():
-        changed = [int((parameter.detach().cpu() != before[name]).sum()) for name, parameter in parameters]
-        weights = sum(parameter.numel() for _, parameter in parameters)
-        table.append(Moved(module, weights, sum(changed), len(changed), sum(map(bool, changed))))
-    return table
-
-
-class _Progress(TrainerCallback):
-    """One bar a stage, in pictures, with the last loss: plain text, so that notebooks, logs and terminals all show it.
-
-    Stops the stage with a ModelError at the first loss that is not a number.
-    """
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.bar = stage, None
-
-    def on_train_begin(self, args, state, control, **_):
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.bar = tqdm(total=state.max_steps * per_step, initial=state.global_step * per_step, desc=self.stage.name, unit="picture")
-        self.per_step = per_step
-
-    def on_step_end(self, args, state, control, **_):
-        self.bar.update(self.per_step)
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if logs and "loss" in logs:
-            if not math.isfinite(float(logs["loss"])):
-                raise ModelError(
-                    f"{self.stage.name}: the loss became NaN at step {state.global_step}; lower its learning rate "
-                    f"({self.stage.learning_rate}) or look for broken labels. The last checkpoint is kept"
-                )
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", step=state.global_step)
-
-    def on_train_end(self, args, state, control, **_):
-        self.bar.close()
+    validation: int = 0  # pictures to choose the best epoch by; 0: train on all, keep the last
+    augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
+    fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
 
 
 def train_stage(
@@ -131,20 +52,78 @@ def train_stage(
 ) -> tuple[list[dict[str, float]], list[Moved]]:
     """Train `model` in place on a split of the data set and save it, with its processor, to `out`/stage.name.
 
-    Every stage starts with a fresh optimizer. An interrupted stage leaves a checkpoint an epoch, and the same call takes it up again.
+    Every stage starts with a fresh optimizer. An interrupted stage leaves a checkpoint an epoch, and the same call takes it up again. When
+    a GPU's memory does not suffice, smaller batches are accumulated to the same effective batch.
     Returns the log (loss, learning rate, gradient norm by step) and the table of moved weights. Raises ModelError when the loss stops
-    being a number; the folder then keeps its last checkpoint.
+    being a number, when the disk is full and when not even one picture fits; the folder then keeps its last whole checkpoint.
     """
     folder = Path(out) / stage.name
     checkpoints = folder / "checkpoints"
-    recipe = json.dumps({**asdict(stage), "seed": seed, "max_steps": max_steps, "rows": split._fingerprint})
-    resumable = (checkpoints / "recipe.json").is_file() and (checkpoints / "recipe.json").read_text() == recipe
-    if not resumable:
-        shutil.rmtree(folder, ignore_errors=True)
-        checkpoints.mkdir(parents=True)
-        (checkpoints / "recipe.json").write_text(recipe)
+    processes = PartialState()
     freeze(model, stage.freeze)
     before = snapshot(model)
+    start = {"weights": checksum(before), "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
+    recipe = json.dumps({**asdict(stage), **start})
+    with processes.main_process_first():
+        if not ((checkpoints / "recipe.json").is_file() and (checkpoints / "recipe.json").read_text() == recipe):
+            shutil.rmtree(folder, ignore_errors=True)
+            checkpoints.mkdir(parents=True)
+            (checkpoints / "recipe.json").write_text(recipe)
+    precision = choose_precision(model.device, training=True)
+    progress = Progress(stage.name, stage.learning_rate)
+    run = stage
+    if stage.fast and model.device.type == "cuda":  # the whole effective batch at once, if it fits
+        run = replace(stage, batch_size=stage.batch_size * stage.accumulation, accumulation=1)
+    while True:
+        try:
+            trainer = _trainer(model, processor, run, split, checkpoints, seed, max_steps)
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(progress)
+            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+            break
+        except torch.OutOfMemoryError as error:
+            if run.batch_size % 2:
+                raise ModelError(f"{stage.name}: {run.batch_size} picture(s) a batch do not fit into memory; take fewer tiles") from error
+            run = replace(run, batch_size=run.batch_size // 2, accumulation=run.accumulation * 2)
+            print(f"out of memory: going on with batches of {run.batch_size} x {run.accumulation}")
+            model.load_state_dict(before, strict=False)
+            torch.cuda.empty_cache()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ModelError(
+                f"{stage.name}: the disk of {checkpoints} is full; free some of it and run this again, which takes up the last checkpoint"
+            ) from error
+    log = [entry for entry in trainer.state.log_history if {"loss", "eval_item_f1"} & entry.keys()]
+    moved = weights_moved(model, before)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        shutil.rmtree(checkpoints)
+        finished = {
+            **asdict(run),
+            "seed": seed,
+            "processes": processes.num_processes,
+            "precision": precision.reason,
+            "performance": _performance(model, trainer, progress, run),
+            "log": log,
+            "moved": [asdict(m) for m in moved],
+        }
+        (folder / FINISHED).write_text(json.dumps(finished, indent=1))
+    processes.wait_for_everyone()
+    return [entry for entry in log if "loss" in entry], moved
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: the trainer's state is what is written last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def _trainer(
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, split: datasets.Dataset, checkpoints: Path, seed: int, max_steps: int
+) -> SFTTrainer:
     precision = choose_precision(model.device, training=True)
     config = SFTConfig(
         output_dir=str(checkpoints),
@@ -162,25 +141,86 @@ def train_stage(
         use_cpu=model.device.type == "cpu",
         save_strategy="epoch",
         save_total_limit=1,
+        eval_strategy="epoch" if stage.validation else "no",
+        load_best_model_at_end=bool(stage.validation),
+        metric_for_best_model="item_f1" if stage.validation else None,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
         seed=seed,
     )
-    trainer = SFTTrainer(
-        model, config, train_dataset=as_conversations(split), processing_class=processor, data_collator=Collator(processor)
+    if not stage.fast:
+        rows, collator = as_conversations(split), Collator(processor)
+        return SFTTrainer(model, config, train_dataset=rows, processing_class=processor, data_collator=collator)
+    held_out = validation_rows(split, stage.validation)
+    unseen = split.select(held_out)
+    labels = [record_of(row) for row in unseen.remove_columns("image")]
+
+    def score() -> float:
+        answers = evaluation.ask(Extractor(model, processor).answer, unseen["image"], stage.batch_size, "validation")
+        return next(metric.value for metric in evaluation.score(labels, answers) if metric.name == "item_f1_micro")
+
+    prepared = _prepared(model, processor, stage, split, checkpoints, precision)
+    return PreparedTrainer(
+        model, config, prepared=prepared, held_out=held_out, score=score if held_out else None, processing_class=processor
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress(stage))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if resumable else None)
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    moved = weights_moved(model, before)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    shutil.rmtree(checkpoints)
-    finished = {**asdict(stage), "seed": seed, "precision": precision.reason, "log": log, "moved": [asdict(m) for m in moved]}
-    (folder / FINISHED).write_text(json.dumps(finished, indent=1))
-    return log, moved
+
+
+def validation_rows(split: datasets.Dataset, count: int) -> list[int]:
+    """About `count` rows by whole groups of look-alikes, the same whatever the order of the rows."""
+    groups: dict[str, list[int]] = {}
+    for number, group in enumerate(split["group"] if count else ()):
+        groups.setdefault(group, []).append(number)
+    chosen: list[int] = []
+    for group in sorted(groups, key=lambda group: hashlib.sha256(f"validation {group}".encode()).digest()):
+        if len(chosen) >= count:
+            break
+        chosen += groups[group]
+    return sorted(chosen)
+
+
+def _prepared(
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, split: datasets.Dataset, checkpoints: Path, precision: Precision
+) -> Prepared:
+    """The rows, once for all stages; with what the vision tower makes of them if it is frozen and the disk has room for that."""
+    with PartialState().main_process_first():
+        prepared = prepare(split, processor, checkpoints.parents[1])
+    if stage.augment:
+        if prepared.pixels.shape[1] > 1:
+            raise ModelError("pictures of several tiles cannot be augmented, since their tiles must fit together: take 1 tile")
+        return replace(prepared, augment=augmentation(prepared.pixels.shape[-1]))
+    if any(parameter.requires_grad for parameter in model.model.vision_model.parameters()):
+        return prepared
+    dtype = precision.autocast or precision.weights
+    needed = features_shape(model, prepared).numel() * dtype.itemsize
+    if needed > 0.5 * shutil.disk_usage(checkpoints).free:
+        print(f"what the frozen vision tower sees would take {needed / 1e9:.0f} GB, more than half of the free disk: not stored")
+        return prepared
+    with PartialState().main_process_first():
+        features = vision_features(model, prepared, processor.image_processor, checkpoints / "features.bin", dtype)
+    return replace(prepared, features=features)
+
+
+def _performance(model: PreTrainedModel, trainer: SFTTrainer, progress: Progress, stage: Stage) -> dict[str, float | str]:
+    """Rates of the steps, without the first; the device's own rate is measured here and now, with a matrix product."""
+    if not (stage.fast and progress.seconds):
+        return {}
+    step = trainer.step_of(model, stage.batch_size)
+    rate = progress.pictures / progress.seconds
+    flops = flops_per_picture(model.config, step)
+    precision = choose_precision(model.device, training=True)
+    possible = matmul_rate(model.device, precision.autocast or precision.weights)
+    return {
+        "pictures_per_second": rate,
+        "tokens_per_second": rate * (step.own_tokens + step.shared_tokens),
+        "memory_bytes": memory_used(model.device),
+        "vision": step.vision,
+        "flops_per_picture": flops,
+        "flops_per_second": rate * flops,
+        "share_of_matmul_rate": rate * flops / possible,
+    }

@@ -1,0 +1,76 @@
+"""How much arithmetic a training step needs, and how much of what the device can do is achieved.
+
+One multiplication with its addition counts as two operations. A backward pass costs as much as the forward for the gradient of what comes
+in, and as much again for the gradient of the weights.
+"""
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one picture puts through the model in training."""
+
+    tiles: float  # tiles of the picture
+    own_tokens: float  # tokens of its own: picture, question, answer
+    shared_tokens: float  # tokens that a whole batch shares
+    batch: int  # rows that share them
+    answer_tokens: float  # positions that the LM head sees
+    vision: str  # "cached", "frozen" (forward only) or "trained"
+
+
+def flops_per_picture(config: PretrainedConfig, step: Step) -> float:
+    """Floating point operations of forward and backward for one picture.
+
+    >>> from transformers import SmolVLMConfig
+    >>> vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 512, "patch_size": 16}
+    >>> text = {"model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "head_dim": 64}
+    >>> text |= {"num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49280}
+    >>> config = SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=4)
+    >>> f"{flops_per_picture(config, Step(1, 255, 0, 1, 60, 'frozen')) / 1e12:.3f} TFLOP"  # SmolVLM2-500M, one tile, stage 1
+    '0.727 TFLOP'
+    """
+    v, t = config.vision_config, config.get_text_config()
+    patches, d = (v.image_size // v.patch_size) ** 2, v.hidden_size
+    layer = 8 * patches * d**2 + 4 * patches * d * v.intermediate_size + 4 * patches**2 * d
+    seeing = step.tiles * (v.num_hidden_layers * layer + 2 * patches * v.num_channels * v.patch_size**2 * d)
+    shuffle = config.scale_factor**2
+    connecting = step.tiles * 2 * (patches / shuffle) * (d * shuffle) * t.hidden_size
+    heads = t.num_attention_heads * t.head_dim
+    weights = t.hidden_size * (2 * heads + 2 * t.num_key_value_heads * t.head_dim + 3 * t.intermediate_size)
+    tokens = step.own_tokens + step.shared_tokens / step.batch
+    looking_back = step.own_tokens * (step.shared_tokens + step.own_tokens / 2) + step.shared_tokens**2 / 2 / step.batch
+    layers = t.num_hidden_layers * (2 * weights * tokens + 4 * heads * looking_back)
+    writing = layers + 2 * t.hidden_size * t.vocab_size * step.answer_tokens
+    seeings, connectings = {"cached": (0, 2), "frozen": (1, 2), "trained": (3, 3)}[step.vision]
+    return seeings * seeing + connectings * connecting + 3 * writing
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.5) -> float:
+    """Operations a second that the device reaches here and now in a square matrix product: what "share of the peak" refers to."""
+    size = size or (8192 if device.type == "cuda" else 1536)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        wait_for(device)
+        start = time.perf_counter()
+        a @ b
+        wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was told; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU since the last reset; elsewhere what this process holds in main memory now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

@@ -1,0 +1,199 @@
+"""Rows worked out once, so that a training step only gathers them.
+
+A plain collator decodes, resizes, normalises and tokenises every picture again in every epoch, in the way of the device that waits for it.
+Here that happens once: pictures as uint8 on disk (memory-mapped; normalised on the device),
+tokens as one array of fixed width. What all rows begin with, the system message, is kept once as `prefix`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torchvision.transforms import v2
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from foodextract.collate import IGNORED, Collator
+from foodextract.dataset import as_conversations
+from foodextract.models import ModelError
+
+CHUNK = 32  # rows that one worker prepares at a time
+ROUND = 8  # the width of `tokens` is a multiple of this, which is what matrix units like
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """N rows of S tokens behind L shared ones, with at most T tiles of P x P pixels. Arrays are memory-mapped."""
+
+    prefix: torch.Tensor  # (1, L) int64: what every row begins with, up to the first picture token at most
+    tokens: np.ndarray  # (N, S) int32: the rest of each row, padded on the right
+    answers: np.ndarray  # (N, 2) int32: where in `tokens` the answer starts, and where the row ends
+    pixels: np.ndarray  # (N, T, 3, P, P) uint8
+    tiles: np.ndarray  # (N,) int32: how many of the T tiles are real
+    features: torch.Tensor | None = None  # (N, T, patches, d): what a frozen vision tower makes of the pixels
+    augment: Callable[[torch.Tensor], torch.Tensor] | None = None  # changes a tile (3, P, P) uint8 at random
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch of B rows: `input_ids` and `labels` (B, S), `attention_mask` (B, L + S), `tiles` (B,); all int64.
+
+        With it `features` (B, T, patches, d) where there are any, else `pixels` (B, T, 3, P, P) uint8.
+        """
+        rows = np.asarray(rows)
+        tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
+        start, end = torch.from_numpy(self.answers[rows].astype(np.int64)).unsqueeze(1).unbind(2)
+        place = torch.arange(tokens.shape[1])
+        seen = torch.cat([torch.ones(len(rows), self.prefix.shape[1], dtype=torch.bool), place < end], 1)
+        batch = {
+            "input_ids": tokens,
+            "labels": tokens.masked_fill((place < start) | (place >= end), IGNORED),
+            "attention_mask": seen.long(),
+            "tiles": torch.from_numpy(self.tiles[rows].astype(np.int64)),
+        }
+        if self.features is not None:
+            return batch | {"features": self.features[torch.from_numpy(rows)]}
+        pixels = torch.from_numpy(self.pixels[rows])
+        if self.augment:
+            pixels = torch.stack([self.augment(picture) for picture in pixels[:, 0]])[:, None]
+        return batch | {"pixels": pixels}
+
+
+def normalise(pixels: torch.Tensor, tiles: torch.Tensor, image_processor) -> torch.Tensor:
+    """uint8 (B, T, 3, P, P) → what the image processor makes of them, float32; tiles that only fill up are 0, as the model expects."""
+    mean = torch.tensor(image_processor.image_mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(image_processor.image_std, device=pixels.device).view(3, 1, 1)
+    return (pixels.float() * image_processor.rescale_factor - mean) / std * real(tiles, pixels.shape[1])[:, :, None, None, None]
+
+
+def real(tiles: torch.Tensor, most: int) -> torch.Tensor:
+    """(B, most) bool: which places hold a tile, `tiles` (B,) being their number."""
+    return torch.arange(most, device=tiles.device) < tiles[:, None]
+
+
+def prepare(split: datasets.Dataset, processor: ProcessorMixin, folder: str | Path) -> Prepared:
+    """Prepare a split of the data set below `folder`, or take up what an earlier run prepared there from the same rows and settings.
+
+    Raises ModelError when the processor does more to a picture than resize, rescale and normalise it.
+    """
+    settings = processor.to_json_string() + processor.tokenizer.backend_tokenizer.to_str() + str(processor.chat_template)
+    key = hashlib.sha256((split._fingerprint + settings).encode()).hexdigest()[:16]
+    home = Path(folder) / f"prepared-{key}"
+    ready = home / "ready.json"  # written last
+    if not ready.is_file():
+        home.mkdir(parents=True, exist_ok=True)
+        ready.write_text(json.dumps(_prepare(split, processor, home)))
+    facts = json.loads(ready.read_text())
+    arrays = {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "answers", "pixels", "tiles")}
+    return Prepared(prefix=torch.tensor([facts["prefix"]]), **arrays)
+
+
+def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path) -> dict:
+    images, tokenizer = processor.image_processor, processor.tokenizer
+    rows, collator = as_conversations(split), Collator(processor)
+    prompts: dict[tuple, list[int]] = {}  # token ids by text and tile layout: one or a few for a whole data set
+    ids, starts = [None] * len(rows), np.zeros(len(rows), np.int32)
+    tiles = np.zeros(len(rows), np.int32)
+    most = _tiles(images)
+    edge = images.max_image_size["longest_edge"]
+    pixels = np.lib.format.open_memmap(home / "pixels.npy", "w+", np.uint8, (len(rows), most, 3, edge, edge))
+
+    def work(start: int) -> int:
+        numbers = range(start, min(start + CHUNK, len(rows)))
+        for number in numbers:
+            row = rows[number]
+            text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True)
+            raw = images([row["images"]], do_rescale=False, do_normalize=False, return_row_col_info=True, return_tensors="pt")
+            layout = (text, raw["rows"][0][0], raw["cols"][0][0])
+            if layout not in prompts:
+                whole = processor(text=[text], images=[row["images"]], return_tensors="pt")
+                ours = normalise(raw["pixel_values"].to(torch.uint8), torch.tensor([raw["pixel_values"].shape[1]]), images)
+                if not torch.allclose(ours, whole["pixel_values"], atol=1e-5):
+                    raise ModelError(f"{type(images).__name__} does more than resize, rescale and normalise: train with fast=False")
+                prompts[layout] = whole["input_ids"][0].tolist()
+            answer = tokenizer(collator.answer_text(row, text), add_special_tokens=False).input_ids
+            ids[number], starts[number] = prompts[layout] + answer, len(prompts[layout])
+            tiles[number] = raw["pixel_values"].shape[1]
+            pixels[number, : tiles[number]] = raw["pixel_values"][0].to(torch.uint8).numpy()
+        return len(numbers)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(rows), desc="preparing", unit="picture") as bar:
+        for done in pool.map(work, range(0, len(rows), CHUNK)):
+            bar.update(done)
+    pixels.flush()
+    shared = _shared(list(prompts.values()), processor.image_token_id)
+    width = -(-max(len(row) - shared for row in ids) // ROUND) * ROUND
+    tokens = np.full((len(rows), width), tokenizer.pad_token_id, np.int32)
+    for number, row in enumerate(ids):
+        tokens[number, : len(row) - shared] = row[shared:]
+    np.save(home / "tokens.npy", tokens)
+    np.save(home / "answers.npy", np.stack([starts - shared, np.array([len(row) for row in ids]) - shared], 1).astype(np.int32))
+    np.save(home / "tiles.npy", tiles)
+    return {"prefix": ids[0][:shared]}
+
+
+def _shared(prompts: list[list[int]], picture: int) -> int:
+    """How many tokens all `prompts` begin with, up to the first picture token."""
+    prompts = [prompt[: prompt.index(picture)] if picture in prompt else prompt for prompt in prompts]
+    pairs = zip(min(prompts), max(prompts), strict=False)  # what the first and the last in order share, all share
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _tiles(image_processor) -> int:
+    """The most tiles that a picture can become: the overview alone, or with up to (longest edge / tile)² details."""
+    if not image_processor.do_image_splitting:
+        return 1
+    return 1 + round(image_processor.size["longest_edge"] / image_processor.max_image_size["longest_edge"]) ** 2
+
+
+def augmentation(edge: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Mirroring, a crop, a small rotation and other light: what a photographer might have done differently to a tile of `edge` pixels."""
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomRotation(10, v2.InterpolationMode.BILINEAR),
+            v2.RandomResizedCrop(edge, scale=(0.75, 1), ratio=(0.9, 1.1)),
+            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
+        ]
+    )
+
+
+def features_shape(model: PreTrainedModel, prepared: Prepared) -> torch.Size:
+    """(N, T, patches, d) of `vision_features`."""
+    vision = model.config.vision_config
+    return torch.Size([len(prepared), prepared.pixels.shape[1], (vision.image_size // vision.patch_size) ** 2, vision.hidden_size])
+
+
+@torch.inference_mode()
+def vision_features(
+    model: PreTrainedModel, prepared: Prepared, image_processor, path: Path, dtype: torch.dtype, batch: int = 32
+) -> torch.Tensor:
+    """What a frozen vision tower sees in every row: (N, T, patches, d) in `dtype`, the type of the arithmetic.
+
+    Memory-mapped at `path`, and taken from there when an earlier call had finished.
+    """
+    shape = features_shape(model, prepared)
+    features = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
+    done = path.with_suffix(".done")
+    if done.exists():
+        return features
+    with tqdm(total=len(prepared), desc="looking once", unit="picture") as bar:
+        for start in range(0, len(prepared), batch):
+            rows = slice(start, min(start + batch, len(prepared)))
+            pixels = torch.tensor(prepared.pixels[rows], device=model.device)
+            tiles = torch.tensor(prepared.tiles[rows], device=model.device)
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+                seen = model.model.vision_model(normalise(pixels, tiles, image_processor).flatten(0, 1)).last_hidden_state
+            features[rows] = seen.view(-1, *shape[1:]).to("cpu", dtype)
+            bar.update(len(pixels))
+    done.touch()
+    return features
