@@ -4,8 +4,8 @@ Three things make it fast without changing an answer. Tokens that the grammar fo
 through the model in the same forward. Rows of a batch that are done leave it, keys and values included. And what the grammar forces at the
 very beginning is read together with the prompt.
 
-The rows of a batch advance by different numbers of tokens, so every step appends a block as wide as the longest of them, padded on the left:
-the newest token of every row stands in the last column. The attention mask hides the padding, and positions count only what it shows.
+The rows of a batch advance by different numbers of tokens, so every step appends a block as wide as the longest of them, padded on the
+left: the newest token of every row stands in the last column. The attention mask hides the padding, and positions count only what it shows.
 Tokens are taken back (see `Decoder.amend`) by hiding their columns too.
 
 Not for models whose positions have more than one dimension (Qwen-VL). In a sliding window the hidden columns count too, so a window

@@ -10,7 +10,6 @@ from itertools import islice
 from math import exp
 from typing import Self
 
-import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
@@ -26,10 +25,10 @@ PREPARED = 2  # batches that may be ready before the model asks for them
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure the model was, between 0 and 1 and below 0: neither is calibrated.
+    """How sure the model was; not calibrated.
 
-    `is_food`: the probability it gave to the value it chose, 0 or 1. The lists: for each item, the mean natural logarithm of the
-    probabilities of its tokens, among those the grammar allowed, up to the closing quotation mark.
+    `is_food`: the probability of the value it chose, among 0 and 1. The lists: for each item, the mean natural logarithm of the
+    probabilities of its tokens among those the grammar allowed there, up to the closing quotation mark (0 is certain).
     """
 
     is_food: float
@@ -41,8 +40,9 @@ class Confidence:
 class Extractor:
     """A model and its processor, asked with the one prompt.
 
-    `extract` and `extract_many` keep the answer on the rails of the grammar, so that it is always a record, whatever the weights say;
-    with `constrained=False` an answer of another form is an AnswerError. `answer` is what the model writes of its own accord.
+    `extract` and `extract_many` keep the answer on the rails of the grammar, so that it is always a record, whatever the weights say.
+    With `constrained=False` an answer of another form is an AnswerError, and confidence is None. `answer` is what the model writes of
+    its own accord.
     """
 
     model: PreTrainedModel
@@ -60,7 +60,7 @@ class Extractor:
         """The record of one picture. Raises PictureError, or AnswerError when unconstrained."""
         return self.extract_with_confidence(picture)[0]
 
-    def extract_with_confidence(self, picture: Picture) -> tuple[FoodRecord, Confidence]:
+    def extract_with_confidence(self, picture: Picture) -> tuple[FoodRecord, Confidence | None]:
         """The record of one picture, and how sure the model was. Raises PictureError, or AnswerError when unconstrained."""
         [result] = self.extract_many_with_confidence([picture], 1)
         if isinstance(result, Exception):
@@ -80,7 +80,7 @@ class Extractor:
 
     def extract_many_with_confidence(
         self, pictures: Iterable[Picture] | str | os.PathLike, batch_size: int = 8
-    ) -> Iterator[tuple[FoodRecord, Confidence] | PictureError | AnswerError]:
+    ) -> Iterator[tuple[FoodRecord, Confidence | None] | PictureError | AnswerError]:
         """As `extract_many`, each record with its confidence."""
         stream = iter(find_pictures([pictures]) if isinstance(pictures, str | os.PathLike) else pictures)
         worker = ThreadPoolExecutor(1)
@@ -160,17 +160,17 @@ class Extractor:
         text = self._free.text(answer).removeprefix(self._lead)
         return text if answer.finished or not constrained else schema.closed(text)
 
-    def _read(self, answer: Answer) -> tuple[FoodRecord, Confidence] | AnswerError:
+    def _read(self, answer: Answer) -> tuple[FoodRecord, Confidence | None] | AnswerError:
         text = self._text(answer, self.constrained)
         try:
-            return FoodRecord.parse(text), self._confidence(answer)
+            return FoodRecord.parse(text), self._confidence(answer) if self.constrained else None
         except AnswerError as error:
             return AnswerError(f"the model's answer is {error}; it wrote {text!r}")
 
     def _confidence(self, answer: Answer) -> Confidence:
         pieces = self._free.pieces(answer)
         text = b"".join(piece for piece, _ in pieces).decode()
-        owner = [number for number, (piece, _) in enumerate(pieces) for _ in piece]  # character → token; a strict text is ASCII
+        owner = [number for number, (piece, _) in enumerate(pieces) for _ in piece]  # character → token: the grammar allows only ASCII
 
         def mean(start: int, end: int) -> float:
             chosen = [pieces[number][1] for number in sorted(set(owner[start:end]))]
