@@ -13,6 +13,7 @@ from typing import Annotated
 
 import torch
 import typer
+from PIL import Image
 from tqdm import tqdm
 from transformers import SmolVLMForConditionalGeneration
 

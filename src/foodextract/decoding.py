@@ -133,8 +133,8 @@ class Decoder:
         return answers
 
     def text(self, answer: Answer) -> str:
-        """What the tokens say, without special ones."""
-        return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        """What the tokens say, without special ones, and with every space where it was written."""
+        return self.tokenizer.decode(answer.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def pieces(self, answer: Answer) -> list[tuple[bytes, float | None]]:
         """The bytes of each token with its log-probability."""
