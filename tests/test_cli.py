@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from foodextract import scenes
+from foodextract import answers, scenes
 from foodextract.__main__ import app
 from foodextract.extractor import Extractor
 from foodextract.pictures import PictureError, open_picture
@@ -92,7 +92,7 @@ def test_wherever_a_run_is_killed_it_is_taken_up_again(pictures, monkeypatch, fo
     assert run(*command).exit_code == 1
     whole = Path("out").read_bytes()
     lines = sorted(whole.splitlines())
-    for cut in range(0, len(whole), 5):
+    for cut in (0, *range(len(answers.header(form)), len(whole), 3)):  # the header is put there whole
         Path("out").write_bytes(whole[:cut])
         asked.clear()
         assert run(*command).exit_code == 1
@@ -121,6 +121,15 @@ def test_a_file_that_is_not_ours_is_left_alone(pictures, form):
     assert "left alone" in result.stderr
     assert Path("notes").read_text() == "milk,\neggs\n"
     assert not Path("notes.partial").exists()
+
+
+def test_damage_in_the_middle_is_not_mistaken_for_the_end():
+    good = answers.as_line({"file": "a.png", "is_food": 0, "image_title": "", "food_items": [], "drink_items": []}, "csv")
+    for bad in ('"b"c,0,,[],[],,\n', "b.png,0\n"):
+        Path("out.csv").write_text(answers.header("csv") + bad + good)
+        with pytest.raises(answers.AnswerFileError, match="left alone"):
+            answers.resume(Path("out.csv"), "csv")
+        assert Path("out.csv").read_text().endswith(bad + good)
 
 
 def test_csv_with_confidence(pictures):

@@ -141,6 +141,7 @@ def test_batch_answer_is_single_answer(name, request, pictures):
     assert extractor.answer(some, constrained=True) == [extractor.answer([picture], constrained=True)[0] for picture in some]
 
 
+@torch.inference_mode()
 def replay(decoder, inputs, answers, rows):
     """Each token is the best allowed one, and as probable, when one forward without cache or batch reads the whole answer at once."""
     for number in rows:
@@ -165,8 +166,7 @@ def test_cache_padding_and_forced_tokens_change_nothing(name, request, pictures)
     extractor = request.getfixturevalue(name)
     inputs = extractor.prepare(pictures)
     answers = extractor._strict.generate(inputs, 120)
-    with torch.inference_mode():
-        replay(extractor._strict, inputs, answers, rows=(0, 3, 9, 15))
+    replay(extractor._strict, inputs, answers, rows=(0, 3, 9, 15))
     assert any(logprob is None for answer in answers for logprob in answer.logprobs)
 
 

@@ -64,7 +64,7 @@ def test_every_kind_of_picture_is_the_same_picture(tuned, pictures, tmp_path):
     exif[0x0112] = 6
     picture.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
     kinds = [picture, str(file), file, file.read_bytes(), np.asarray(picture), turned]
-    assert set(tuned.extract_many(iter(kinds), batch_size=4)) == {tuned.extract(picture)}
+    assert list(tuned.extract_many(iter(kinds), batch_size=4)) == [tuned.extract(picture)] * len(kinds)
     assert list(tuned.extract_many(tmp_path)) == list(tuned.extract_many([file, turned]))
 
 

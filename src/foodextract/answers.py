@@ -92,4 +92,5 @@ def _rows(path: Path, form: Format) -> Iterator[dict[str, Any]]:
                     return
                 yield row
         except csv.Error:  # the file ends within a quoted cell
-            return
+            if next(lines, None) is not None:
+                raise foreign from None
