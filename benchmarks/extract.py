@@ -28,7 +28,7 @@ import torch
 import typer
 from PIL import Image
 from scipy.stats import bootstrap
-from transformers import PreTrainedModel, ProcessorMixin, SmolVLMConfig, SmolVLMForConditionalGeneration, pipeline
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, SmolVLMConfig, pipeline
 
 from foodextract import models, prompts
 from foodextract.extractor import MAX_NEW_TOKENS, Extractor
@@ -64,10 +64,7 @@ def build(size: str, processor_from: Path) -> tuple[PreTrainedModel, ProcessorMi
         tie_word_embeddings=False,  # with a head of its own it has 507,482,304 or 256,484,928 parameters, as published
     )
     torch.manual_seed(0)
-    with torch.device("meta"):
-        model = SmolVLMForConditionalGeneration(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    model.init_weights()
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, pad
     processor.image_processor.max_image_size = {"longest_edge": 512}
     processor.image_seq_len = 64
