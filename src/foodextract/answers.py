@@ -45,7 +45,7 @@ def resume(path: Path, form: Format) -> set[str]:
         with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as kept:
             kept.write(header(form))
             for row in _rows(path, form) if path.exists() else ():
-                if not row.get("error"):
+                if row.get("is_food") not in (None, ""):  # "": a CSV line that was cut between its cells
                     answered.add(row["file"])
                     kept.write(as_line(row, form))
         partial.replace(path)
@@ -77,7 +77,7 @@ def _rows(path: Path, form: Format) -> Iterator[dict[str, Any]]:
                     if line.endswith("\n"):
                         raise foreign from None
                     return  # the last line, cut off
-                if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+                if not isinstance(row, dict) or not isinstance(row.get("file"), str) or not {"is_food", "error"} & row.keys():
                     raise foreign
                 yield row
             return

@@ -73,7 +73,7 @@ class Extractor:
         """One result a picture, in order: its record, or the error that this picture met. Others in its batch are answered all the same.
 
         `pictures` may be endless, or a folder, whose pictures are then answered in the order of their paths. While the model is busy, a
-        thread opens and resizes the next `PREPARED` batches and no more.
+        thread opens and resizes the next `PREPARED` batches and no more; they are asked for before the first answer comes.
         """
         for result in self.extract_many_with_confidence(pictures, batch_size):
             yield result if isinstance(result, Exception) else result[0]
