@@ -79,7 +79,7 @@ def main(
         ("int8 or fp32", list(zip(rounded, strict, strict=True))),
     ):
         note(subject, "same_answer_rate", [a == b for a, b in pairs])
-        print(*(f"  {a}\n  {b}\n" for a, b in pairs if a != b), sep="")
+        print(*(f"  {a}\n  {b}\n" for a, b in pairs if a != b), sep="", end="")
     pairs = [(FoodRecord.parse(a).is_food, FoodRecord.parse(b).is_food) for a, b in zip(rounded, strict, strict=True)]
     note("int8 or fp32", "same_is_food_rate", [a == b for a, b in pairs])
     write_results(results, rows)

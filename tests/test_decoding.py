@@ -170,6 +170,20 @@ def test_cache_padding_and_forced_tokens_change_nothing(name, request, pictures)
     assert any(logprob is None for answer in answers for logprob in answer.logprobs)
 
 
+def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, pictures):
+    shapes = []
+    hook = tuned.model.register_forward_pre_hook(lambda model, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    try:
+        answers = tuned._strict.generate(tuned.prepare(pictures), MAX_NEW_TOKENS)
+    finally:
+        hook.remove()
+    chosen = [sum(logprob is not None for logprob in answer.logprobs) for answer in answers]
+    assert shapes[0][0] == len(pictures)
+    assert [shape[0] for shape in shapes] == sorted((shape[0] for shape in shapes), reverse=True)
+    assert shapes[-1][0] < len(pictures)
+    assert max(chosen) <= len(shapes) < max(len(answer.tokens) for answer in answers)
+
+
 def test_a_repeat_is_taken_back_and_forgotten(tuned, pictures):
     """The model is made to write a list with a repeat; from there on its answer is the one it gives where the repeat never stood."""
     decoder = copy.copy(tuned._strict)
