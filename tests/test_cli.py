@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -6,8 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from foodextract import scenes
+from foodextract import answers, scenes
 from foodextract.__main__ import app
+from foodextract.extractor import Extractor
+from foodextract.pictures import PictureError, open_picture
+from foodextract.schema import FoodRecord
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +61,8 @@ def test_a_broken_picture_has_its_line_and_sets_the_status(pictures):
         (["--model", "nowhere"], "neither a folder nor a Hub id"),
         (["--model", "nobody/nothing"], "check the name and the connection"),
         (["--device", "cuda:99"], "not available"),
+        (["--precision", "int4"], "'int4' is not known"),
+        (["--free", "--confidence"], "leave out --free"),
         (["--output", "no/such/folder/out.jsonl"], "cannot write"),
     ],
 )
@@ -67,20 +74,82 @@ def test_what_cannot_start_says_why(pictures, tmp_path, args, words):
     assert "Traceback" not in result.output
 
 
-def test_an_interrupted_run_leaves_no_half_written_output(pictures, tmp_path, monkeypatch):
-    from foodextract.extractor import Extractor
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_wherever_a_run_is_killed_it_is_taken_up_again(pictures, monkeypatch, form):
+    """The output is cut after every few bytes; each time the same command makes it whole, and asks only for what is missing."""
+    asked = []
 
-    def interrupted(self, files, batch_size):
-        raise KeyboardInterrupt
-        yield
+    def at_once(self, files, batch_size):
+        asked.extend(files)
+        for file in files:
+            record = FoodRecord(is_food=1, image_title='a, "b"\n' + Path(file).stem, food_items=["c"], drink_items=[])
+            yield PictureError("no\npicture") if "1b" in file else (record, None)
 
-    (tmp_path / "out.jsonl").write_text("old\n")
-    monkeypatch.setattr(Extractor, "extract_many", interrupted)
-    run(pictures, "--output", "out.jsonl")
-    assert (tmp_path / "out.jsonl").read_text() == "old\n"
+    monkeypatch.setattr(Extractor, "extract_many_with_confidence", at_once)
+    monkeypatch.setattr(Extractor, "from_pretrained", lambda *args, **options: Extractor(None, None))
+    (pictures / "1b.png").write_bytes(b"")
+    command = (pictures, "--output", "out", "--format", form)
+    assert run(*command).exit_code == 1
+    whole = Path("out").read_bytes()
+    lines = sorted(whole.splitlines())
+    for cut in (0, *range(len(answers.header(form)), len(whole), 2 if form == "csv" else 7)):  # the header is put there whole
+        Path("out").write_bytes(whole[:cut])
+        asked.clear()
+        assert run(*command).exit_code == 1
+        assert sorted(Path("out").read_bytes().splitlines()) == lines, cut
+        done = sum(f"{number}.png".encode() in whole[:cut] for number in range(3))
+        assert 4 - done <= len(asked) <= 5 - done
+
+
+def test_what_failed_is_tried_again_and_nothing_else(pictures):
+    broken = pictures / "1b.png"
+    broken.write_bytes(b"")
+    assert run(pictures, "--output", "out.jsonl").exit_code == 1
+    broken.write_bytes((pictures / "0.png").read_bytes())
+    again = run(pictures, "--output", "out.jsonl")
+    assert again.exit_code == 0
+    assert "3 of 4 pictures are answered in out.jsonl already" in again.stderr
+    assert sorted(json.loads(line)["file"] for line in Path("out.jsonl").read_text().splitlines()) == sorted(map(str, pictures.iterdir()))
+    assert "model:" not in run(pictures, "--output", "out.jsonl").stderr  # nothing left to ask
+
+
+@pytest.mark.parametrize(("form", "text"), [("jsonl", "milk\n"), ("csv", "milk,\neggs\n"), ("jsonl", '{"file": "a.png", "label": 1}\n')])
+def test_a_file_that_is_not_ours_is_left_alone(pictures, form, text):
+    Path("notes").write_text(text)
+    result = run(pictures, "--output", "notes", "--format", form)
+    assert result.exit_code == 2
+    assert "left alone" in result.stderr
+    assert Path("notes").read_text() == text
+    assert not Path("notes.partial").exists()
+
+
+def test_damage_in_the_middle_is_not_mistaken_for_the_end():
+    good = answers.as_line({"file": "a.png", "is_food": 0, "image_title": "", "food_items": [], "drink_items": []}, "csv")
+    for bad in ('"b"c,0,,[],[],,\n', "b.png,0\n"):
+        Path("out.csv").write_text(answers.header("csv") + bad + good)
+        with pytest.raises(answers.AnswerFileError, match="left alone"):
+            answers.resume(Path("out.csv"), "csv")
+        assert Path("out.csv").read_text().endswith(bad + good)
+
+
+def test_csv_with_confidence(pictures):
+    (pictures / "1b.png").write_bytes(b"")
+    result = run(pictures, "--format", "csv", "--confidence")
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert list(rows[0]) == ["file", "is_food", "image_title", "food_items", "drink_items", "confidence", "error"]
+    assert [bool(row["error"]) for row in rows] == [False, False, True, False]
+    for row in rows[:2]:
+        assert len(json.loads(row["food_items"])) == len(json.loads(row["confidence"])["food_items"])
+
+
+def test_free_answers_are_those_without_the_grammar(pictures, tuned):
+    lines = [json.loads(line) for line in run(pictures, "--free").stdout.splitlines()]
+    for line in lines:
+        [said] = tuned.answer([open_picture(line.pop("file"))])
+        assert json.dumps(line) == said or repr(said) in line["error"]
 
 
 def test_the_module_is_the_command_and_help_is_quick_to_read():
     shown = subprocess.run([sys.executable, "-m", "foodextract", "extract", "--help"], capture_output=True, text=True, check=True).stdout
-    for option in ("--model", "--output", "--batch-size", "--device", "Exit status"):
+    for option in ("--model", "--output", "--format", "--batch-size", "--device", "--confidence", "--free", "Exit status"):
         assert option in shown

@@ -4,6 +4,7 @@ import torch
 from foodextract import prompts
 from foodextract.collate import IGNORED, Collator, audit
 from foodextract.dataset import as_conversations, record_of
+from foodextract.decoding import Decoder
 from foodextract.schema import FoodRecord
 
 
@@ -33,9 +34,9 @@ def test_no_image_token_and_no_padding_is_trained_on(batch, processor):
 
 
 def test_prompt_in_training_is_the_prompt_at_inference_byte_for_byte(batch, rows, tuned, monkeypatch):
-    """Law 2: what the extractor feeds `generate` is what stands before the labels, tokens and pixels alike."""
+    """Law 2: what the extractor feeds the model is what stands before the labels, tokens and pixels alike."""
     fed = {}
-    monkeypatch.setattr(tuned.model, "generate", lambda **inputs: fed.update(inputs) or inputs["input_ids"])
+    monkeypatch.setattr(Decoder, "generate", lambda self, inputs, max_new_tokens: fed.update(inputs) or [])
     tuned.answer([rows["train"][0]["image"]])
     length = (batch["labels"][0] == IGNORED).logical_and(batch["attention_mask"][0] == 1).sum()
     assert torch.equal(fed["input_ids"][0], batch["input_ids"][0][:length])

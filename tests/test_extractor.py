@@ -1,11 +1,23 @@
+import io
+import re
+from contextlib import redirect_stdout
+from dataclasses import replace
+from itertools import count
+from math import log
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from foodextract import scenes
-from foodextract.extractor import Extractor
-from foodextract.models import TINY_BASE
+from foodextract import models, prompts, scenes
+from foodextract.extractor import PREPARED, Extractor
+from foodextract.models import TINY_BASE, ModelError
 from foodextract.pictures import PictureError
 from foodextract.schema import AnswerError, FoodRecord
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +35,18 @@ def test_the_base_talks_and_does_not_speak_json(pictures):
     assert len({text for text in answers if " " in text}) >= 6
 
 
-def test_a_bad_picture_does_not_spoil_its_batch(tuned, pictures, monkeypatch):
-    said = [scenes.draw_scene(77, "test", number).record for number in range(3)]
-    by_bytes = {picture.tobytes(): record for picture, record in zip(pictures, said, strict=False)}
-    monkeypatch.setattr(Extractor, "answer", lambda self, batch: [by_bytes[picture.tobytes()].to_json() for picture in batch])
+def test_a_bad_picture_does_not_spoil_its_batch(tuned, pictures):
     results = list(tuned.extract_many([pictures[0], b"", pictures[1], "nowhere.jpg", pictures[2]], batch_size=3))
     assert [type(result) for result in results] == [FoodRecord, PictureError, FoodRecord, PictureError, FoodRecord]
-    assert results[::2] == said
+    assert results[::2] == [tuned.extract(picture) for picture in pictures[:3]]
     assert [type(result) for result in tuned.extract_many([b"", b"x"], batch_size=1)] == [PictureError, PictureError]
+    with pytest.raises(PictureError, match="empty"):
+        tuned.extract(b"")
 
 
-def test_an_answer_that_is_not_strict_is_an_error_that_shows_it(tuned, monkeypatch):
-    monkeypatch.setattr(Extractor, "answer", lambda self, pictures: ["{'is_food': 1}"] * len(pictures))
-    [result] = tuned.extract_many([Image.new("RGB", (9, 9))])
+def test_without_the_grammar_an_answer_that_is_not_strict_is_an_error_that_shows_it(tuned, monkeypatch):
+    monkeypatch.setattr(Extractor, "_text", lambda self, answer, constrained: "{'is_food': 1}")
+    [result] = replace(tuned, constrained=False).extract_many([Image.new("RGB", (9, 9))])
     assert isinstance(result, AnswerError)
     assert "{'is_food': 1}" in str(result)
 
@@ -43,3 +54,83 @@ def test_an_answer_that_is_not_strict_is_an_error_that_shows_it(tuned, monkeypat
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (1200, 30)])
 def test_any_size_is_answered(tuned, size):
     assert tuned.extract(Image.new("RGB", size, "white")).is_food in (0, 1)
+
+
+def test_every_kind_of_picture_is_the_same_picture(tuned, pictures, tmp_path):
+    file, picture = tmp_path / "a.png", pictures[1]
+    picture.save(file)
+    turned = tmp_path / "b.png"  # stored on its side, with the EXIF tag that says so
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    kinds = [picture, str(file), file, file.read_bytes(), np.asarray(picture), turned]
+    assert list(tuned.extract_many(iter(kinds), batch_size=4)) == [tuned.extract(picture)] * len(kinds)
+    assert list(tuned.extract_many(tmp_path)) == list(tuned.extract_many([file, turned]))
+
+
+def test_pixels_and_prompt_are_those_of_the_processor(tuned, pictures):
+    """One preprocessing: what the processor alone makes of a chat with a picture is what the model gets."""
+    own, chat = tuned.prepare([pictures[0]]), prompts.conversation()
+    chat[1]["content"][0]["image"] = pictures[0]
+    theirs = tuned.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    assert set(own) == set(theirs)
+    for key in own:
+        assert torch.equal(own[key], theirs[key]), key
+
+
+def test_an_endless_stream_is_read_only_a_little_ahead(tuned, pictures):
+    read = count()
+    results = tuned.extract_many((pictures[next(read) % 2] for _ in count()), batch_size=2)
+    for _ in range(5):
+        next(results)
+    assert next(read) <= 2 * (3 + PREPARED)
+    results.close()
+
+
+def test_confidence_has_a_value_for_every_item(tuned, pictures):
+    results = list(tuned.extract_many_with_confidence(pictures))
+    for record, confidence in results:
+        assert 0.5 <= confidence.is_food <= 1
+        for field in ("food_items", "drink_items"):
+            assert len(getattr(record, field)) == len(getattr(confidence, field))
+            assert all(value <= 0 for value in getattr(confidence, field))
+    assert len({confidence.is_food for _, confidence in results}) > 6
+    assert replace(tuned, constrained=False)._read(tuned._generate(tuned.prepare(pictures[:1]), True)[0])[1] is None
+
+
+def test_confidence_in_is_food_is_its_probability_among_both_values(tuned, pictures):
+    [(record, confidence)] = tuned.extract_many_with_confidence(pictures[:1])
+    tokenizer = tuned.processor.tokenizer
+    inputs = tuned.prepare(pictures[:1])
+    begun = tokenizer(' {"is_food": ', add_special_tokens=False, return_tensors="pt").input_ids
+    ids = torch.cat([inputs.pop("input_ids"), begun], 1)
+    inputs.pop("attention_mask")
+    with torch.inference_mode():
+        logits = tuned.model(input_ids=ids, **inputs).logits[0, -1]
+    both = logits[[tokenizer.convert_tokens_to_ids("0"), tokenizer.convert_tokens_to_ids("1")]].log_softmax(0)
+    assert log(confidence.is_food) == pytest.approx(float(both[record.is_food]), abs=1e-4)
+
+
+def test_int8_answers_like_fp32(pictures, tuned):
+    quantised = Extractor.from_pretrained(models.TINY_TUNED, "cpu", precision="int8")
+    assert type(quantised.model.model.text_model.layers[0].mlp.up_proj).__module__.startswith("torch.ao")
+    same = [quantised.extract(picture).is_food == tuned.extract(picture).is_food for picture in pictures]
+    assert sum(same) >= len(pictures) - 2
+
+
+def test_a_precision_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(ModelError, match="'int4' is not known: choose one of fp32"):
+        Extractor.from_pretrained(models.TINY_TUNED, "cpu", precision="int4")
+    with pytest.raises(ModelError, match="'int8' is for answering on a CPU"):
+        models.load_model(models.TINY_TUNED, torch.device("cuda"), precision="int8")
+    assert Extractor.from_pretrained(models.TINY_TUNED, "cpu", precision="bf16").model.dtype is torch.bfloat16
+
+
+def test_the_snippet_of_the_readme_answers_without_us(tuned, pictures, tmp_path, monkeypatch):
+    [snippet] = re.findall(r"```python\n(from transformers import pipeline\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pictures[1].save(tmp_path / "lunch.png")
+    monkeypatch.chdir(tmp_path)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        exec(snippet.replace("outputs/offline/stage2", str(models.TINY_TUNED)).replace("lunch.jpg", "lunch.png"), {})
+    assert said.getvalue().strip() == tuned.answer([pictures[1]])[0]

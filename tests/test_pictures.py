@@ -88,3 +88,13 @@ def test_folders_are_searched_in_a_fixed_order(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     found = list(find_pictures([tmp_path, tmp_path / "a" / "notes.txt"]))
     assert [path.name for path in found] == ["c.PNG", "b.jpg", "notes.txt"]
+
+
+def test_arrays_are_pictures_too():
+    array = np.asarray(RED)
+    assert np.array_equal(open_picture(array), array)
+    assert open_picture(array[:, :, 0]).getpixel((0, 0)) == (200, 200, 200)
+    assert open_picture(np.dstack([array, np.zeros((30, 40), np.uint8)])).getpixel((0, 0)) == (255, 255, 255)
+    for wrong in (array.astype(float), array[None], np.zeros((0, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)):
+        with pytest.raises(PictureError, match="of uint8"):
+            open_picture(wrong)

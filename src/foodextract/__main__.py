@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
+
+from foodextract import answers
 
 app = typer.Typer(
     name="foodextract", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pictures in, strict JSON out."
@@ -22,51 +25,73 @@ def main() -> None:
     """Pictures in, strict JSON out."""
 
 
+class Format(StrEnum):
+    """Of the output."""
+
+    jsonl = "jsonl"
+    csv = "csv"
+
+
 @app.command()
 def extract(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Pictures, or folders to search for pictures.")],
     model: Annotated[
         str | None, typer.Option(help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one).")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the lines here instead of to standard output.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Append the lines to this file. Pictures that it answers already are skipped."),
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="JSON lines, or CSV with lists as JSON in their cells.")] = Format.jsonl,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures the model sees at once.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … (default: the best there is)")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")] = None,
+    confidence: Annotated[bool, typer.Option("--confidence", help="Add how sure the model was, of is_food and of each item.")] = False,
+    free: Annotated[bool, typer.Option("--free", help="No grammar: let the model write what it likes, and call it an error.")] = False,
 ) -> None:
     """One line of JSON a picture: {"file", "is_food", "image_title", "food_items", "drink_items"}, or {"file", "error"}.
 
     Exit status: 0 when all pictures were answered, 1 when some could not be (the others are answered all the same), 2 when nothing could
-    start.
+    start. Interrupted, the same command goes on where it was, and tries again what failed.
     """
     from tqdm import tqdm  # the imports below take seconds, which `--help` should not
 
     from foodextract.extractor import Extractor
     from foodextract.models import ModelError, newest_tuned
     from foodextract.pictures import find_pictures
-    from foodextract.schema import FoodRecord
 
-    files = list(find_pictures(paths))
-    if not files:
+    if free and confidence:
+        _stop("--confidence is measured among the tokens that the grammar allows: leave out --free")
+    found = dict.fromkeys(map(str, find_pictures(paths)))
+    if not found:
         _stop(f"no pictures in {', '.join(map(str, paths))}: name files, or folders that hold .jpg, .png, .webp … files")
     try:
+        answered = answers.resume(output, form.value) if output else set()
+        files = [file for file in found if file not in answered]
+        if len(files) < len(found):
+            print(f"{len(found) - len(files)} of {len(found)} pictures are answered in {output} already", file=sys.stderr)
+        if not files:
+            return
         source = model or newest_tuned()
         print(f"model: {source}", file=sys.stderr)
-        extractor = Extractor.from_pretrained(source, device)
-    except ModelError as error:
+        extractor = Extractor.from_pretrained(source, device, precision, constrained=not free)
+    except (ModelError, answers.AnswerFileError) as error:
         _stop(str(error))
-    partial = output.with_name(output.name + ".partial") if output else None
+    if not output:
+        print(answers.header(form.value), end="")
     failed = 0
-    try:
-        lines = partial.open("w", encoding="utf-8") if partial else sys.stdout
-    except OSError as error:
-        _stop(f"cannot write {output}: {error.strerror}")
-    results = extractor.extract_many(files, batch_size)
-    for file, result in zip(files, tqdm(results, total=len(files), unit="picture", file=sys.stderr), strict=True):
-        answered = isinstance(result, FoodRecord)
-        failed += not answered
-        print(json.dumps({"file": str(file), **(result.model_dump() if answered else {"error": str(result)})}), file=lines, flush=True)
-    if partial:
-        lines.close()
-        partial.replace(output)
+    results = tqdm(extractor.extract_many_with_confidence(files, batch_size), total=len(files), unit="picture", file=sys.stderr)
+    for file, result in zip(files, results, strict=True):
+        if isinstance(result, Exception):
+            failed += 1
+            row = {"file": file, "error": str(result)}
+        else:
+            row = {"file": file, **result[0].model_dump(), **({"confidence": asdict(result[1])} if confidence else {})}
+        line = answers.as_line(row, form.value)
+        if output:
+            answers.append(output, line)
+        else:
+            print(line, end="", flush=True)
     if failed:
         print(f"{failed} of {len(files)} pictures could not be answered; their lines say why", file=sys.stderr)
         raise typer.Exit(1)

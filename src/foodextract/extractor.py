@@ -1,77 +1,184 @@
 """Pictures → answers: the one door between a model and everybody who asks it."""
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
+from math import exp
 from typing import Self
 
-import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from foodextract import prompts
+from foodextract import prompts, schema
+from foodextract.decoding import Answer, Decoder
 from foodextract.models import choose_device, load_model, load_processor
-from foodextract.pictures import PictureError, open_picture
+from foodextract.pictures import Picture, PictureError, find_pictures, open_picture
 from foodextract.schema import AnswerError, FoodRecord
 
-Picture = str | os.PathLike | bytes | Image.Image
 MAX_NEW_TOKENS = 256
+PREPARED = 2  # batches that may be ready before the model asks for them
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How sure the model was; not calibrated.
+
+    `is_food`: the probability of the value it chose, among 0 and 1. The lists: for each item, the mean natural logarithm of the
+    probabilities of its tokens among those the grammar allowed there, up to the closing quotation mark (0 is certain).
+    """
+
+    is_food: float
+    food_items: list[float]
+    drink_items: list[float]
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A model and its processor, asked with the one prompt."""
+    """A model and its processor, asked with the one prompt.
+
+    `extract` and `extract_many` keep the answer on the rails of the grammar, so that it is always a record, whatever the weights say.
+    With `constrained=False` an answer of another form is an AnswerError, and confidence is None. `answer` is what the model writes of
+    its own accord.
+    """
 
     model: PreTrainedModel
     processor: ProcessorMixin
+    constrained: bool = True
 
     @classmethod
-    def from_pretrained(cls, model_id: str | os.PathLike, device: str | None = None) -> Self:
-        """Load a folder or a Hub id. Raises ModelError."""
-        return cls(load_model(model_id, choose_device(device)), load_processor(model_id))
+    def from_pretrained(
+        cls, model_id: str | os.PathLike, device: str | None = None, precision: str | None = None, constrained: bool = True
+    ) -> Self:
+        """Load a folder or a Hub id, in one of `models.PRECISIONS` or the device's default. Raises ModelError."""
+        return cls(load_model(model_id, choose_device(device), precision=precision), load_processor(model_id), constrained)
 
-    @torch.inference_mode()
-    def answer(self, pictures: list[Image.Image]) -> list[str]:
-        """What the model writes about each RGB picture: greedy, unconstrained, exactly as written but for the template's leading space."""
-        training = self.model.training
-        self.model.eval()
-        prompt = self.processor.apply_chat_template(prompts.conversation(), add_generation_prompt=True)
-        inputs = self.processor(
-            text=[prompt] * len(pictures),
+    def extract(self, picture: Picture) -> FoodRecord:
+        """The record of one picture. Raises PictureError, or AnswerError when unconstrained."""
+        return self.extract_with_confidence(picture)[0]
+
+    def extract_with_confidence(self, picture: Picture) -> tuple[FoodRecord, Confidence | None]:
+        """The record of one picture, and how sure the model was. Raises PictureError, or AnswerError when unconstrained."""
+        [result] = self.extract_many_with_confidence([picture], 1)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def extract_many(
+        self, pictures: Iterable[Picture] | str | os.PathLike, batch_size: int = 8
+    ) -> Iterator[FoodRecord | PictureError | AnswerError]:
+        """One result a picture, in order: its record, or the error that this picture met. Others in its batch are answered all the same.
+
+        `pictures` may be endless, or a folder, whose pictures are then answered in the order of their paths. While the model is busy, a
+        thread opens and resizes the next `PREPARED` batches and no more; they are asked for before the first answer comes.
+        """
+        for result in self.extract_many_with_confidence(pictures, batch_size):
+            yield result if isinstance(result, Exception) else result[0]
+
+    def extract_many_with_confidence(
+        self, pictures: Iterable[Picture] | str | os.PathLike, batch_size: int = 8
+    ) -> Iterator[tuple[FoodRecord, Confidence | None] | PictureError | AnswerError]:
+        """As `extract_many`, each record with its confidence."""
+        stream = iter(find_pictures([pictures]) if isinstance(pictures, str | os.PathLike) else pictures)
+        worker = ThreadPoolExecutor(1)
+        ahead: deque[Future] = deque()
+        try:
+            while True:
+                while len(ahead) <= PREPARED and (batch := list(islice(stream, batch_size))):
+                    ahead.append(worker.submit(self._open_and_prepare, batch))
+                if not ahead:
+                    return
+                opened, inputs = ahead.popleft().result()
+                answers = iter(self._generate(inputs, self.constrained) if inputs else [])
+                for picture in opened:
+                    yield picture if picture else self._read(next(answers))
+        finally:
+            worker.shutdown(cancel_futures=True)
+
+    def answer(self, pictures: list[Image.Image], constrained: bool = False) -> list[str]:
+        """What the model writes about each RGB picture: greedy, exactly as written but for what the template puts before an answer.
+
+        Unconstrained unless asked otherwise: this is what is measured.
+        """
+        answers = self._generate(self.prepare(pictures), constrained)
+        return [self._text(answer, constrained) for answer in answers]
+
+    def prepare(self, pictures: list[Image.Image]) -> BatchFeature:
+        """What the model's forward takes for B RGB pictures: prompts of S tokens padded on the left, `input_ids` and `attention_mask`
+        (B, S) int64, and `pixel_values` (B, T, 3, P, P) float32 for T tiles of P x P pixels.
+        """
+        return self.processor(
+            text=[self._prompt] * len(pictures),
             images=[[picture] for picture in pictures],
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
-        written = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        )
+
+    @cached_property
+    def _prompt(self) -> str:
+        return self.processor.apply_chat_template(prompts.conversation(), add_generation_prompt=True)
+
+    @cached_property
+    def _lead(self) -> str:
+        """What the chat template puts between the generation prompt and an answer: SmolVLM's a space, others' nothing."""
+        nothing = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
+        whole = self.processor.apply_chat_template(prompts.conversation() + prompts.answer(nothing))
+        return whole.removeprefix(self._prompt).partition(nothing.to_json())[0] if whole.startswith(self._prompt) else ""
+
+    @cached_property
+    def _free(self) -> Decoder:
+        return Decoder.build(self.model, self.processor.tokenizer)
+
+    @cached_property
+    def _strict(self) -> Decoder:
+        return Decoder.build(self.model, self.processor.tokenizer, schema.grammar(self._lead), schema.without_repeats)
+
+    def _open_and_prepare(self, pictures: list[Picture]) -> tuple[list[PictureError | None], BatchFeature | None]:
+        """The error of each picture that cannot be read, and what the model takes for the others."""
+        readable, errors = [], []
+        for picture in pictures:
+            try:
+                readable.append(open_picture(picture))
+                errors.append(None)
+            except PictureError as error:
+                errors.append(error)
+        return errors, self.prepare(readable) if readable else None
+
+    def _generate(self, inputs: BatchFeature, constrained: bool) -> list[Answer]:
+        training = self.model.training
+        self.model.eval()
+        decoder = self._strict if constrained else self._free
+        answers = decoder.generate(inputs.to(self.model.device, self.model.dtype), MAX_NEW_TOKENS)
         self.model.train(training)
-        texts = self.processor.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [text.removeprefix(" ") for text in texts]
+        return answers
 
-    def extract(self, picture: Picture) -> FoodRecord:
-        """The record of one picture. Raises PictureError or AnswerError."""
-        return FoodRecord.parse(self.answer([open_picture(picture)])[0])
+    def _text(self, answer: Answer, constrained: bool) -> str:
+        text = self._free.text(answer).removeprefix(self._lead)
+        return text if answer.finished or not constrained else schema.closed(text)
 
-    def extract_many(self, pictures: Iterable[Picture], batch_size: int = 8) -> Iterator[FoodRecord | PictureError | AnswerError]:
-        """One result a picture, in order: its record, or the error that this picture met. Others in its batch are answered all the same."""
-        stream = iter(pictures)
-        while batch := list(islice(stream, batch_size)):
-            opened = [_try_open(picture) for picture in batch]
-            readable = [picture for picture in opened if isinstance(picture, Image.Image)]
-            answers = iter(self.answer(readable) if readable else [])
-            for picture in opened:
-                if isinstance(picture, PictureError):
-                    yield picture
-                    continue
-                try:
-                    yield FoodRecord.parse(answer := next(answers))
-                except AnswerError as error:
-                    yield AnswerError(f"the model's answer is {error}; it wrote {answer!r}")
+    def _read(self, answer: Answer) -> tuple[FoodRecord, Confidence | None] | AnswerError:
+        text = self._text(answer, self.constrained)
+        try:
+            return FoodRecord.parse(text), self._confidence(answer) if self.constrained else None
+        except AnswerError as error:
+            return AnswerError(f"the model's answer is {error}; it wrote {text!r}")
 
+    def _confidence(self, answer: Answer) -> Confidence:
+        pieces = self._free.pieces(answer)
+        text = b"".join(piece for piece, _ in pieces).decode()
+        owner = [number for number, (piece, _) in enumerate(pieces) for _ in piece]  # character → token: the grammar allows only ASCII
 
-def _try_open(picture: Picture) -> Image.Image | PictureError:
-    try:
-        return open_picture(picture)
-    except PictureError as error:
-        return error
+        def mean(start: int, end: int) -> float:
+            chosen = [pieces[number][1] for number in sorted(set(owner[start:end]))]
+            chosen = [logprob for logprob in chosen if logprob is not None]
+            return sum(chosen) / len(chosen) if chosen else 0.0
+
+        value = text.index('"is_food": ') + len('"is_food": ')
+        lists = {
+            field: [mean(item.start() + 1, item.end()) for item in schema.items_in(text, field)] for field in ("food_items", "drink_items")
+        }
+        return Confidence(is_food=exp(mean(value, value + 1)), **lists)

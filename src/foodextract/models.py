@@ -1,6 +1,7 @@
 """Loading SmolVLM, base or tuned, from a folder or the Hub: its precision, its image budget, and errors that help."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ TINY_BASE, TINY_TUNED = BUNDLED / "tiny-base", BUNDLED / "tiny-tuned"
 HUB_BASE = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 OUTPUTS = Path("outputs")
 FINISHED = "training.json"  # written last by a finished training, so its presence marks a model that is whole
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}  # name → what is loaded
 TILE_BUDGETS = {1: 1, 5: 2, 17: 4}  # tiles an image → longest edge in tiles: one overview, and 2 × 2 or 4 × 4 details with it
 
 
@@ -81,16 +83,38 @@ def set_image_budget(processor: ProcessorMixin, tiles: int) -> None:
     image_processor.size = {"longest_edge": TILE_BUDGETS[tiles] * tile}
 
 
-def load_model(model_id: str | os.PathLike, device: torch.device | None = None, training: bool = False) -> PreTrainedModel:
-    """SmolVLM weights on `device`, in the precision that `choose_precision` names. Raises ModelError."""
+def load_model(
+    model_id: str | os.PathLike, device: torch.device | None = None, training: bool = False, precision: str | None = None
+) -> PreTrainedModel:
+    """SmolVLM weights on `device`, in one of `PRECISIONS`, else in the one that `choose_precision` names. Raises ModelError."""
     device = device or choose_device()
+    if precision not in (None, *PRECISIONS):
+        raise ModelError(f"precision {precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
+    if precision == "int8" and (device.type != "cpu" or training):
+        raise ModelError("precision 'int8' is for answering on a CPU: choose another, or the device 'cpu'")
     with _loading(model_id):
         config = AutoConfig.from_pretrained(model_id)
         if config.model_type not in ("smolvlm", "idefics3"):
             raise ModelError(f"{model_id} is a {config.model_type!r} model, not a SmolVLM: give a SmolVLM folder or Hub id")
-        dtype = choose_precision(device, training).weights
+        dtype = PRECISIONS[precision] if precision else choose_precision(device, training).weights
         model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, attn_implementation="sdpa")
+    if precision == "int8":
+        quantise(model)
     return model.to(device).train(training)
+
+
+def quantise(model: PreTrainedModel) -> None:
+    """Make every linear layer int8, in place: weights by output channel, activations by range at run time. For a CPU.
+
+    torch calls this function deprecated in favour of torchao, whose dynamic int8 is made for `torch.compile`: run without, it rounds
+    more finely but has no fast kernel for the one token a step that an answer is written in. The pinned torch has both; look again when
+    the pin moves.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        per_channel = torch.ao.quantization.per_channel_dynamic_qconfig
+        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear: per_channel}, inplace=True)
 
 
 def newest_tuned(outputs: Path = OUTPUTS) -> Path:

@@ -13,6 +13,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none t
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"})
 MAX_PIXELS = 64_000_000  # checked before decoding: 64 megapixels are 192 MB once decoded
 
+Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
+
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter rule
 
 
@@ -20,14 +22,21 @@ class PictureError(ValueError):
     """A file that cannot be read as a picture; the message names the reason and the remedy."""
 
 
-def open_picture(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
-    """Read a path, the bytes of a file or a PIL picture as upright 8-bit RGB.
+def open_picture(source: Picture) -> Image.Image:
+    """Read a path, the bytes of a file, a PIL picture or an array as upright 8-bit RGB.
+
+    An array is (height, width), or (height, width, 3 or 4) for RGB or RGBA, of uint8.
 
     EXIF orientation is applied, transparency is laid on white, 16-bit and float pictures are scaled to 8 bits, of an animation the
     first frame counts. Raises PictureError.
     """
     if isinstance(source, Image.Image):
         return _as_rgb(source)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)) or not source.size:
+            shape = " x ".join(map(str, source.shape))
+            raise PictureError(f"an array of {shape} {source.dtype} is not a picture: make it height x width, or x 3 or x 4, of uint8")
+        return _as_rgb(Image.fromarray(source))
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except FileNotFoundError:

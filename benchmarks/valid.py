@@ -1,0 +1,89 @@
+"""Is every answer a record, whatever weights and picture? Does the grammar, or the batch, or int8 change an answer?
+
+    python benchmarks/valid.py                  # 2,000 pictures each for three sets of weights; writes results/extract_valid.json
+
+The odd pictures are those of `odd_pictures.py`; the comparisons are made on drawn scenes, where the tuned model says something. Answers
+that differ are printed.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from tqdm import tqdm
+from transformers import SmolVLMForConditionalGeneration
+
+from foodextract import models
+from foodextract.evaluation import rate
+from foodextract.extractor import Extractor
+from foodextract.results import Row, make_row, write_results
+from foodextract.scenes import draw_scenes
+from foodextract.schema import AnswerError, FoodRecord
+from odd_pictures import odd_pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def is_record(text: str) -> bool:
+    """Strict JSON that fits the schema?"""
+    try:
+        return bool(FoodRecord.parse(text))
+    except AnswerError:
+        return False
+
+
+def main(
+    pictures: Annotated[int, typer.Option(min=8, help="Odd pictures for each of the three models.")] = 2000,
+    compared: Annotated[int, typer.Option(min=8, help="Drawn scenes for the comparisons.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pictures the model sees at once.")] = 16,
+    model: Annotated[Path, typer.Option(help="The tuned model.")] = models.TINY_TUNED,
+    base: Annotated[Path, typer.Option(help="The base model; the random one has its configuration.")] = models.TINY_BASE,
+    results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "extract_valid.json",
+) -> None:
+    """Measure, print and write down."""
+    tuned, untuned = Extractor.from_pretrained(model, "cpu"), Extractor.from_pretrained(base, "cpu")
+    torch.manual_seed(0)
+    nobody = Extractor(SmolVLMForConditionalGeneration(untuned.model.config).eval(), untuned.processor)
+    int8 = Extractor.from_pretrained(model, "cpu", precision="int8")
+    rows: list[Row] = []
+
+    def note(subject: str, metric: str, hits: list[bool]) -> None:
+        share = rate(metric, hits)
+        command = f"python benchmarks/valid.py --pictures {pictures} --compared {compared}"
+        rows.append(make_row("extract_valid", subject, metric, share.value, low=share.low, high=share.high, n=share.n, command=command))
+        print(f"{subject:28} {metric:24} {share.value:8.2%}  n = {share.n}", flush=True)
+
+    def ask(extractor: Extractor, stream: Iterable[Image.Image], count: int, constrained: bool) -> list[str]:
+        stream, texts = iter(stream), []
+        with tqdm(total=count, unit="picture", leave=False) as bar:
+            while batch := list(islice(stream, batch_size)):
+                texts += extractor.answer(batch, constrained)
+                bar.update(len(batch))
+        return texts
+
+    for subject, extractor in (("tuned", tuned), ("base", untuned), ("random weights", nobody)):
+        note(subject, "schema_valid_rate", [is_record(text) for text in ask(extractor, odd_pictures(pictures), pictures, True)])
+    scenes = [scene.image for scene in draw_scenes(91, "test", compared)]
+    free, strict = (ask(tuned, scenes, compared, constrained) for constrained in (False, True))
+    alone = [tuned.answer([scene], True)[0] for scene in tqdm(scenes, leave=False)]
+    rounded = ask(int8, scenes, compared, True)
+    allowed = [(a, b) for a, b in zip(free, strict, strict=True) if is_record(a)]
+    note("tuned, without the grammar", "schema_valid_rate", [is_record(text) for text in free])
+    for subject, pairs in (
+        ("grammar or none, where valid", allowed),
+        (f"batch of {batch_size} or 1", list(zip(strict, alone, strict=True))),
+        ("int8 or fp32", list(zip(rounded, strict, strict=True))),
+    ):
+        note(subject, "same_answer_rate", [a == b for a, b in pairs])
+        print(*(f"  {a}\n  {b}\n" for a, b in pairs if a != b), sep="", end="")
+    pairs = [(FoodRecord.parse(a).is_food, FoodRecord.parse(b).is_food) for a, b in zip(rounded, strict, strict=True)]
+    note("int8 or fp32", "same_is_food_rate", [a == b for a, b in pairs])
+    write_results(results, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

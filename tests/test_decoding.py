@@ -1,0 +1,277 @@
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from llguidance import LLMatcher
+from PIL import Image
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SmolVLMForConditionalGeneration
+
+from foodextract import models, scenes, schema
+from foodextract.decoding import Decoder, GrammarError
+from foodextract.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract.schema import FoodRecord
+from odd_pictures import odd_pictures
+from test_schema import GOOD, NOTHING, records
+
+
+@pytest.fixture(scope="module")
+def base():
+    return Extractor.from_pretrained(models.TINY_BASE, "cpu")
+
+
+@pytest.fixture(scope="module")
+def random_weights(base):
+    torch.manual_seed(1)
+    return Extractor(SmolVLMForConditionalGeneration(base.model.config).eval(), base.processor)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [scene.image for scene in scenes.draw_scenes(77, "test", 8)] + list(odd_pictures(8))
+
+
+@pytest.fixture(scope="module")
+def accepts(tuned):
+    decoder = tuned._strict
+
+    def accepts(text):
+        matcher = decoder.matcher.deep_copy()
+        tokens = decoder.lltokenizer.tokenize_str(" " + text)
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting() and matcher.is_stopped()
+
+    return accepts
+
+
+def test_the_grammar_has_every_canonical_text(accepts):
+    @settings(max_examples=60, deadline=None)
+    @given(records)
+    def check(record):
+        assert accepts(record.to_json())
+
+    check()
+    for letter in ("\x00", "\x08", "\x7f", "\x80", "é", "\u2028", "\ud7ff", "\ue000", "\uffff", "🥨", "\U0010ffff", '"', "\\", "/", "\n"):
+        assert accepts(FoodRecord(is_food=1, image_title=letter * schema.MAX_TITLE, food_items=[letter], drink_items=[]).to_json()), letter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD.replace(", ", ","),
+        GOOD + " ",
+        GOOD.replace('"is_food": 1', '"is_food": 0'),
+        NOTHING.replace(": 0", ": 2"),
+        NOTHING.replace('""', '"x"'),
+        GOOD.replace("beer and", "b\u00e9er"),
+        GOOD.replace("beer and", "\\u00E9"),
+        GOOD.replace("beer and", "\\u0041"),
+        GOOD.replace("beer and", "\\u000a"),
+        GOOD.replace("beer and", "\\/"),
+        GOOD.replace("beer and", "\\ud83e"),
+        GOOD.replace("beer and", "\\udd68"),
+        GOOD.replace("beer and", "\t"),
+        GOOD.replace("beer and", "x" * schema.MAX_TITLE),
+        GOOD.replace('["beer"]', '[""]'),
+        GOOD.replace('["beer"]', json.dumps(["x" * (schema.MAX_ITEM + 1)])),
+        GOOD.replace('["beer"]', json.dumps([str(n) for n in range(schema.MAX_ITEMS + 1)])),
+    ],
+)
+def test_the_grammar_has_nothing_else(accepts, text):
+    assert not accepts(text)
+    with pytest.raises(schema.AnswerError):
+        FoodRecord.parse(text)
+
+
+def test_a_list_ends_before_its_first_repeat():
+    begun = '{"is_food": 1, "image_title": "\\"food_items\\": [\\"a\\", \\"a\\"]", "food_items": ["a", "a b", "b"'
+    for fine in ("", " {", begun, begun + ', "a', begun + '], "drink_items": ["a", "b"]}', GOOD, NOTHING):
+        assert schema.without_repeats(fine) == fine
+    assert schema.without_repeats(begun + ', "a b"') == begun + '], "drink_items":'
+    assert schema.without_repeats(begun + ', "a b", "') == begun + '], "drink_items":'
+    assert schema.without_repeats(begun + '], "drink_items": ["\\\\", "\\\\"') == begun + '], "drink_items": ["\\\\"]}'
+
+
+def test_a_beginning_is_closed_with_what_is_complete_in_it():
+    text = '{"is_food": 1, "image_title": "a, \\"b\\"", "food_items": ["c", "d]"], "drink_items": ["e"]}'
+    assert schema.closed(text) == text
+    whole = FoodRecord.parse(text)
+    for length in range(len(text)):
+        cut = FoodRecord.parse(schema.closed(text[:length]))
+        assert cut.is_food == (length > text.index("1"))
+        assert cut.image_title in ("", whole.image_title)
+        for field in ("food_items", "drink_items"):
+            assert getattr(cut, field) == getattr(whole, field)[: len(getattr(cut, field))]
+    assert FoodRecord.parse(schema.closed(text[:-3])).food_items == ["c", "d]"]
+
+
+@pytest.mark.parametrize("name", ["tuned", "base", "random_weights"])
+def test_whatever_the_weights_and_the_picture_the_answer_is_a_record(name, request):
+    extractor = request.getfixturevalue(name)
+    results = list(extractor.extract_many(odd_pictures(24, seed=3), batch_size=24))
+    assert [type(result) for result in results] == [FoodRecord] * 24
+
+
+def test_what_is_free_is_what_generate_writes(base, pictures):
+    inputs = base.prepare(pictures)
+    written = base.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    texts = base.processor.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert base.answer(pictures) == [text.removeprefix(" ") for text in texts]
+    assert len(set(map(len, texts))) > 3  # they end at different steps
+
+
+def test_the_grammar_changes_no_answer_that_it_allows(tuned, pictures):
+    free, strict = tuned.answer(pictures), tuned.answer(pictures, constrained=True)
+    allowed = [number for number, text in enumerate(free) if valid(text)]
+    assert len(allowed) >= len(pictures) // 2
+    assert [free[number] for number in allowed] == [strict[number] for number in allowed]
+
+
+def valid(text):
+    try:
+        return bool(FoodRecord.parse(text))
+    except schema.AnswerError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["tuned", "base", "random_weights"])
+def test_batch_answer_is_single_answer(name, request, pictures):
+    extractor = request.getfixturevalue(name)
+    some = pictures[::3]
+    assert extractor.answer(some, constrained=True) == [extractor.answer([picture], constrained=True)[0] for picture in some]
+
+
+@torch.inference_mode()
+def replay(decoder, inputs, answers, rows):
+    """Each token is the best allowed one, and as probable, when one forward without cache or batch reads the whole answer at once."""
+    for number in rows:
+        answer = answers[number]
+        one = {key: value[number : number + 1][:, : value.shape[1]] for key, value in inputs.items()}
+        shown = one.pop("attention_mask").bool()[0]
+        ids = torch.cat([one.pop("input_ids")[0][shown], torch.tensor(answer.tokens)])[None]
+        logits = decoder.model(input_ids=ids, **one, use_cache=False).logits[0, -len(answer.tokens) - 1 : -1]
+        matcher = decoder.matcher.deep_copy()
+        for token, logprob, row in zip(answer.tokens, answer.logprobs, logits, strict=True):
+            if logprob is not None:
+                allowed = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
+                bits = (allowed[:, None] >> torch.arange(8)).bitwise_and(1).bool().flatten()[: len(row)]
+                masked = row.masked_fill(~bits, -torch.inf).log_softmax(-1)
+                assert masked[token] >= masked.max() - 1e-4
+                assert float(masked[token]) == pytest.approx(logprob, abs=1e-3)
+            assert matcher.consume_token(token)
+
+
+@pytest.mark.parametrize("name", ["tuned", "random_weights"])
+def test_cache_padding_and_forced_tokens_change_nothing(name, request, pictures):
+    extractor = request.getfixturevalue(name)
+    inputs = extractor.prepare(pictures)
+    answers = extractor._strict.generate(inputs, 120)
+    replay(extractor._strict, inputs, answers, rows=(0, 3, 9, 15))
+    assert any(logprob is None for answer in answers for logprob in answer.logprobs)
+
+
+def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, pictures):
+    shapes = []
+    hook = tuned.model.register_forward_pre_hook(lambda model, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    try:
+        answers = tuned._strict.generate(tuned.prepare(pictures), MAX_NEW_TOKENS)
+    finally:
+        hook.remove()
+    chosen = [sum(logprob is not None for logprob in answer.logprobs) for answer in answers]
+    assert shapes[0][0] == len(pictures)
+    assert [shape[0] for shape in shapes] == sorted((shape[0] for shape in shapes), reverse=True)
+    assert shapes[-1][0] < len(pictures)
+    assert max(chosen) <= len(shapes) < max(len(answer.tokens) for answer in answers)
+
+
+def test_a_repeat_is_taken_back_and_forgotten(tuned, pictures):
+    """The model is made to write a list with a repeat; from there on its answer is the one it gives where the repeat never stood."""
+    decoder = copy.copy(tuned._strict)
+    said = '{"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad", "pizza", "taco"], "drink_items": []}'
+    script = decoder.lltokenizer.tokenize_str(" " + said)
+    inputs = tuned.prepare(pictures[:3])
+    start = inputs["input_ids"].shape[1] - 1
+    changed = []
+
+    def amend(text):
+        better = schema.without_repeats(text)
+        changed.append(better != text)
+        return better
+
+    def dictate(model, args, kwargs, output):
+        for row, place in enumerate(kwargs["position_ids"][:, -1].tolist()):
+            if not any(changed):
+                output.logits[row, -1, script[place - start]] += 1000
+        return output
+
+    hook = tuned.model.register_forward_hook(dictate, with_kwargs=True)
+    spoken = Decoder(decoder.model, decoder.tokenizer, decoder.lltokenizer, decoder.matcher, amend)
+    try:
+        answers = spoken.generate(inputs, MAX_NEW_TOKENS)
+    finally:
+        hook.remove()
+    assert sum(changed) == 3
+    for number, answer in enumerate(answers):
+        text = decoder.text(answer)
+        assert text.startswith(' {"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad"], "drink_items": [')
+        assert valid(text.removeprefix(" ")) == answer.finished
+        after = len(decoder.lltokenizer.tokenize_str(text[: text.index('"drink_items":') + 14]))
+        answer.logprobs[:after] = [None] * after  # these were dictated
+        replay(decoder, inputs, answers, rows=[number])
+
+
+def test_an_answer_that_runs_out_of_tokens_says_so(random_weights, pictures):
+    inputs = random_weights.prepare(pictures[:2])
+    for answer in random_weights._strict.generate(inputs, 30):
+        assert answer.finished is False
+        assert 30 <= len(answer.tokens) < 60
+
+
+def test_another_architecture_with_sliding_windows_and_token_types(tuned):
+    """Gemma 3 from random weights, no processor of ours: prompts of two lengths around one picture each."""
+    tokenizer = tuned.processor.tokenizer
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 1
+            + ["sliding_attention"], "pad_token_id": 2, "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7,
+        },
+        mm_tokens_per_image=4, image_token_index=990, boi_token_index=991, eoi_token_index=992,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    decoder = Decoder.build(model, tokenizer, schema.grammar(), schema.without_repeats)
+    prompts = [[1, 60, 991, 990, 990, 990, 990, 992, 61, 62], [2, 2, 1, 991, 990, 990, 990, 990, 992, 63]]
+    ids = torch.tensor(prompts)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != 2).long(),
+        "token_type_ids": (ids == 990).long(),
+        "pixel_values": torch.rand(2, 3, 28, 28),
+    }
+    together = decoder.generate(inputs, 60)
+    apart = []
+    for row in range(2):
+        shown = inputs["attention_mask"][row].bool()
+        one = {key: value[row : row + 1] if key == "pixel_values" else value[row : row + 1, shown] for key, value in inputs.items()}
+        apart += decoder.generate(one, 60)
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in apart]
+    for answer in together:
+        assert valid(schema.closed(decoder.text(answer)))
+
+
+def test_a_broken_grammar_is_refused(tuned):
+    with pytest.raises(GrammarError, match="refuses the grammar"):
+        Decoder.build(tuned.model, tuned.processor.tokenizer, "start: nowhere")
+
+
+def test_the_grammar_is_one_that_llguidance_takes_without_a_warning(tuned):
+    failed, messages = LLMatcher.validate_grammar_with_warnings(schema.grammar(" "), tuned._strict.lltokenizer)
+    assert (failed, messages) == (False, [])
+
+
+def test_a_blank_picture_is_no_special_case(tuned):
+    assert isinstance(tuned.extract(Image.new("L", (5, 5))), FoodRecord)
