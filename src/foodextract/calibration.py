@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from foodextract.extractor import Extractor
 from foodextract.models import ModelError
 from foodextract.schema import FoodRecord
 
-NO = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
 YES = FoodRecord(is_food=1, image_title="", food_items=[], drink_items=[])
 
 
@@ -33,8 +31,8 @@ class Bin:
 def food_probabilities(extractor: Extractor, pictures: Sequence[Image.Image], batch_size: int = 32) -> list[float]:
     """P(1) / (P(0) + P(1)) where the answer says `is_food`, of each RGB picture. Raises ModelError where 0 and 1 are not single tokens."""
     model, processor = extractor.model.eval(), extractor.processor
-    texts = [processor.apply_chat_template(prompts.conversation() + prompts.answer(record)) for record in (NO, YES)]
-    begun = commonprefix(texts)  # everything up to the 0 or 1
+    whole = processor.apply_chat_template(prompts.conversation() + prompts.answer(YES))
+    begun = whole[: whole.rindex(YES.to_json()) + YES.to_json().index("1")]
     no, yes = processor.tokenizer([begun + "0", begun + "1"]).input_ids
     if no[:-1] != yes[:-1] or len(no) != len(yes):
         raise ModelError("the tokenizer does not make one token of the 0 or 1 behind is_food, so their probabilities cannot be compared")

@@ -60,7 +60,7 @@ def exact(wanted: Collection[str], given: Collection[str]) -> Counts:
 
 
 def soft(wanted: Collection[str], given: Collection[str]) -> Counts:
-    """The same, but names that are spelled alike (THRESHOLD; case and punctuation aside) are one: as many pairs, one to one, as there can be."""
+    """The same, but names spelled alike (THRESHOLD; case and punctuation aside) match: one to one, as many pairs as there can be."""
     wanted, given = sorted(set(wanted)), sorted(set(given))
     if not wanted or not given:
         return exact(wanted, given)
