@@ -6,6 +6,7 @@ All of them answer the same pictures and are scored by the same evaluation, only
 each of the others, picture by picture. Breakdowns by number of items follow each subject behind a bar.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from foodextract.comparison import compare, difference_rows
 from foodextract.extractor import Extractor
 from foodextract.peers import Majority, Nearest
 from foodextract.results import Row, write_results
-from foodextract.scenes import Split, draw_scenes
+from foodextract.scenes import draw_scenes, plan_scene, record_of
 from foodextract.schema import FoodRecord
 
 COMMAND = "python benchmarks/peers.py"
@@ -26,15 +27,10 @@ OUT = Path(__file__).parents[1] / "results" / "peers.json"
 BROKEN_DOWN = ("strict_json_rate", "is_food_accuracy", "item_f1_micro")
 
 
-def drawn(seed: int, split: Split, count: int) -> tuple[list[Image.Image], list[FoodRecord]]:
-    scenes = list(tqdm(draw_scenes(seed, split, count), total=count, desc=f"drawing {split} scenes", unit="scene"))
-    return [scene.image for scene in scenes], [scene.record for scene in scenes]
-
-
 def measure(
     answerers: dict[str, evaluation.BatchAnswer], ours: str, pictures: list[Image.Image], labels: list[FoodRecord], batch: int, command: str
 ) -> list[Row]:
-    """Ask everybody about the same pictures: all figures of each, those BROKEN_DOWN by number of items, and ours minus each of the others."""
+    """All figures of everybody on the same pictures, those BROKEN_DOWN by number of items, and ours minus each of the others."""
     answers = {subject: evaluation.ask(answer, pictures, batch, subject) for subject, answer in answerers.items()}
     groups = [evaluation.number_of_items(label) for label in labels]
     rows: list[Row] = []
@@ -60,8 +56,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = OUT,
 ) -> None:
     """Score the peers and write the figures."""
-    seen, records = drawn(seed, "train", train)
-    pictures, labels = drawn(seed, "test", test)
+    command = " ".join([COMMAND, *sys.argv[1:]])
+    records = [record_of(plan_scene(seed, "train", index)[0]) for index in range(train)]
+    seen = (scene.image for scene in tqdm(draw_scenes(seed, "train", train), total=train, desc="looking at training scenes", unit="scene"))
+    held_out = list(tqdm(draw_scenes(seed, "test", test), total=test, desc="drawing test scenes", unit="scene"))
     extractor = Extractor.from_pretrained(base)
     answerers = {
         "majority": evaluation.each(Majority.fit(records)),
@@ -69,9 +67,7 @@ def main(
         "base": extractor.answer,
         "tuned": Extractor.from_pretrained(tuned).answer,
     }
-    standard = (seed, train, test, base, tuned, neighbours) == (42, 2400, 600, str(models.TINY_BASE), str(models.TINY_TUNED), 1)
-    options = f" --seed {seed} --train {train} --test {test} --base {base} --tuned {tuned} --neighbours {neighbours}"
-    rows = measure(answerers, "tuned", pictures, labels, batch, COMMAND if standard else COMMAND + options)
+    rows = measure(answerers, "tuned", [scene.image for scene in held_out], [scene.record for scene in held_out], batch, command)
     write_results(out, rows)
     for row in rows:
         if row.metric in BROKEN_DOWN and "|" not in row.subject:

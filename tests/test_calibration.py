@@ -1,10 +1,9 @@
 import pytest
 
-from foodextract.calibration import YES, Bin, calibration_error, food_probabilities, reliability
-from foodextract.pictures import open_picture
+from foodextract.calibration import Bin, calibration_error, reliability
 from foodextract.schema import FoodRecord
 
-NO = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
+NO, YES = (FoodRecord(is_food=number, image_title="", food_items=[], drink_items=[]) for number in (0, 1))
 
 
 def test_bins_worked_out_by_hand():
@@ -16,12 +15,3 @@ def test_bins_worked_out_by_hand():
 
 def test_a_perfectly_calibrated_model_has_no_error():
     assert calibration_error([Bin(0.2, 0.2, 0, 1, 10), Bin(0.9, 0.9, 0, 1, 3)]) == 0
-
-
-def test_the_probability_is_that_of_the_answer(tuned, rows):
-    pictures = [open_picture(picture) for picture in rows["test"]["image"]]
-    found = food_probabilities(tuned, pictures, batch_size=8)
-    said = [text.removeprefix('{"is_food": ')[:1] for text in tuned.answer(pictures)]
-    assert len(found) == len(pictures)
-    assert [str(int(p > 0.5)) for p in found] == said
-    assert len(set(found)) > 1

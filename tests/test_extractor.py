@@ -43,3 +43,11 @@ def test_an_answer_that_is_not_strict_is_an_error_that_shows_it(tuned, monkeypat
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (1200, 30)])
 def test_any_size_is_answered(tuned, size):
     assert tuned.extract(Image.new("RGB", size, "white")).is_food in (0, 1)
+
+
+def test_probability_of_food_is_that_of_the_answer(tuned, pictures):
+    found = tuned.food_probabilities(pictures)
+    said = [text.removeprefix('{"is_food": ')[:1] for text in tuned.answer(pictures)]
+    assert [str(int(p > 0.5)) for p in found] == said
+    assert found[:3] == pytest.approx(tuned.food_probabilities(pictures[:3]), abs=1e-4)
+    assert min(found) < max(found)

@@ -11,12 +11,13 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from foodextract import prompts
-from foodextract.models import choose_device, load_model, load_processor
+from foodextract.models import ModelError, choose_device, load_model, load_processor
 from foodextract.pictures import PictureError, open_picture
 from foodextract.schema import AnswerError, FoodRecord
 
 Picture = str | os.PathLike | bytes | Image.Image
 MAX_NEW_TOKENS = 256
+FOOD = FoodRecord(is_food=1, image_title="", food_items=[], drink_items=[])
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,30 @@ class Extractor:
                     yield FoodRecord.parse(answer := next(answers))
                 except AnswerError as error:
                     yield AnswerError(f"the model's answer is {error}; it wrote {answer!r}")
+
+    @torch.inference_mode()
+    def food_probabilities(self, pictures: list[Image.Image]) -> list[float]:
+        """P(1) / (P(0) + P(1)) at the place where the answer to each RGB picture says `is_food`.
+
+        Raises ModelError for a tokenizer that does not make one token of that 0 or 1.
+        """
+        whole = self.processor.apply_chat_template(prompts.conversation() + prompts.answer(FOOD))
+        begun = whole[: whole.rindex(FOOD.to_json()) + FOOD.to_json().index("1")]
+        no, yes = self.processor.tokenizer([begun + "0", begun + "1"]).input_ids
+        if no[:-1] != yes[:-1] or len(no) != len(yes):
+            raise ModelError("the tokenizer joins the 0 or 1 of is_food to what is before it, so their probabilities cannot be read off")
+        inputs = self.processor(
+            text=[begun + "1"] * len(pictures),
+            images=[[picture] for picture in pictures],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+        training = self.model.training
+        self.model.eval()
+        logits = self.model(**inputs, logits_to_keep=2).logits[:, 0].float()  # the last position is the 1 itself
+        self.model.train(training)
+        return logits[:, [no[-1], yes[-1]]].softmax(-1)[:, 1].tolist()
 
 
 def _try_open(picture: Picture) -> Image.Image | PictureError:

@@ -55,7 +55,7 @@ class Nearest:
             features.append(vision_features(extractor, part))
         count = sum(map(len, features))
         if count != len(records) or not 1 <= k <= count:
-            raise ValueError(f"{k} nearest of {count} pictures with {len(records)} records: give a record a picture, and at least k of them")
+            raise ValueError(f"{k} nearest of {count} pictures with {len(records)} records: give a record a picture, and at least {k}")
         index = NearestNeighbors(n_neighbors=k, metric="cosine").fit(torch.cat(features).numpy())
         return cls(extractor, index, [record.to_json() for record in records])
 
