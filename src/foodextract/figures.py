@@ -62,8 +62,9 @@ def loss_curves(logs: dict[str, list[dict[str, float]]]) -> Figure:
 
 
 def before_after(rows: Sequence[Row], names: Mapping[str, str] = NAMES) -> Figure:
-    """Bars with 95 % intervals: every metric, the subjects side by side. A bar that was not measured is left out; so are groups."""
-    figures = {(row.metric, row.subject): row for row in rows if row.metric in names and " | " not in row.subject}
+    """Bars with 95 % intervals: every metric, the subjects side by side. What was not measured is left out; so are groups, and lengths."""
+    wanted = [row for row in rows if row.metric in names and " | " not in row.subject and row.unit != "characters"]
+    figures = {(row.metric, row.subject): row for row in wanted}
     subjects = list(dict.fromkeys(subject for _, subject in figures))
     metrics = [metric for metric in names if any(metric == name for name, _ in figures)]
     figure, axis = plt.subplots(figsize=(max(9, 1.3 * len(metrics)), 3.6), layout="constrained")
@@ -77,8 +78,9 @@ def before_after(rows: Sequence[Row], names: Mapping[str, str] = NAMES) -> Figur
             places, [row.value for _, row in mine], 0.93 * width, yerr=errors, color=colour, label=subject_name(subject), capsize=2,
             error_kw={"elinewidth": 1},
         )  # fmt: skip
-    axis.set_xticks(range(len(metrics)), [metric.replace("_", "\n", 1).replace("_", " ") for metric in metrics], fontsize=8)
-    axis.set_ylim(min(0, *(row.low for row in figures.values())), 1.05)
+    broken = [metric.replace("is_food_", "is food_").replace("_", "\n", 1).replace("_", " ") for metric in metrics]
+    axis.set_xticks(range(len(metrics)), broken, fontsize=8)
+    axis.set_ylim(min([0, *(row.low - 0.03 for row in wanted if row.low < 0)]), 1.05)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, ncols=len(subjects), loc="upper center", bbox_to_anchor=(0.5, 1.15))
     return figure
@@ -111,14 +113,14 @@ def reliability(bins: Mapping[str, Sequence[Bin]]) -> Figure:
     above.plot([0, 1], [0, 1], color="#888", linestyle="--", linewidth=1)
     width = 0.08 / len(bins)
     for number, (subject, mine) in enumerate(bins.items()):
-        colour = COLOURS[::-1][-3:][number] if len(bins) <= 3 else COLOURS[number % len(COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         errors = [[b.observed - b.low for b in mine], [b.high - b.observed for b in mine]]
         said = [b.predicted for b in mine]
         name = f"{subject_name(subject)}, ECE {calibration_error(mine):.3f}"
         above.errorbar(said, [b.observed for b in mine], yerr=errors, color=colour, marker="o", markersize=4, capsize=2, label=name)
         below.bar([x + (number - (len(bins) - 1) / 2) * width for x in said], [b.n for b in mine], width, color=colour)
     above.set(ylabel="share that shows food or drink", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
-    below.set(xlabel="probability of is_food = 1", ylabel="pictures", yscale="log")
+    below.set(xlabel="probability of is_food = 1", ylabel="pictures")
     above.legend(frameon=False, loc="upper left", fontsize=8)
     for axis in (above, below):
         axis.spines[["top", "right"]].set_visible(False)
@@ -134,10 +136,11 @@ def class_heat_map(classes: Mapping[str, Counts], rows: int = 28) -> Figure:
     for axis, block in zip(axes.flat, blocks, strict=True):
         values = np.full((max(map(len, blocks)), 3), np.nan)
         values[: len(block)] = [(classes[name].precision, classes[name].recall, classes[name].f1) for name in block]
-        axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        axis.imshow(values, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7)
+                colour = "white" if abs(value - 0.5) > 0.38 else "black"
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
         labels = [f"{name} ({classes[name].found + classes[name].missed})" for name in block]
         axis.set_yticks(range(len(block)), labels, fontsize=8)
         axis.set_xticks(range(3), ["precision", "recall", "F1"], fontsize=8)
@@ -149,35 +152,38 @@ def class_heat_map(classes: Mapping[str, Counts], rows: int = 28) -> Figure:
 
 def worst_cases(pictures: Sequence[Image.Image], labels: Sequence[FoodRecord], answers: Sequence[str], columns: int = 4) -> Figure:
     """Pictures in a grid, each above what its answer has found (green), invented (red) and missed (amber), or the text nobody can read."""
-    lines = [_verdict(label, text) for label, text in zip(labels, answers, strict=True)]
+    captions = [_verdict(label, text) for label, text in zip(labels, answers, strict=True)]
     columns = max(1, min(columns, len(pictures)))
-    rows, longest = -(-len(pictures) // columns), max(map(len, lines), default=1)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, (2.4 + 0.17 * longest) * rows), squeeze=False, layout="constrained")
+    rows, longest = -(-len(pictures) // columns), max(map(len, captions), default=1)
+    side, line = 2.4, 0.155  # inches: a picture, a line of its caption
+    below = line * (longest + 1)
+    figure, axes = plt.subplots(rows, columns, figsize=((side + 0.1) * columns, (side + below) * rows), squeeze=False)
+    figure.subplots_adjust(0.005, below / (side + below) / rows, 0.995, 0.995, wspace=0.05, hspace=below / side)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, told in zip(axes.flat, pictures, lines, strict=False):
+    for axis, picture, caption in zip(axes.flat, pictures, captions, strict=False):
         axis.imshow(picture)
-        for number in range(longest):  # as many lines everywhere, so that all pictures are of one size
-            text, colour = told[number] if number < len(told) else (" ", "black")
-            below = {"xytext": (0, -4 - 11 * number), "textcoords": "offset points", "va": "top"}
-            axis.annotate(text, (0, 0), xycoords="axes fraction", fontsize=8, color=colour, parse_math=False, **below)
+        for number, (text, colour) in enumerate(caption):
+            place = {"xytext": (0, -4 - 72 * line * number), "textcoords": "offset points", "va": "top"}
+            axis.annotate(text, (0, 0), xycoords="axes fraction", fontsize=8, color=colour, parse_math=False, **place)
     return figure
 
 
-def _verdict(label: FoodRecord, text: str, width: int = 34, most: int = 6) -> list[tuple[str, str]]:
+def _verdict(label: FoodRecord, text: str, width: int = 38) -> list[tuple[str, str]]:
     """Lines of a caption with their colours."""
     answer = try_read(text)
     if answer is None:
-        told = textwrap.wrap(text, width, max_lines=most - 2, placeholder=" …") or ["(nothing)"]
-        wanted = label.image_title or "no food or drink"
-        return [("not strict JSON:", INVENTED), *((line, "#555") for line in told), (f"shows: {wanted}", MISSED)]
-    lines = []
-    if answer.is_food != label.is_food:
-        lines.append(("says there is food or drink" if answer.is_food else "says there is none", INVENTED))
-    for field in FIELDS:
-        kind = "drink" if field == "drink_items" else "food"
-        wanted, given = getattr(label, field), getattr(answer, field)
-        lines += [(f"✓ {name}", RIGHT) for name in wanted if name in given]
-        lines += [(f"+ {name} ({kind} that is not there)", INVENTED) for name in given if name not in wanted]
-        lines += [(f"− {name} ({kind} missed)", MISSED) for name in wanted if name not in given]
-    return lines or [("✓ no food or drink", RIGHT)]
+        shown = textwrap.shorten(text, 4 * width, placeholder=" …") or "(nothing)"
+        told = [("not strict JSON:", INVENTED), (shown, "#555"), (f"shows: {label.image_title or 'no food or drink'}", MISSED)]
+    else:
+        told = []
+        if answer.is_food != label.is_food:
+            told.append(("says there is food or drink" if answer.is_food else "says there is none", INVENTED))
+        for field in FIELDS:
+            kind = "drink" if field == "drink_items" else "food"
+            wanted, given = getattr(label, field), getattr(answer, field)
+            told += [(f"✓ {name}", RIGHT) for name in wanted if name in given]
+            told += [(f"+ {name} ({kind}, not there)", INVENTED) for name in given if name not in wanted]
+            told += [(f"− {name} ({kind}, missed)", MISSED) for name in wanted if name not in given]
+    told = told or [("✓ no food or drink" if not label.is_food else "✓ food or drink", RIGHT)]
+    return [(line, colour) for part, colour in told for line in textwrap.wrap(part, width, subsequent_indent="  ")]
