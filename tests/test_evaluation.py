@@ -2,15 +2,19 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, bootstrap
+from sklearn import metrics as reference
+from sklearn.preprocessing import MultiLabelBinarizer
 
-from foodextract import evaluation
+from foodextract import comparison, evaluation, judging, scenes
+from foodextract.metrics import MEASURES
 from foodextract.schema import FoodRecord
 
 NOTHING = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
 
 
-def food(*foods, drinks=()):
-    return FoodRecord(is_food=1, image_title="x", food_items=list(foods), drink_items=list(drinks))
+def food(*foods, drinks=(), title="x"):
+    return FoodRecord(is_food=1, image_title=title, food_items=list(foods), drink_items=list(drinks))
 
 
 LABELS = [food("pie", "egg"), food("taco", drinks=["tea"]), NOTHING, NOTHING, food("egg")]
@@ -23,30 +27,208 @@ ANSWERS = [
 ]
 
 
-def by_name(labels=LABELS, answers=ANSWERS):
-    return {metric.name: metric for metric in evaluation.score(labels, answers)}
+def by_name(labels=LABELS, answers=ANSWERS, **how):
+    return {metric.name: metric for metric in evaluation.score(labels, answers, **how)}
+
+
+def values(*case, **how):
+    return {name: metric.value for name, metric in by_name(*case, **how).items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------- worked out by hand
 
 
 def test_figures_worked_out_by_hand():
-    metrics = {name: metric.value for name, metric in by_name().items()}
+    metrics = values()
     assert metrics["strict_json_rate"] == 4 / 5
     assert metrics["schema_valid_rate"] == 4 / 5
     assert metrics["is_food_accuracy"] == 3 / 5
+    assert metrics["is_food_balanced_accuracy"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert metrics["is_food_f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert metrics["item_precision_micro"] == pytest.approx(2 / 5)
+    assert metrics["item_recall_micro"] == pytest.approx(2 / 5)
     assert metrics["item_f1_micro"] == pytest.approx(2 * 2 / (2 * 2 + 3 + 3))
+    assert metrics["food_precision_micro"] == pytest.approx(1 / 3)
+    assert metrics["food_recall_micro"] == pytest.approx(1 / 4)
     assert metrics["food_f1_micro"] == pytest.approx(2 * 1 / (2 * 1 + 2 + 3))
     assert metrics["drink_f1_micro"] == pytest.approx(2 * 1 / (2 * 1 + 1 + 0))
+    assert metrics["item_f1_macro"] == pytest.approx((1 / 2 + 1 / 2 + 1 + 0 + 0) / 5)
+    assert metrics["drink_precision_macro"] == pytest.approx((1 + 1 / 2 + 1 + 1 + 0) / 5)  # nothing wanted, nothing given: 1; unreadable: 0
+    assert metrics["title_similarity"] == pytest.approx(2 / 3)
     assert metrics["hallucination_rate"] == 1 / 2
+    assert metrics["repetition_rate"] == metrics["truncation_rate"] == 0
+    assert metrics["answer_characters"] == pytest.approx(sum(map(len, ANSWERS)) / 5)
 
 
 def test_intervals_contain_the_value_and_n_is_told():
+    about = {"hallucination_rate": 2, "title_similarity": 3}
     for name, metric in by_name().items():
-        assert 0 <= metric.low <= metric.value <= metric.high <= 1, name
-        assert metric.n == (2 if name == "hallucination_rate" else 5)
+        assert metric.low <= metric.value <= metric.high, name
+        assert metric.unit != "share" or 0 <= metric.low <= metric.high <= 1, name
+        assert metric.n == about.get(name, 5), name
+
+
+def test_perfect_and_useless_answers():
+    faults = {"hallucination_rate", "repetition_rate", "truncation_rate", "answer_characters"}
+    perfect, useless = values(answers=[label.to_json() for label in LABELS]), values(answers=["I see food."] * 5)
+    assert {value for name, value in perfect.items() if name not in faults} == {1.0}
+    assert {value for name, value in useless.items() if name != "answer_characters"} == {0.0}
+
+
+def test_other_spacing_counts_as_valid_but_not_as_strict():
+    metrics = values(answers=[text.replace(", ", ",") for text in ANSWERS])
+    assert metrics["schema_valid_rate"] == 4 / 5
+    assert metrics["strict_json_rate"] == 0
+
+
+def test_other_peoples_answers_can_be_read_leniently_and_stay_unstrict():
+    metrics = values(answers=[f"Sure! {text.replace(', ', ',')}" for text in ANSWERS], read=FoodRecord.parse_lenient)
+    assert metrics["strict_json_rate"] == 0
+    assert metrics["is_food_accuracy"] == 4 / 5
+    assert metrics["item_recall_micro"] == pytest.approx(3 / 5)
+
+
+def test_labels_that_name_only_the_main_item_count_for_recall_alone():
+    labels = [food("pie"), food("pie"), food(drinks=["cola"]), food("egg", "jam"), NOTHING]
+    answers = [food("pie", "egg", drinks=["tea"]), food("egg"), food("chips", drinks=["cola"]), food("egg"), food("air")]
+    scopes = ["primary", "primary", "primary", "exhaustive", "is_food by class name"]
+    found = by_name(labels, [answer.to_json() for answer in answers], scopes=scopes)
+    assert {found[f"item_{name}_micro"].n for name in ("precision", "f1")} == {2}  # the exhaustive one, and the one with nothing to name
+    assert found["item_precision_micro"].value == pytest.approx(1 / 2)
+    assert found["item_f1_micro"].value == pytest.approx(2 * 1 / (2 * 1 + 1 + 1))
+    assert found["item_recall_micro"].value == pytest.approx(3 / 5)
+    assert found["item_recall_macro"].value == pytest.approx((1 + 0 + 1 + 1 / 2 + 0) / 5)
+    assert found["food_recall_macro"].n == 4  # an empty list of a main-item label says nothing
+    assert found["hallucination_rate"].value == 1
+    only = by_name(labels[:3], [answer.to_json() for answer in answers[:3]], scopes=scopes[:3])
+    assert "item_recall_micro" in only
+    assert not [name for name in only if "item_f1" in name or "item_precision" in name]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "counts"),
+    [
+        (["egg", "red apple"], ["Eggs", "apple, red", "rice"], (2, 1, 0)),
+        (["egg"], ["egg", "eggs"], (1, 1, 0)),  # one to one
+        (["eggs", "eggsss"], ["egg", "eggss"], (2, 0, 0)),  # whoever gives eggs its best match, eggss, leaves eggsss without any
+        (["doughnut"], ["donut"], (0, 1, 1)),  # 77 is below the threshold
+        ([], ["egg"], (0, 1, 0)),
+        (["egg"], [], (0, 0, 1)),
+    ],
+)
+def test_names_spelled_alike(wanted, given, counts):
+    assert judging.soft(wanted, given) == judging.Counts(*counts)
+
+
+def test_no_two_names_of_the_drawn_scenes_are_spelled_alike():
+    """So soft figures forgive nothing there."""
+    names = [*scenes.FOODS, *scenes.DRINKS]
+    for number, name in enumerate(names):
+        assert judging.soft([name], names[:number]).found == 0, name
+
+
+WHOLE = food("pie", "egg").to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "truncated", "repeats"),
+    [
+        (WHOLE, False, False),
+        (WHOLE[:-1], True, False),
+        (WHOLE[:70], True, False),
+        ("```json\n" + WHOLE[:40], True, False),
+        (WHOLE + "\nIs there anything else", False, False),
+        ("There is a pie in this picture.", False, False),
+        ("{'is_food': 1, 'food_items': [", False, False),  # not JSON
+        ('{"is_food": 1, "food_items": ["egg", "pie", "Egg"], "drink_items": []}', False, True),
+        ('{"is_food": 1, "food_items": ["tea"], "drink_items": ["tea"', True, True),
+        ("very very very very very very much", False, True),
+        ("", False, False),
+    ],
+)
+def test_truncation_and_repetition(text, truncated, repeats):
+    assert judging.truncated(text) is truncated
+    assert judging.repeats(text) is repeats
+
+
+def test_what_became_of_each_name():
+    found = evaluation.by_class(LABELS, ANSWERS)
+    assert found["egg"] == judging.Counts(found=0, invented=0, missed=2)
+    assert found["taco"] == judging.Counts(found=0, invented=1, missed=1)
+    assert found["pie"].f1 == found["tea"].f1 == 1
+    assert next(iter(found)) == "egg"  # the most wanted first
+    assert "jam" not in evaluation.by_class(LABELS, ANSWERS, scopes=["primary"] * 5)
+
+
+def test_groups_are_scored_apart():
+    groups = [evaluation.number_of_items(label) for label in LABELS]
+    assert groups == ["2 items", "2 items", "0 items", "0 items", "1 item"]
+    assert evaluation.number_of_items(food("a", "b", drinks=["c", "d"])) == "3 or more items"
+    found = {group: {m.name: m for m in metrics} for group, metrics in evaluation.breakdown(LABELS, ANSWERS, groups).items()}
+    assert {group: metrics["strict_json_rate"].n for group, metrics in found.items()} == {"0 items": 2, "1 item": 1, "2 items": 2}
+    assert found["2 items"]["item_f1_micro"].value == 0.5
+    assert "hallucination_rate" not in found["2 items"]
+
+
+def test_worst_cases_are_the_worst():
+    assert evaluation.worst(LABELS, ANSWERS, 2) == [4, 0]
+
+
+# --------------------------------------------------------------------------------------------------- against scikit-learn, scipy and tables
+
+
+def simulated(count=300, seed=0):
+    """Labels, answers of which some are wrong and some unreadable, and what each says about `is_food` (2: nothing)."""
+    rng, names = np.random.default_rng(seed), ["pie", "egg", "jam", "taco", "rice"]
+
+    def some(share):
+        chosen = [name for name in names if rng.random() < share]
+        return food(*chosen) if chosen else NOTHING
+
+    labels = [some(0.3) for _ in range(count)]
+    said = [label if rng.random() < 0.6 else some(0.3) if rng.random() < 0.8 else None for label in labels]
+    return labels, [record.to_json() if record else "?" for record in said], said
+
+
+def test_is_food_as_scikit_learn_has_it():
+    labels, answers, said = simulated()
+    truth, told = [label.is_food for label in labels], [record.is_food if record else 2 for record in said]
+    found = values(labels, answers)
+    assert found["is_food_accuracy"] == pytest.approx(reference.accuracy_score(truth, told))
+    assert found["is_food_balanced_accuracy"] == pytest.approx(reference.recall_score(truth, told, labels=[0, 1], average="macro"))
+    assert found["is_food_f1"] == pytest.approx(reference.f1_score(truth, told, labels=[1], average="micro"))
+    assert found["is_food_mcc"] == pytest.approx(reference.matthews_corrcoef(truth, told))
+
+
+def test_item_sets_as_scikit_learn_has_them():
+    labels, answers, said = simulated()
+    binary = MultiLabelBinarizer().fit([label.food_items for label in labels])
+    truth, told = (binary.transform([record.food_items if record else [] for record in records]) for records in (labels, said))
+    found = values(labels, answers)
+    for name, function in (("precision", reference.precision_score), ("recall", reference.recall_score), ("f1", reference.f1_score)):
+        assert found[f"food_{name}_micro"] == pytest.approx(function(truth, told, average="micro")), name
+    readable = np.array([record is not None for record in said])
+    per_picture = [reference.f1_score(t[None], a[None], average="samples", zero_division=1) for t, a in zip(truth, told, strict=True)]
+    assert found["food_f1_macro"] == pytest.approx(np.mean(np.where(readable, per_picture, 0)))
 
 
 def test_wilson_interval_of_a_textbook_case():
     metric = evaluation.rate("x", [True] * 81 + [False] * 182)  # Newcombe 1998, table I: 0.2553 to 0.3662
     assert (metric.low, metric.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+
+
+def test_bootstrap_interval_is_that_of_scipy():
+    labels, answers, _ = simulated()
+    counts = [judging.count_items(label, judging.try_read(text)) for label, text in zip(labels, answers, strict=True)]
+    columns = [np.array([getattr(count, name) for count in counts]) for name in ("found", "invented", "missed")]
+
+    def micro(found, invented, missed, axis):
+        return 2 * found.sum(axis) / (2 * found.sum(axis) + invented.sum(axis) + missed.sum(axis))
+
+    interval = bootstrap(columns, micro, paired=True, n_resamples=2000, batch=100, method="percentile", rng=1).confidence_interval
+    metric = evaluation.micro_f1("x", counts)
+    assert (metric.low, metric.high) == pytest.approx(tuple(interval), abs=0.01)
+    assert metric.value == values(labels, answers)["item_f1_micro"]
 
 
 def test_bootstrap_interval_has_its_coverage():
@@ -60,26 +242,64 @@ def test_bootstrap_interval_has_its_coverage():
     assert 88 <= hits <= 100
 
 
-def test_perfect_and_useless_answers():
-    assert {m.value for m in evaluation.score(LABELS, [label.to_json() for label in LABELS]) if m.name != "hallucination_rate"} == {1.0}
-    assert {m.value for m in evaluation.score(LABELS, ["I see food."] * 5)} == {0.0}
+# ------------------------------------------------------------------------------------------------------------------------------- two models
 
 
-def test_other_spacing_counts_as_valid_but_not_as_strict():
-    metrics = by_name(answers=[text.replace(", ", ",") for text in ANSWERS])
-    assert metrics["schema_valid_rate"].value == 4 / 5
-    assert metrics["strict_json_rate"].value == 0
+def test_a_rate_is_compared_by_mcnemars_exact_test():
+    """13 pictures, of which ours alone are right on 7 and theirs alone on 1: few enough for every permutation."""
+    right, wrong = food("pie").to_json(), "?"
+    ours, theirs = [right] * 7 + [wrong] + [right] * 5, [wrong] * 7 + [right] + [right] * 5
+    [found] = comparison.compare([food("pie")] * 13, ours, theirs, metrics=["strict_json_rate"])
+    assert found.metric.value == pytest.approx(6 / 13)
+    assert found.p == pytest.approx(binomtest(7, 8).pvalue)
+    assert 0 < found.metric.low < 6 / 13 < found.metric.high
 
 
-def test_worst_cases_are_the_worst():
-    assert evaluation.worst(LABELS, ANSWERS, 2) == [4, 0]
+def test_a_model_does_not_differ_from_itself_and_differs_from_a_worse_one():
+    labels, answers, _ = simulated()
+    for found in comparison.compare(labels, answers, answers):
+        assert (found.metric.value, found.metric.low, found.metric.high, found.p) == (0, 0, 0, 1)
+    worse = {d.metric.name: d for d in comparison.compare(labels, answers, ["?"] * 300, metrics=["item_f1_micro", "item_f1_macro"])}
+    for name, found in worse.items():
+        assert found.p < 0.001, name
+        assert found.metric.low > 0, name
+
+
+def test_pairing_narrows_the_interval():
+    """Ours and theirs err on the same pictures, so their difference is known far better than either."""
+    labels, ours, _ = simulated()
+    theirs = ["?" if number % 20 == 0 else text for number, text in enumerate(ours)]
+    [found] = comparison.compare(labels, ours, theirs, metrics=["item_f1_macro"])
+    alone = by_name(labels, ours)["item_f1_macro"]
+    assert found.metric.high - found.metric.low < (alone.high - alone.low) / 1.5
+
+
+def test_differences_as_rows():
+    rows = comparison.difference_rows("b", "a minus b", comparison.compare(LABELS, ANSWERS, ANSWERS, metrics=["item_f1_micro"]), "c")
+    assert [(row.metric, row.value, row.low, row.unit) for row in rows] == [
+        ("item_f1_micro_difference", 0, 0, "share"),
+        ("item_f1_micro_p", 1, None, "probability"),
+    ]
+
+
+def test_what_is_compared_is_measured():
+    assert set(comparison.COMPARED) <= set(MEASURES)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- the rest
 
 
 def test_lists_that_do_not_match_are_an_error():
     with pytest.raises(ValueError, match="5 labels cannot be scored against 1 answers"):
         evaluation.score(LABELS, [""])
+    with pytest.raises(ValueError, match="5 labels need as many scopes, not 1"):
+        evaluation.score(LABELS, ANSWERS, scopes=["primary"])
 
 
 def test_asking_keeps_the_order_over_batches(rows):
     sizes = evaluation.ask(lambda batch: [f"{len(batch)} {picture.mode}" for picture in batch], rows["test"]["image"], batch_size=6)
     assert sizes == ["6 RGB"] * 12 + ["4 RGB"] * 4
+
+
+def test_anything_that_answers_one_picture_can_be_asked(rows):
+    assert evaluation.ask(evaluation.each(lambda picture: picture.mode), rows["test"]["image"], batch_size=6) == ["RGB"] * 16

@@ -1,24 +1,32 @@
-"""Scoring answers against labels: strict form, `is_food`, and set precision and recall of the items, each with its 95 % interval.
+"""Scoring answers against labels: form, `is_food`, items and titles, each figure with its 95 % interval.
 
-Only strict answers count. A text that `FoodRecord.parse` refuses has no `is_food` and no items, so it lowers every metric; a model is
-never given the benefit of a repair.
+Whoever can turn a picture into a text can be scored: a model, an API, a baseline. Only strict answers count. A text that
+`FoodRecord.parse` refuses has no `is_food` and no items, so it finds nothing; a model is never given the benefit of a repair. (Other
+people's models may be, with `read=FoodRecord.parse_lenient`; their `strict_json_rate` says how often it was needed.)
+
+Shares of pictures have Wilson's interval (1927), which holds near 0 % and 100 % too; everything else has the percentile interval of a
+bootstrap over pictures (Efron & Tibshirani 1993).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest
 from tqdm import tqdm
 
+from foodextract.judging import EXHAUSTIVE, FIELDS, Columns, Counts, Reader, count_items, is_complete, judge, try_read
+from foodextract.metrics import MEASURES, Measure, f1, ratio
 from foodextract.pictures import open_picture
 from foodextract.results import Row, make_row
-from foodextract.schema import AnswerError, FoodRecord
+from foodextract.schema import FoodRecord
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-ITEMS = ("food_items", "drink_items")
+
+BatchAnswer = Callable[[list[Image.Image]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -30,20 +38,62 @@ class Metric:
     low: float
     high: float
     n: int
+    unit: str = "share"
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What one answer got right: items found, items invented, items missed."""
+class Table:
+    """What was judged, as columns of numbers: their sums over all pictures, and over the pictures of RESAMPLES bootstrap samples.
 
-    found: int
-    invented: int
-    missed: int
+    The samples depend on the number of pictures alone, so two models that were asked about the same pictures are resampled alike.
+    """
+
+    def __init__(self, judged: Sequence[Columns]) -> None:
+        self.place = {name: place for place, name in enumerate(judged[0])}
+        self.values = np.array([[float(columns[name]) for name in self.place] for columns in judged])  # (pictures, columns)
+        self.sums = self.values.sum(0)
+
+    @cached_property
+    def resampled(self) -> np.ndarray:
+        """(RESAMPLES, columns). One product for all metrics, where `scipy.stats.bootstrap` would resample for each, and refuse n = 1."""
+        rng, n, part = np.random.default_rng(0), len(self.values), RESAMPLES // 8  # parts save memory
+        return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), part) @ self.values for _ in range(8)])
+
+    def places(self, measure: Measure) -> list[int]:
+        return [self.place[column] for column in measure.columns]
+
+    def n(self, measure: Measure) -> int:
+        """How many pictures it is about."""
+        return round(self.sums[self.place[measure.pictures]])
+
+    def value(self, measure: Measure) -> float:
+        return float(measure.of(*self.sums[self.places(measure)]))
+
+    def samples(self, measure: Measure) -> np.ndarray:
+        """The figure in every bootstrap sample, (RESAMPLES,)."""
+        return measure.of(*self.resampled[:, self.places(measure)].T)
+
+    def metric(self, name: str, measure: Measure) -> Metric:
+        if measure.wilson:
+            hits = round(self.sums[self.place[measure.columns[0]]])
+            low, high = binomtest(hits, self.n(measure)).proportion_ci(CONFIDENCE, "wilson")
+        else:
+            low, high = middle(self.samples(measure))
+        return Metric(name, self.value(measure), float(low), float(high), self.n(measure), measure.unit)
+
+    def metrics(self) -> list[Metric]:
+        """All metrics but those that no picture here is about."""
+        return [self.metric(name, measure) for name, measure in MEASURES.items() if self.n(measure)]
 
 
-def ask(
-    answer: Callable[[list[Image.Image]], list[str]], pictures: Sequence[Image.Image], batch_size: int = 32, title: str = "model"
-) -> list[str]:
+def middle(samples: np.ndarray) -> np.ndarray:
+    """Low and high end of the middle 95 %."""
+    return np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- asking
+
+
+def ask(answer: BatchAnswer, pictures: Sequence[Image.Image], batch_size: int = 32, title: str = "model") -> list[str]:
     """The raw answers to `pictures` (a list, or a data set's lazy image column), batch by batch behind a progress bar."""
     answers: list[str] = []
     with tqdm(total=len(pictures), desc=f"asking {title}", unit="picture") as bar:
@@ -54,74 +104,88 @@ def ask(
     return answers
 
 
-def score(labels: list[FoodRecord], answers: list[str]) -> list[Metric]:
-    """All metrics of one model. Raises ValueError when the two lists differ in length or are empty."""
+def each(answer: Callable[[Image.Image], str]) -> BatchAnswer:
+    """Any callable that answers one picture (a baseline, an API), as `ask` takes it."""
+    return lambda pictures: [answer(picture) for picture in pictures]
+
+
+# --------------------------------------------------------------------------------------------------------------------------------- scoring
+
+
+def judge_all(
+    labels: Sequence[FoodRecord], answers: Sequence[str], scopes: Sequence[str] | None = None, read: Reader = FoodRecord.parse
+) -> list[Columns]:
+    """`judging.judge` of every picture. Raises ValueError when the lists differ in length or are empty."""
     if len(labels) != len(answers) or not labels:
         raise ValueError(f"{len(labels)} labels cannot be scored against {len(answers)} answers")
-    strict = [_read(FoodRecord.parse, text) for text in answers]
-    shaped = [_read(FoodRecord.from_json, text) for text in answers]
-    not_food = [record for label, record in zip(labels, strict, strict=True) if not label.is_food]
-    return [
-        rate("strict_json_rate", [record is not None for record in strict]),
-        rate("schema_valid_rate", [record is not None for record in shaped]),
-        rate("is_food_accuracy", [r is not None and r.is_food == label.is_food for label, r in zip(labels, strict, strict=True)]),
-        *(
-            micro_f1(name, [count_items(label, record, fields) for label, record in zip(labels, strict, strict=True)])
-            for name, fields in (
-                ("item_f1_micro", ITEMS),
-                ("food_f1_micro", ("food_items",)),
-                ("drink_f1_micro", ("drink_items",)),
-            )
-        ),
-        *([rate("hallucination_rate", [bool(r and (r.food_items or r.drink_items)) for r in not_food])] if not_food else []),
-    ]
+    if scopes is not None and len(scopes) != len(labels):
+        raise ValueError(f"{len(labels)} labels need as many scopes, not {len(scopes)}")
+    return [judge(*case, read) for case in zip(labels, answers, scopes or [EXHAUSTIVE] * len(labels), strict=True)]
 
 
-def to_rows(benchmark: str, subject: str, metrics: list[Metric], command: str) -> list[Row]:
-    """The metrics of one model as rows of a results file."""
-    return [make_row(benchmark, subject, m.name, m.value, low=m.low, high=m.high, n=m.n, command=command) for m in metrics]
+def score(
+    labels: Sequence[FoodRecord], answers: Sequence[str], scopes: Sequence[str] | None = None, read: Reader = FoodRecord.parse
+) -> list[Metric]:
+    """All metrics of one model. `scopes` says what each label names, `read` how an answer is read; see `judging`. Raises ValueError."""
+    return Table(judge_all(labels, answers, scopes, read)).metrics()
+
+
+def breakdown(
+    labels: Sequence[FoodRecord],
+    answers: Sequence[str],
+    groups: Sequence[str],
+    scopes: Sequence[str] | None = None,
+    read: Reader = FoodRecord.parse,
+) -> dict[str, list[Metric]]:
+    """`score` of each group of pictures. `groups` has one name a picture: its source, or the `number_of_items` of its label."""
+    judged = judge_all(labels, answers, scopes, read)
+    return {
+        group: Table([columns for columns, name in zip(judged, groups, strict=True) if name == group]).metrics()
+        for group in sorted(set(groups))
+    }
+
+
+def number_of_items(label: FoodRecord, most: int = 3) -> str:
+    """`0 items`, `1 item`, `2 items`, `3 or more items`."""
+    count = len(label.food_items) + len(label.drink_items)
+    return f"{most} or more items" if count >= most else f"{count} item{'s' * (count != 1)}"
+
+
+def by_class(labels: Sequence[FoodRecord], answers: Sequence[str], scopes: Sequence[str] | None = None) -> dict[str, Counts]:
+    """What became of each item name, the most wanted first. Where a label names only the main item, nothing counts as invented."""
+    counts: dict[str, Counts] = {}
+    for label, text, scope in zip(labels, answers, scopes or [EXHAUSTIVE] * len(labels), strict=True):
+        answer = try_read(text)
+        for field in FIELDS:
+            wanted, given = set(getattr(label, field)), set(getattr(answer, field)) if answer else set()
+            for name in wanted | given if is_complete(label, scope) else wanted:
+                one = Counts(found=int(name in wanted & given), invented=int(name not in wanted), missed=int(name not in given))
+                counts[name] = counts.get(name, Counts()) + one
+    return dict(sorted(counts.items(), key=lambda item: (-item[1].found - item[1].missed, item[0])))
+
+
+def rate(name: str, hits: Sequence[bool]) -> Metric:
+    """A share with its Wilson interval."""
+    return Table([{"pictures": 1, "hit": hit} for hit in hits]).metric(name, Measure(ratio, ("hit", "pictures"), wilson=True))
+
+
+def micro_f1(name: str, counts: Sequence[Counts]) -> Metric:
+    """F1 over all pictures together with its bootstrap interval; one count a picture."""
+    table = Table([{"pictures": 1, "found": c.found, "invented": c.invented, "missed": c.missed} for c in counts])
+    return table.metric(name, Measure(f1, ("found", "invented", "missed")))
 
 
 def worst(labels: list[FoodRecord], answers: list[str], count: int) -> list[int]:
     """Positions of the `count` worst answers: unreadable ones first, then by how many items are invented or missed."""
-    read = [_read(FoodRecord.parse, text) for text in answers]
-    counts = [count_items(label, record, ITEMS) for label, record in zip(labels, read, strict=True)]
+    read = [try_read(text) for text in answers]
+    counts = [count_items(label, record) for label, record in zip(labels, read, strict=True)]
     faults = [(record is None, count.invented + count.missed) for record, count in zip(read, counts, strict=True)]
     return sorted(range(len(answers)), key=lambda position: faults[position], reverse=True)[:count]
 
 
-def count_items(label: FoodRecord, answer: FoodRecord | None, fields: tuple[str, ...]) -> Counts:
-    """Exact names, as sets, list by list: a drink filed under foods is one invented and one missed."""
-    found = invented = missed = 0
-    for field in fields:
-        wanted, given = set(getattr(label, field)), set(getattr(answer, field)) if answer else set()
-        found, invented, missed = found + len(wanted & given), invented + len(given - wanted), missed + len(wanted - given)
-    return Counts(found, invented, missed)
+def to_rows(benchmark: str, subject: str, metrics: Sequence[Metric], command: str) -> list[Row]:
+    """The metrics of one model as rows of a results file.
 
-
-def rate(name: str, hits: list[bool]) -> Metric:
-    """A share with its Wilson interval."""
-    interval = binomtest(sum(hits), len(hits)).proportion_ci(CONFIDENCE, "wilson")
-    return Metric(name, sum(hits) / len(hits), interval.low, interval.high, len(hits))
-
-
-def micro_f1(name: str, counts: list[Counts]) -> Metric:
-    """F1 = 2 found / (2 found + invented + missed) over all pictures together, with a percentile bootstrap interval over pictures."""
-    columns = tuple(np.array([getattr(count, field) for count in counts]) for field in ("found", "invented", "missed"))
-
-    def f1(found: np.ndarray, invented: np.ndarray, missed: np.ndarray, axis: int = -1) -> np.ndarray:
-        hits, faults = 2 * found.sum(axis), invented.sum(axis) + missed.sum(axis)
-        return np.divide(hits, hits + faults, out=np.zeros(np.shape(hits)), where=hits + faults > 0)
-
-    value = float(f1(*columns))
-    interval = bootstrap(
-        columns, f1, paired=True, n_resamples=RESAMPLES, batch=100, confidence_level=CONFIDENCE, method="percentile", rng=0
-    ).confidence_interval
-    return Metric(name, value, float(interval.low), float(interval.high), len(counts))
-
-
-def _read(parser: Callable[[str], FoodRecord], text: str) -> FoodRecord | None:
-    try:
-        return parser(text)
-    except AnswerError:
-        return None
+    `subject` is who was measured and, behind spaces, how: `base`, `base constrained`; a group of pictures follows a bar: `base | 2 items`.
+    """
+    return [make_row(benchmark, subject, m.name, m.value, unit=m.unit, low=m.low, high=m.high, n=m.n, command=command) for m in metrics]

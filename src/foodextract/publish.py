@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from foodextract.reports import markdown_table
+from foodextract.tables import markdown_table
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
 

@@ -1,0 +1,139 @@
+"""Tables and figures, from rows and answers whose right rendering is known."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from PIL import Image
+
+from foodextract import comparison, evaluation, reports
+from foodextract.calibration import Bin
+from foodextract.judging import Counts
+from foodextract.results import Row, make_row, read_results, write_results
+from foodextract.schema import FoodRecord
+
+ROOT = Path(__file__).parents[1]
+NOTHING = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
+PIE = FoodRecord(is_food=1, image_title="pie", food_items=["pie"], drink_items=[])
+TEA = FoodRecord(is_food=1, image_title="tea", food_items=[], drink_items=["tea"])
+
+
+def row(subject, metric, value, low=None, high=None, n=9, unit="share"):
+    return make_row("b", subject, metric, value, low=low, high=high, n=n, unit=unit, command="c")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def test_table_shows_every_figure_with_its_interval(tmp_path):
+    write_results(tmp_path / "r.json", [row("base", "is_food_accuracy", 0.5, 0.4, 0.6), row("base | 1 item", "is_food_accuracy", 0.1)])
+    assert reports.metric_table(read_results(tmp_path / "r.json")).splitlines() == [
+        "| n = 9 | base |",
+        "| --- | --- |",
+        "| `is_food` accuracy | 50.0 % (40.0–60.0) |",
+    ]
+    assert list(Row.__dataclass_fields__) == list(json.loads((tmp_path / "r.json").read_text())[0])
+
+
+def test_units_are_told_apart():
+    rows = [
+        row("base", "answer_characters", 77.8, 73.6, 82.2, unit="characters"),
+        row("base", "is_food_mcc", -0.25, -0.5, 0, unit="correlation"),
+        row("base", "is_food_balanced_accuracy", 0.5),
+    ]
+    table = reports.metric_table(rows, reports.MORE_NAMES)
+    assert "| characters an answer | 78 (74–82) |" in table
+    assert "| `is_food` correlation (MCC) | -0.250 (-0.500–0.000) |" in table
+    assert "| `is_food` balanced accuracy | 50.0 % |" in table
+
+
+def test_two_by_two_of_subjects_and_modes():
+    rows = [row("base", "strict_json_rate", 0), row("stage2", "strict_json_rate", 0.9), row("stage2 constrained", "strict_json_rate", 1)]
+    assert reports.mode_table(rows, metrics=["strict_json_rate"]).splitlines() == [
+        "|  | base, free | base, constrained | after stage 2, free | after stage 2, constrained |",
+        "| --- | --- | --- | --- | --- |",
+        "| strict JSON that fits the schema | 0.0 % | – | 90.0 % | 100.0 % |",
+    ]
+    assert "after stage 2, constrained" in reports.metric_table(rows)
+
+
+def test_item_table_has_micro_and_macro_exact_and_soft():
+    rows = evaluation.to_rows("b", "base", evaluation.score([PIE, TEA], [PIE.to_json(), PIE.to_json()]), "c")
+    head, _, *lines = reports.item_table(rows, "base").splitlines()
+    assert head == "| base | precision, micro | recall, micro | F1, micro | precision, macro | recall, macro | F1, macro |"
+    assert [line.split(" | ")[0] for line in lines] == [
+        f"| {name}, {match}" for name in ("food and drink", "food", "drink") for match in ("exact", "spelled alike")
+    ]
+    assert lines[0].startswith("| food and drink, exact | 0.500 (")
+
+
+def test_group_table_has_a_line_a_group():
+    groups = evaluation.breakdown([PIE, TEA, TEA], [PIE.to_json()] * 3, ["b", "a", "a"])
+    rows = [r for group, metrics in groups.items() for r in evaluation.to_rows("b", f"base | {group}", metrics, "c")]
+    lines = reports.group_table(rows, "item_f1_micro").splitlines()
+    assert lines[0] == "| item F1 (micro, exact name) | base |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| a, n = 2", "| b, n = 1"]
+    assert lines[3].endswith("| 1.000 (1.000–1.000) |")
+
+
+def test_difference_table_has_interval_and_p():
+    differences = comparison.compare([PIE, TEA] * 6, [PIE.to_json(), TEA.to_json()] * 6, [PIE.to_json()] * 12, metrics=["item_f1_micro"])
+    rows = comparison.difference_rows("b", "tuned minus nearest", differences, "c")
+    [head, _, line] = reports.difference_table(rows).splitlines()
+    assert head == "|  | tuned minus nearest picture |"
+    assert line.startswith("| item F1 (micro, exact name) | +0.500 (+0.")
+    assert "p = 0.031" in line  # 2 of the 64 ways to exchange the 6 pairs that differ
+    rate = [row("a minus b", "is_food_accuracy_difference", -0.125, -0.2, -0.05), row("a minus b", "is_food_accuracy_p", 0.0001)]
+    assert "| -12.5 points (-20.0 to -5.0), p < 0.001 |" in reports.difference_table(rate)
+
+
+def test_places_say_so_while_there_is_nothing_to_show(tmp_path):
+    assert reports.peers_table(tmp_path).startswith("Not measured yet")
+
+
+def test_before_after_draws_what_there_is():
+    rows = [
+        row("base", "is_food_accuracy", 0.1, 0, 0.2),
+        row("nearest", "item_f1_micro", 0.5, 0.4, 0.7),
+        row("a | b", "item_f1_micro", 1, 1, 1),
+    ]
+    [axis] = reports.before_after(rows).axes
+    assert [round(bar.get_height(), 3) for bar in axis.patches] == [0.1, 0.5]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["base", "nearest picture"]
+    published = [r for r in read_results(ROOT / "results" / "offline.json") if r.low is not None]
+    assert len(reports.before_after(published).axes[0].patches) == 21
+
+
+def test_reliability_names_each_subject_with_its_error():
+    above, below = reports.reliability({"base": [Bin(0.5, 0.25, 0.1, 0.5, 8)], "stage2": [Bin(0.9, 0.9, 0.8, 1, 5)]}).axes
+    assert [text.get_text() for text in above.get_legend().get_texts()] == ["base, ECE 0.250", "after stage 2, ECE 0.000"]
+    assert [bar.get_height() for bar in below.patches] == [8, 5]
+
+
+def test_heat_map_has_every_wanted_name_once():
+    classes = {f"food {number}": Counts(found=number, missed=1) for number in range(5)} | {"invented": Counts(invented=1)}
+    axes = reports.class_heat_map(classes, rows=3).axes
+    assert [tick.get_text() for axis in axes for tick in axis.get_yticklabels()] == [f"food {n} ({n + 1})" for n in range(5)]
+    assert [text.get_text() for text in axes[1].texts] == ["1.00", "0.75", "0.86", "1.00", "0.80", "0.89"]
+
+
+def test_worst_cases_say_what_is_wrong():
+    answers = [TEA.to_json(), "I see <pie>, $5 and a very long list of things " * 9, NOTHING.to_json(), NOTHING.to_json()]
+    figure = reports.worst_cases([Image.new("RGB", (9, 9))] * 4, [PIE, PIE, PIE, NOTHING], answers, columns=2)
+    captions = [[text.get_text() for text in axis.texts if text.get_text().strip()] for axis in figure.axes]
+    assert captions[0] == ["− pie (food, missed)", "+ tea (drink, not there)"]
+    assert captions[1][0] == "not strict JSON:"
+    assert captions[1][-2].endswith(" …")
+    assert captions[1][-1] == "shows: pie"
+    assert captions[2] == ["says there is none", "− pie (food, missed)"]
+    assert captions[3] == ["✓ no food or drink"]
+
+
+def test_other_figures_are_drawn():
+    assert reports.bars([("pie", 3), ("tea", 1)], "items").axes[0].get_title() == "items"
+    assert len(reports.contact_sheet([Image.new("RGB", (9, 9))] * 5, ["$5 a\nb"] * 5).axes) == 5
+    assert len(reports.loss_curves({"stage1": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}).axes) == 1
