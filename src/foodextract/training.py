@@ -35,6 +35,7 @@ class Stage:
     batch_size: int = 8  # pictures on the device at once
     accumulation: int = 4  # such batches an optimizer step
     warmup: float = 0.03  # share of the steps
+    schedule: str = "constant_with_warmup"  # of the learning rate, by its name in transformers; plain "constant" would ignore the warm-up
     validation: int = 0  # pictures to choose the best epoch by; 0: train on all, keep the last
     augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
     fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
@@ -132,7 +133,7 @@ def _trainer(
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.accumulation,
         learning_rate=stage.learning_rate,
-        lr_scheduler_type="constant_with_warmup",  # "constant" would ignore the warm-up
+        lr_scheduler_type=stage.schedule,
         warmup_steps=stage.warmup,
         max_length=None,  # the default of 1024 cuts image tokens off
         activation_checkpointing=False,  # on by default in TRL, and not needed with one tile a picture
