@@ -31,7 +31,7 @@ demo: install  ## The whole story on the offline profile: draw, train in two sta
 	FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make demo" $(BIN)/papermill --no-progress-bar --log-output \
 		01_fine_tune_vlm_v3_smolVLM_500m.ipynb $(OUT)/notebooks/01_fine_tune_vlm_v3_smolVLM_500m.ipynb
 	@$(BIN)/python -m foodextract.reports
-	@$(BIN)/python -m foodextract.scenes $(OUT)/examples --seed 7 --count 3
+	@$(BIN)/python -m foodextract.scenes $(OUT)/examples --seed 5 --count 3
 	@$(BIN)/foodextract extract $(OUT)/examples
 	@echo "notebooks with outputs: $(OUT)/notebooks   tuned model: $(OUT)/offline/stage2   figures: results/offline.json"
 

@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import replace
 
@@ -7,10 +8,12 @@ import torch
 from foodextract import models, training, weights
 from foodextract.models import ModelError
 from foodextract.profiles import PROFILES
+from foodextract.trainer import PreparedTrainer
 from foodextract.training import Stage
 
 QUICK = {"epochs": 1, "batch_size": 8, "accumulation": 2}
 STAGE1 = replace(PROFILES["offline"].stage1, **QUICK)
+CPU = models.choose_precision(torch.device("cpu"), training=True)
 STAGE2 = replace(PROFILES["hub"].stage2, **QUICK)  # the real, very low rate of 2e-6
 
 
@@ -97,3 +100,113 @@ def test_profiles_differ_from_the_originals_recipe_only_where_they_say():
     assert hub.stage1 == Stage("stage1", freeze=("model.vision_model",), learning_rate=2e-4, epochs=2, batch_size=8, accumulation=4)
     assert hub.stage2 == Stage("stage2", freeze=(), learning_rate=2e-6, epochs=2, batch_size=8, accumulation=4)
     assert hub.tiles == PROFILES["offline"].tiles == 1
+
+
+def test_the_epoch_with_the_best_answers_is_kept(base, processor, rows, tmp_path, monkeypatch):
+    scores = iter([0.25, 0.75, 0.5])  # after each epoch; the second is best
+    kept = {}
+
+    def score(trainer):
+        value = next(scores)
+        kept[value] = weights.snapshot(trainer.model)
+        return value
+
+    evaluate = PreparedTrainer.evaluate
+
+    def evaluated(self, *args, **kwargs):
+        self.score = lambda: score(self)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreparedTrainer, "evaluate", evaluated)
+    stage = replace(STAGE1, epochs=3, validation=8, learning_rate=1e-3)
+    training.train_stage(base, processor, stage, rows["train"], tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(weights.snapshot(base).values(), kept[0.75].values(), strict=True))
+    log = json.loads((tmp_path / "stage1" / models.FINISHED).read_text())["log"]
+    assert [entry["eval_item_f1"] for entry in log if "eval_item_f1" in entry] == [0.25, 0.75, 0.5]
+
+
+def test_validation_scores_generated_answers(base, processor, rows, tmp_path):
+    stage = replace(STAGE1, validation=8)
+    training.train_stage(base, processor, stage, rows["train"], tmp_path)
+    log = json.loads((tmp_path / "stage1" / models.FINISHED).read_text())["log"]
+    assert [0 <= entry["eval_item_f1"] <= 1 for entry in log if "eval_item_f1" in entry] == [True]
+
+
+def test_validation_rows_do_not_depend_on_order_and_keep_groups_whole(rows):
+    split = rows["train"]
+    chosen = training.validation_rows(split, 10)
+    assert 10 <= len(chosen) < 20
+    assert not {split[n]["group"] for n in chosen} & {split[n]["group"] for n in range(len(split)) if n not in chosen}
+    backwards = split.select(range(len(split) - 1, -1, -1))
+    assert {split[n]["name"] for n in chosen} == {backwards[n]["name"] for n in training.validation_rows(backwards, 10)}
+    assert training.validation_rows(split, 0) == []
+
+
+def test_when_memory_does_not_suffice_batches_shrink_and_the_effective_batch_stays(processor, rows, tmp_path, monkeypatch, capsys):
+    stage = replace(STAGE1, batch_size=8, accumulation=1)
+    log = {}
+    for limit in (8, 2):
+        compute = PreparedTrainer.compute_loss
+
+        def small(self, model, inputs, *args, limit=limit, compute=compute, **kwargs):
+            if len(inputs["input_ids"]) > limit:
+                raise torch.OutOfMemoryError
+            return compute(self, model, inputs, *args, **kwargs)
+
+        model = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(PreparedTrainer, "compute_loss", small)
+            log[limit], _ = training.train_stage(model, processor, stage, rows["train"], tmp_path / str(limit))
+    assert "going on with batches of 2 x 4" in capsys.readouterr().out
+    assert [entry["loss"] for entry in log[2]] == pytest.approx([entry["loss"] for entry in log[8]], rel=1e-3)
+
+
+def test_not_even_one_picture_fits(base, processor, rows, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(PreparedTrainer, "compute_loss", never)
+    with pytest.raises(ModelError, match="stage1: not even one picture at a time fits into memory"):
+        training.train_stage(base, processor, STAGE1, rows["train"], tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(base, processor, rows, tmp_path, monkeypatch):
+    stage = replace(STAGE1, epochs=2)
+    save = PreparedTrainer._save_checkpoint
+
+    def full(self, model, trial):
+        save(self, model, trial)
+        if self.state.epoch > 1.5:
+            (last := tmp_path / "stage1" / "checkpoints" / f"checkpoint-{self.state.global_step}" / "trainer_state.json").unlink()
+            raise OSError(errno.ENOSPC, f"No space left on device: {last}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedTrainer, "_save_checkpoint", full)
+        with pytest.raises(ModelError, match=r"the disk of .* is full; free some of it and run this again"):
+            training.train_stage(base, processor, stage, rows["train"], tmp_path)
+    assert training.last_checkpoint(tmp_path / "stage1" / "checkpoints").endswith("checkpoint-3")  # 40 rows in batches of 16: 3 steps
+
+
+def test_augmentation_changes_pictures_and_leaves_no_features(base, processor, rows, tmp_path):
+    ready = training._prepared(base, processor, replace(STAGE1, augment=True), rows["train"], _folder(tmp_path), CPU)
+    assert ready.features is None
+    first, second = ready.gather([0])["pixels"], ready.gather([0])["pixels"]
+    assert first.shape == second.shape == torch.Size([1, 1, 3, 192, 192])
+    assert not torch.equal(first, second)
+    tiled = models.load_processor(models.TINY_BASE, tiles=5)
+    with pytest.raises(ModelError, match="several tiles cannot be augmented"):
+        training._prepared(base, tiled, replace(STAGE1, augment=True), rows["test"], _folder(tmp_path), CPU)
+
+
+def _folder(tmp_path):
+    folder = tmp_path / "stage1" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_what_was_fast_is_written_down(base, processor, rows, tmp_path):
+    training.train_stage(base, processor, STAGE1, rows["train"], tmp_path)
+    measured = json.loads((tmp_path / "stage1" / models.FINISHED).read_text())["performance"]
+    assert measured["vision"] == "cached"
+    assert measured["pictures_per_second"] > 0
+    assert measured["share_of_matmul_rate"] > 0

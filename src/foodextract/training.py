@@ -83,9 +83,10 @@ def train_stage(
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             break
         except torch.OutOfMemoryError as error:
-            if run.batch_size % 2:
-                raise ModelError(f"{stage.name}: {run.batch_size} picture(s) a batch do not fit into memory; take fewer tiles") from error
-            run = replace(run, batch_size=run.batch_size // 2, accumulation=run.accumulation * 2)
+            if run.batch_size == 1:
+                raise ModelError(f"{stage.name}: not even one picture at a time fits into memory; take fewer tiles") from error
+            fewer = 1 if run.batch_size % 2 else run.batch_size // 2
+            run = replace(run, batch_size=fewer, accumulation=run.accumulation * run.batch_size // fewer)
             print(f"out of memory: going on with batches of {run.batch_size} x {run.accumulation}")
             model.load_state_dict(before, strict=False)
             torch.cuda.empty_cache()

@@ -1,0 +1,94 @@
+"""How many planted near-duplicates are found again, and how many pictures are grouped with a stranger?
+
+    python benchmarks/near_duplicates.py                                   # drawn scenes; writes results/near_duplicates.json
+    python benchmarks/near_duplicates.py --folder my_pictures --results mine.json
+
+Copies of random pictures are planted: resized, recompressed as JPEG, mirrored, or with 5 % cropped off, in equal parts. A copy counts as
+found when it is in one group with its original. A picture counts as falsely grouped when its group holds any other original; in a folder
+that has look-alikes of its own, these count against us here.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from foodextract.duplicates import fingerprint, group_near
+from foodextract.evaluation import rate
+from foodextract.pictures import find_pictures, open_picture
+from foodextract.results import make_row, write_results
+from foodextract.scenes import draw_scene
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def resized(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    share = rng.uniform(0.3, 0.9)
+    return picture.resize([max(1, round(edge * share)) for edge in picture.size], Image.Resampling.BICUBIC)
+
+
+def recompressed(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=int(rng.integers(20, 70)))
+    return open_picture(file.getvalue())
+
+
+def mirrored(picture: Image.Image, _: np.random.Generator) -> Image.Image:
+    return ImageOps.mirror(picture)
+
+
+def cropped(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """5 % of width and height gone, from either side."""
+    width, height = (round(0.95 * edge) for edge in picture.size)
+    left, top = int(rng.integers(0, picture.width - width + 1)), int(rng.integers(0, picture.height - height + 1))
+    return picture.crop((left, top, left + width, top + height))
+
+
+CHANGES: tuple[Callable, ...] = (resized, recompressed, mirrored, cropped)
+
+
+def main(
+    folder: Annotated[Path | None, typer.Option(help="Pictures to plant copies among (default: drawn scenes).")] = None,
+    scenes: Annotated[int, typer.Option(help="How many scenes, without a folder.")] = 1700,
+    planted: Annotated[int, typer.Option(help="How many copies.")] = 300,
+    seed: Annotated[int, typer.Option(help="Which pictures are copied, and how.")] = 0,
+    results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results/near_duplicates.json",
+) -> None:
+    """Plant near-duplicates, group, and count."""
+    paths = list(find_pictures([folder])) if folder else []
+    count = len(paths) or scenes
+
+    def picture(number: int) -> Image.Image:
+        return open_picture(paths[number]) if paths else draw_scene(seed, "train", number).image
+
+    prints = [fingerprint(picture(number)) for number in tqdm(range(count), desc="looking", unit="picture")]
+    rng = np.random.default_rng(seed)
+    originals = rng.choice(count, planted, replace=False).tolist()
+    changes = [CHANGES[number % len(CHANGES)] for number in range(planted)]
+    copies = [fingerprint(change(picture(number), rng)) for number, change in zip(originals, tqdm(changes, desc="planting"), strict=True)]
+    groups = np.array(group_near(prints + copies))
+    origin = np.array([*range(count), *originals])
+    found = groups[count:] == groups[originals]
+    kinds = {group: set(origin[groups == group]) for group in set(groups.tolist())}
+    strangers = [len(kinds[group]) > 1 for group in groups.tolist()]
+    command = "python benchmarks/near_duplicates.py" + (" --folder FOLDER" if folder else "")
+    subject = "folder" if folder else "drawn scenes"
+    metrics = [rate("recall", found.tolist())]
+    metrics += [
+        rate(f"recall, {change.__name__}", [bool(hit) for hit, one in zip(found, changes, strict=True) if one is change])
+        for change in CHANGES
+    ]
+    metrics.append(rate("falsely_grouped_rows", strangers))
+    rows = [make_row("near_duplicates", subject, m.name, m.value, low=m.low, high=m.high, n=m.n, command=command) for m in metrics]
+    write_results(results, rows)
+    for row in rows:
+        print(f"{row.metric:>22}: {row.value:.4f} ({row.low:.4f} to {row.high:.4f}), n = {row.n:,}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
