@@ -172,19 +172,20 @@ def test_not_even_one_picture_fits(base, processor, rows, tmp_path, monkeypatch)
 
 def test_a_full_disk_leaves_the_last_checkpoint(base, processor, rows, tmp_path, monkeypatch):
     stage = replace(STAGE1, epochs=2)
-    save = PreparedTrainer._save_checkpoint
+    save = PreparedTrainer._save_optimizer_and_scheduler
 
-    def full(self, model, trial):
-        save(self, model, trial)
+    def full(self, folder):
         if self.state.epoch > 1.5:
-            (last := tmp_path / "stage1" / "checkpoints" / f"checkpoint-{self.state.global_step}" / "trainer_state.json").unlink()
-            raise OSError(errno.ENOSPC, f"No space left on device: {last}")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PreparedTrainer, "_save_checkpoint", full)
+        patch.setattr(PreparedTrainer, "_save_optimizer_and_scheduler", full)
         with pytest.raises(ModelError, match=r"the disk of .* is full; free some of it and run this again"):
             training.train_stage(base, processor, stage, rows["train"], tmp_path)
-    assert training.last_checkpoint(tmp_path / "stage1" / "checkpoints").endswith("checkpoint-3")  # 40 rows in batches of 16: 3 steps
+    checkpoints = tmp_path / "stage1" / "checkpoints"
+    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}  # 3 steps an epoch
+    assert training.last_checkpoint(checkpoints) == str(checkpoints / "checkpoint-3")  # the other one is not whole
 
 
 def test_augmentation_changes_pictures_and_leaves_no_features(base, processor, rows, tmp_path):
