@@ -22,23 +22,28 @@ COLOURS = ("#bab0ac", "#9ecae9", "#4c78a8", "#f2b134", "#72b7b2", "#b279a2")  # 
 RIGHT, INVENTED, MISSED = "#2e7d32", "#c62828", "#b26a00"
 
 
-def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 6, wrap: int = 30) -> Figure:
+def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 6, wrap: int = 30, title: str = "") -> Figure:
     """Pictures in a grid, each above its caption."""
     columns = max(1, min(columns, len(pictures)))
     rows = -(-len(pictures) // columns)
-    longest = max((_wrapped(caption, wrap).count("\n") + 1 for caption in captions), default=1)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, (2.4 + 0.17 * longest) * rows), squeeze=False, layout="constrained")
+    told = [_wrapped(caption, wrap) for caption in captions]
+    side, line, letter = 2.2, 0.16, 0.066  # inches: a picture, and a line and a letter of its caption
+    below = line * (max((caption.count("\n") + 1 for caption in told), default=1) + 1)
+    wide = max(side, letter * wrap) + 0.15
+    height = (side + below) * rows + 0.35 * bool(title)
+    figure, axes = plt.subplots(rows, columns, figsize=(wide * columns, height), squeeze=False)
+    figure.subplots_adjust(0, below / height, 1, 1 - 0.35 * bool(title) / height, wspace=0, hspace=below / side)
+    figure.suptitle(title, y=1 - 0.03 / height, va="top")
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, caption in zip(axes.flat, pictures, captions, strict=False):
+    for axis, picture, caption in zip(axes.flat, pictures, told, strict=False):
         axis.imshow(picture)
-        axis.text(0.5, -0.03, _wrapped(caption, wrap), transform=axis.transAxes, ha="center", va="top", fontsize=8, parse_math=False)
+        axis.annotate(caption, (0.5, 0), (0, -4), "axes fraction", "offset points", ha="center", va="top", fontsize=8, parse_math=False)
     return figure
 
 
 def _wrapped(text: str, width: int) -> str:
-    lines = [[text[i : i + width] for i in range(0, len(text), width)] or [""] for text in text.split("\n")]
-    return "\n".join(part for line in lines for part in line)
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
 
 
 def bars(counts: Sequence[tuple[str, int]], title: str) -> Figure:
