@@ -1,6 +1,6 @@
 """What one answer costs on this machine's CPU: ours beside `transformers.pipeline` as the seed projects use it, lever by lever.
 
-    python benchmarks/extract.py                # 500M and 256M at true size, about an hour, 6 GB; writes results/extract_cpu.json
+    python benchmarks/extract.py                # 500M and 256M at true size; writes results/extract_cpu.json
     python benchmarks/extract.py --size tiny --pictures 2 --results /tmp/extract.json    # does it run?
 
 Models are built from their published configurations with random weights, so nothing is fetched. Random weights would never end an

@@ -1,6 +1,6 @@
 """Is memory flat over 10,000 pictures?
 
-    python benchmarks/memory.py                 # about half an hour on 2 cores; writes results/extract_memory.json and a curve beside it
+    python benchmarks/memory.py                 # writes results/extract_memory.json and a curve beside it
 
 Generated pictures of many sizes stream through `extract_many` of the bundled tiny model; the process's resident memory is noted after
 every tenth answer. Flat means: the mean of the last tenth of the curve is not more than 2 % above that of the second tenth.

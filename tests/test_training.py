@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from trl import SFTConfig
 
 from foodextract import models, training, weights
 from foodextract.models import ModelError
@@ -194,9 +195,31 @@ def test_augmentation_changes_pictures_and_leaves_no_features(base, processor, r
     first, second = ready.gather([0])["pixels"], ready.gather([0])["pixels"]
     assert first.shape == second.shape == torch.Size([1, 1, 3, 192, 192])
     assert not torch.equal(first, second)
+    trainer = PreparedTrainer(base, _config(tmp_path), prepared=ready, held_out=[1], processing_class=processor)
+    still = [trainer.data_collator([{"row": 1}])["pixels"] for _ in range(2)]
+    assert torch.equal(still[0], still[1])  # what is measured is not augmented
+    assert not torch.equal(trainer.data_collator([{"row": 0}])["pixels"], trainer.data_collator([{"row": 0}])["pixels"])
     tiled = models.load_processor(models.TINY_BASE, tiles=5)
     with pytest.raises(ModelError, match="several tiles cannot be augmented"):
         training._prepared(base, tiled, replace(STAGE1, augment=True), rows["test"], _folder(tmp_path), CPU)
+
+
+def test_the_plain_path_refuses_what_only_the_fast_one_has(base, processor, rows, tmp_path):
+    with pytest.raises(ModelError, match="validation and augmentation belong to the fast path"):
+        training.train_stage(base, processor, replace(STAGE1, fast=False, validation=4), rows["train"], tmp_path)
+
+
+def _config(tmp_path):
+    return SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        remove_unused_columns=False,
+        activation_checkpointing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
 
 
 def _folder(tmp_path):

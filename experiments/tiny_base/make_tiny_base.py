@@ -209,8 +209,8 @@ def _patch_classes(scene: Scene) -> np.ndarray:
 def _recoloured(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """The scene with half of its non-food objects in exchanged colours.
 
-    The tower is to learn what is food, not by heart which few hundred drawings are not: on drawings it had never seen it took a tenth of
-    their patches for food.
+    The tower is to learn what is food, not by heart which few hundred drawings are not: drawings it has never seen are what it takes
+    for food.
     """
     pixels = np.array(scene.image)
     for number, placed in enumerate(scene.objects, 1):

@@ -11,6 +11,7 @@ What is left out of a step, without changing its result beyond rounding:
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -37,12 +38,17 @@ class PreparedTrainer(SFTTrainer):
         self, *args: Any, prepared: Prepared, held_out: Sequence[int] = (), score: Callable[[], float] | None = None, **kwargs: Any
     ) -> None:
         self.prepared, self.prefix, self.score = prepared, prepared.prefix, score
-        trained = sorted(set(range(len(prepared))) - set(held_out))
+        unseen, as_they_are = set(held_out), replace(prepared, augment=None)  # what is measured is not augmented
+
+        def collate(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+            numbers = [row["row"] for row in rows]
+            return (as_they_are if numbers[0] in unseen else prepared).gather(numbers)
+
         super().__init__(
             *args,
-            train_dataset=datasets.Dataset.from_dict({"row": trained}),
+            train_dataset=datasets.Dataset.from_dict({"row": sorted(set(range(len(prepared))) - unseen)}),
             eval_dataset=datasets.Dataset.from_dict({"row": list(held_out)}) if held_out else None,
-            data_collator=lambda rows: prepared.gather([row["row"] for row in rows]),
+            data_collator=collate,
             **kwargs,
         )
 

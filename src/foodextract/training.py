@@ -157,6 +157,8 @@ def _trainer(
         seed=seed,
     )
     if not stage.fast:
+        if stage.validation or stage.augment:
+            raise ModelError(f"{stage.name}: validation and augmentation belong to the fast path: leave fast=False out")
         rows, collator = as_conversations(split), Collator(processor)
         return SFTTrainer(model, config, train_dataset=rows, processing_class=processor, data_collator=collator)
     held_out = validation_rows(split, stage.validation)
