@@ -30,7 +30,7 @@ import typer
 from jinja2 import Template
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
@@ -46,13 +46,13 @@ from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 from foodextract import evaluation, prompts
 from foodextract.results import Row, write_results
-from foodextract.scenes import DRINKS, FOODS, OTHER_RANGES, Scene, draw_scene
+from foodextract.scenes import DRINKS, FOODS, KINDS, Scene, draw_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 2024  # another one than any data set's, so that the base has seen none of the scenes it is tuned or tested on
 IMAGE, PATCH, SHUFFLE, WIDTH = 192, 16, 2, 160
 GRID = IMAGE // PATCH  # 12 x 12 patches; pixel shuffle 2 makes them 36 image tokens
-CLASSES = {name: number for number, name in enumerate([*FOODS, *DRINKS, *OTHER_RANGES], 1)}  # 0 is background
+CLASSES = {name: number for number, name in enumerate([*FOODS, *DRINKS, *KINDS], 1)}  # 0 is background
 
 # SmolVLM2's special tokens, by name; the chat template comes with transformers.
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<global-img>"]
@@ -147,8 +147,9 @@ def make_processor() -> SmolVLMProcessor:
         scene = draw_scene(SEED, "train", index)
         texts += [text for pair in questions_about(scene, rng) for text in pair] + [" " + scene.record.to_json()]
     bpe = Tokenizer(models.BPE())
-    # A space is a token of its own: "pizza" is one word, whether it stands behind a space or behind a quotation mark.
-    pieces = [pre_tokenizers.Digits(True), pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    # A space never belongs to the word behind it: "pizza" is one word, whether it follows a space or a quotation mark.
+    words = Regex(r"\p{L}+|\d| ?[^\p{L}\d\s]+|\s")
+    pieces = [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     bpe.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -169,7 +170,7 @@ def make_processor() -> SmolVLMProcessor:
 def make_model(processor: SmolVLMProcessor) -> SmolVLMForConditionalGeneration:
     tokenizer = processor.tokenizer
     text = {
-        "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 432, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 288, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 4, "head_dim": WIDTH // 4, "vocab_size": len(tokenizer), "max_position_embeddings": 2048,
         "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,

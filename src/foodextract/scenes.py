@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,136 +30,33 @@ SIZE = 256  # pixels, both edges of a scene
 SPRITE = 160  # pixels, the size every drawing is rasterised at once; the largest object on a scene is 0.55 * 256 = 141
 MIN_VISIBLE = 0.8  # an object hidden further than this by later ones would make its label a guess
 
-FOODS = dict(
-    line.rsplit(" ", 1)
-    for line in """\
-grapes 1F347
-watermelon 1F349
-lemon 1F34B
-banana 1F34C
-pineapple 1F34D
-red apple 1F34E
-pear 1F350
-peach 1F351
-cherries 1F352
-strawberry 1F353
-blueberries 1FAD0
-kiwi 1F95D
-tomato 1F345
-avocado 1F951
-eggplant 1F346
-carrot 1F955
-corn 1F33D
-chili pepper 1F336
-broccoli 1F966
-garlic 1F9C4
-onion 1F9C5
-peanuts 1F95C
-bread 1F35E
-croissant 1F950
-baguette 1F956
-pretzel 1F968
-pancakes 1F95E
-waffle 1F9C7
-cheese 1F9C0
-meat on the bone 1F356
-chicken leg 1F357
-steak 1F969
-bacon 1F953
-hamburger 1F354
-french fries 1F35F
-pizza 1F355
-hot dog 1F32D
-sandwich 1F96A
-taco 1F32E
-burrito 1F32F
-egg 1F95A
-fried egg 1F373
-salad 1F957
-popcorn 1F37F
-butter 1F9C8
-canned food 1F96B
-bento 1F371
-rice ball 1F359
-rice 1F35A
-noodle soup 1F35C
-spaghetti 1F35D
-sushi 1F363
-fried shrimp 1F364
-dango 1F361
-fortune cookie 1F960
-takeout noodles 1F961
-soft serve 1F366
-ice cream 1F368
-doughnut 1F369
-cookie 1F36A
-birthday cake 1F382
-shortcake 1F370
-cupcake 1F9C1
-pie 1F967
-chocolate 1F36B
-candy 1F36C
-lollipop 1F36D
-custard 1F36E
-honey 1F36F""".splitlines()
-)
-DRINKS = dict(
-    line.rsplit(" ", 1)
-    for line in """\
-coffee 2615
-milk 1F95B
-tea 1F375
-sake 1F376
-champagne 1F37E
-wine 1F377
-cocktail 1F378
-tropical drink 1F379
-beer 1F37A
-whisky 1F943
-soda 1F964
-bubble tea 1F9CB
-juice 1F9C3
-mate 1F9C9""".splitlines()
-)
-# Everything else, by kind, as ranges of code points. Left out on purpose: anything a person might call food or drink (crab, mushroom,
-# jar, teapot, baby bottle, ear of rice …), and letters, arrows and plain shapes, which look like the clutter in the background.
-OTHER_RANGES = {
-    "animal": "1F400-1F40A 1F40C-1F418 1F41B-1F41E 1F420-1F43E 1F981-1F98F 1F992-1F99D 1F9A1-1F9A9 1F9AB-1F9AE 1FAB0-1FAB3",
-    "face": "1F600-1F640 1F641-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F97A 1F9D0",
-    "person": "1F466-1F469 1F46E-1F478 1F481-1F483 1F486 1F487 1F645-1F647 1F64B-1F64E 1F934-1F93A 1F9D1-1F9DF",
-    "hand": "270A-270D 1F446-1F450 1F918-1F91F 1F932 1F64F 1F4AA 1F90C 1FAF0-1FAF6",
-    "vehicle": "1F680-1F68E 1F690-1F69F 1F6A0-1F6A2 1F6B2 1F6E9 1F6F4-1F6FC 2708 26F5 1F6F3 1F3CD 1F3CE",
-    "building": "1F3D7-1F3DB 1F3DF-1F3E6 1F3E8-1F3ED 1F3EF 1F3F0 26EA 1F54B-1F54D 1F5FC 1F5FD 1F6D5 1F6D6",
-    "plant": "1F332-1F335 1F337-1F33C 1F340-1F343 1F384 1F490 1F940 1FAB4 1FAB7",
-    "weather": "2600-2603 26C4 26C5 26C8 1F300 1F308 1F319-1F31B 1F31F 1F324-1F32A 1F525 1F4A7 2744",
-    "clothing": "1F393 1F451-1F462 1F392 1F3A9 1F97B-1F97F 1F9E2-1F9E6 1F9BA 1FA70-1FA74 1FA96",
-    "sport gear": "26BD 26BE 1F3BE-1F3C0 1F3C8 1F3C9 1F3CF-1F3D3 1F3F8 1F3F9 1F94A-1F94F 1F945 1FA80-1FA83 1F3B1-1F3B3 26F8 1F6F7",
-    "instrument": "1F3A4 1F3A7 1F3B7-1F3BB 1F941 1FA95 1FA97 1FA98 1F514 1F4EF",
-    "tool": (
-        "2692 2694 2699 2702 1F526-1F52B 1F52C 1F52D 1F5DC 1F6E0 1F6E1 1F9EF-1F9F2 1FA92 1FA93 1FA9A-1FA9D 1FAA0-1FAA5 1F9F9 1F511 1F512"
-    ),
-    "device": ("231A 2328 260E 23F0 1F4BB 1F4BD-1F4C0 1F4DE-1F4E1 1F4F1 1F4F7-1F4FD 1F50B-1F50D 1F5A5 1F5A8 1F5B1 1F5B2 1F579 1F3A5 1F4A1"),
-    "stationery": ("1F4C1-1F4C5 1F4C8-1F4D0 1F4D2-1F4DA 1F4DC-1F4DD 1F4E6 1F4F0 1F587 1F58A-1F58D 1F5C2-1F5C4 1F5D1-1F5D3 1F4BC 2709 270F"),
-    "household item": (
-        "1F488-1F48A 1F48D 1F48E 1F4BA 1F56F 1F570 1F5BC 1F5DD 1F6AA 1F6BD 1F6BF 1F6C1 1F6CB 1F6CF 1F6D2 1F9F3-1F9FD "
-        "1FA91 1FA94 1FA9E 1FA9F 1FAA6 1FA99"
-    ),
-    "toy": "1F388-1F38A 1F380 1F381 1F38E-1F390 1F3A0-1F3A2 1F3AA 1F3AE 1F3AF 1F3B0 1F3B2 1F9E9 1F9F8 1FA84-1FA86 1F52E",
-    "symbol": (
-        "2622 2623 262F 267B 26A0 26A1 2693 269B 26D4 2753 2757 2764 2795 27BF 1F493-1F49E 1F4A2-1F4A6 1F4A8 1F4AB-1F4AF 1F6A7-1F6AC 1F6B3"
-    ),
-}
+
+def _table(name: str) -> list[str]:
+    lines = (resources.files("foodextract") / "drawings" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
-def _expand(ranges: str) -> list[str]:
-    codes = []
-    for part in ranges.split():
-        first, _, last = part.partition("-")
-        codes += [f"{code:04X}" for code in range(int(first, 16), int(last or first, 16) + 1)]
-    return codes
+def _named(name: str) -> dict[str, str]:
+    """Name → code point."""
+    return {word: code for code, word in (line.split(" ", 1) for line in _table(name))}
 
 
-OTHERS = {code: kind for kind, ranges in OTHER_RANGES.items() for code in _expand(ranges)}
+def _by_kind() -> dict[str, list[str]]:
+    """Kind → code points; the file has them in ranges."""
+    kinds: dict[str, list[str]] = {}
+    for line in _table("others"):
+        if line.endswith(":"):
+            codes = kinds[line[:-1]] = []
+            continue
+        for part in line.split():
+            first, _, last = part.partition("-")
+            codes += [f"{code:04X}" for code in range(int(first, 16), int(last or first, 16) + 1)]
+    return kinds
+
+
+FOODS, DRINKS = _named("foods"), _named("drinks")
+KINDS = _by_kind()
+OTHERS = {code: kind for kind, codes in KINDS.items() for code in codes}
 
 
 @cache
@@ -169,7 +67,7 @@ def others_of(split: Split) -> list[str]:
 
 @dataclass(frozen=True)
 class Placed:
-    """One drawn object: `kind` is food, drink or a key of OTHER_RANGES; `name` is None for the latter."""
+    """One drawn object: `kind` is food, drink or a key of KINDS; `name` is None for the latter."""
 
     code: str
     kind: str
