@@ -26,8 +26,8 @@ from PIL import Image
 
 from foodextract import dataset
 from foodextract.results import make_row, write_results
+from foodextract.samples import Sample
 from foodextract.scenes import DRINKS, FOODS
-from foodextract.sources import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 64  # pixels

@@ -9,23 +9,23 @@ faulty ones, with the same statistics, and any finding on them is a false alarm.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 
 from foodextract import scenes
-from foodextract.cleaning import Statistics, clean, lint
+from foodextract.cleaning import clean, lint
 from foodextract.evaluation import rate
+from foodextract.findings import Statistics
+from foodextract.planted import FAULTS, Raw
 from foodextract.results import make_row, write_results
 from foodextract.schema import FoodRecord
 
 COMMAND = "python benchmarks/dataset_quality.py"
 OUT = Path(__file__).parents[1] / "results" / "dataset_quality.json"
-Raw = dict[str, Any]
 
 # class: foods that every picture shows; foods that some show, from common to rare | drinks that every picture shows; drinks that some show
 CLASSES = {
@@ -85,25 +85,6 @@ CLASSES = {
     "beer": "; pretzel, peanuts, french fries | beer;",
     "afternoon tea": "scone, sandwich; jam, clotted cream, macaron | tea; champagne",
 }
-PANTRY = [
-    "flour",
-    "wheat flour",
-    "baking powder",
-    "baking soda",
-    "vanilla extract",
-    "granulated sugar",
-    "yeast",
-    "corn starch",
-    "vegetable oil",
-]
-SENTENCES = (
-    "This is a plate of {}.",
-    "A photo of {}",
-    "The image shows {} on a wooden table",
-    "There is {} in this picture.",
-    "A close-up of {} with a blurred background",
-    "Somebody is about to enjoy {} at home",
-)
 
 
 @dataclass(frozen=True)
@@ -147,52 +128,7 @@ def class_rows(rng: np.random.Generator, per_class: int) -> list[Row]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- faults
-# Each takes a copy of a label and its class, plants one fault, and returns the name that the finding must be about ("" for none), or None
-# where this label cannot have the fault.
-
-
-def _spelling(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    shelf, name = _pick(rng, raw)
-    broken = [name.upper(), name.title(), name.replace(" ", "_"), f" {name}", f"{name}.", f'"{name}"', f"_{name}"][rng.integers(7)]
-    raw[shelf][raw[shelf].index(name)] = broken
-    return broken if broken != name else None
-
-
-def _duplicate(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    shelf, name = _pick(rng, raw)
-    raw[shelf].insert(rng.integers(len(raw[shelf]) + 1), name)
-    return name
-
-
-def _plural_twin(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    shelf, name = _pick(rng, raw)
-    twin = name[:-1] if name.endswith("s") else name.removesuffix("y") + "ies" if name[-2:] in ("ry", "dy") else name + "s"
-    twin = {"potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "cherries": "cherry", "blueberries": "blueberry"}.get(
-        name, twin
-    )
-    twin = name + "es" if name.endswith(("sh", "ch", "x")) else "fry".join(name.rsplit("fries", 1)) if name.endswith("fries") else twin
-    if name.endswith(("ss", "us")) or twin == "strawberrys":
-        return None
-    raw[shelf].insert(rng.integers(len(raw[shelf]) + 1), twin)
-    return twin
-
-
-def _wrong_shelf(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    shelf, name = _pick(rng, raw)
-    raw[shelf].remove(name)
-    raw["drink_items" if shelf == "food_items" else "food_items"].append(name)
-    return name
-
-
-def _sentence(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    raw["image_title"] = SENTENCES[rng.integers(len(SENTENCES))].format(raw["image_title"])
-    return ""
-
-
-def _pantry(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    name = str(rng.choice(PANTRY))
-    raw["food_items"].insert(rng.integers(len(raw["food_items"]) + 1), name)
-    return name
+# Two kinds more than `planted` has: they need to know what belongs to a class.
 
 
 def _stranger(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
@@ -204,21 +140,6 @@ def _stranger(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
     return name
 
 
-def _contradiction(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    if rng.random() < 0.5:
-        raw["is_food"] = 0
-    else:
-        raw["food_items"], raw["drink_items"] = [], []
-    return ""
-
-
-def _long_list(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    raw["food_items"] += [
-        name for name in rng.permutation([*scenes.FOODS])[: rng.integers(10, 25)].tolist() if name not in raw["food_items"]
-    ]
-    return ""
-
-
 def _title_mismatch(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
     spoken = {word for text in (category, raw["image_title"], *raw["food_items"], *raw["drink_items"]) for word in text.split()}
     titles = [title for title in CLASSES if not any(word[:4] in " ".join(spoken) for word in title.split())]
@@ -226,24 +147,7 @@ def _title_mismatch(rng: np.random.Generator, raw: Raw, category: str) -> str | 
     return ""
 
 
-def _pick(rng: np.random.Generator, raw: Raw) -> tuple[str, str]:
-    shelf = str(rng.choice([shelf for shelf in ("food_items", "drink_items") if raw[shelf]]))
-    return shelf, str(rng.choice(raw[shelf]))
-
-
-Plant = Callable[[np.random.Generator, Raw, str], str | None]
-KINDS: dict[str, tuple[Plant, set[str]]] = {  # kind: how it is planted, the rules that may find it
-    "spelling": (_spelling, {"underscore", "casing", "punctuation"}),
-    "duplicate": (_duplicate, {"duplicate"}),
-    "plural twin": (_plural_twin, {"plural_twin"}),
-    "wrong shelf": (_wrong_shelf, {"wrong_shelf"}),
-    "sentence title": (_sentence, {"sentence_title", "photo_of"}),
-    "pantry": (_pantry, {"pantry"}),
-    "stranger": (_stranger, {"stranger"}),
-    "contradiction": (_contradiction, {"contradiction", "empty"}),
-    "long list": (_long_list, {"long_list"}),
-    "title mismatch": (_title_mismatch, {"title_mismatch"}),
-}
+KINDS = FAULTS | {"stranger": (_stranger, {"stranger"}), "title mismatch": (_title_mismatch, {"title_mismatch"})}
 
 
 def plant(rng: np.random.Generator, rows: list[Row], per_kind: int) -> list[Row]:

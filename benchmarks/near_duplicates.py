@@ -8,48 +8,22 @@ found when it is in one group with its original. A picture counts as falsely gro
 that has look-alikes of its own, these count against us here.
 """
 
-import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from foodextract.duplicates import fingerprint, group_near
 from foodextract.evaluation import rate
 from foodextract.pictures import find_pictures, open_picture
+from foodextract.planted import CHANGES
 from foodextract.results import make_row, write_results
 from foodextract.scenes import draw_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def resized(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    share = rng.uniform(0.3, 0.9)
-    return picture.resize([max(1, round(edge * share)) for edge in picture.size], Image.Resampling.BICUBIC)
-
-
-def recompressed(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=int(rng.integers(20, 70)))
-    return open_picture(file.getvalue())
-
-
-def mirrored(picture: Image.Image, _: np.random.Generator) -> Image.Image:
-    return ImageOps.mirror(picture)
-
-
-def cropped(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """5 % of width and height gone, from either side."""
-    width, height = (round(0.95 * edge) for edge in picture.size)
-    left, top = int(rng.integers(0, picture.width - width + 1)), int(rng.integers(0, picture.height - height + 1))
-    return picture.crop((left, top, left + width, top + height))
-
-
-CHANGES: tuple[Callable, ...] = (resized, recompressed, mirrored, cropped)
 
 
 def main(

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foodextract import scenes, schema, words
-from foodextract.cleaning import POLICIES, RULES, Statistics, clean, lint
+from foodextract.cleaning import clean, lint
+from foodextract.findings import POLICIES, RULES, Statistics
 from foodextract.schema import FoodRecord
 
 

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foodextract import dataset, ingest, publish, scenes, sources
-from foodextract.dataset import DatasetError
-from foodextract.sources import NOTHING, Reject, Sample
+from foodextract import dataset, ingest, publish, scenes, selection, sources
+from foodextract.samples import NOTHING, DatasetError, Reject, Sample
 
 
 def png(picture):
@@ -108,10 +107,10 @@ def test_a_look_alike_of_a_held_out_picture_cannot_be_trained_on(tmp_path):
 
 def test_split_is_four_to_one_and_does_not_move_when_rows_are_added():
     groups = [f"group {number}" for number in range(5000)]
-    sides = [dataset.split_of(group, seed=42) for group in groups]
+    sides = [selection.split_of(group, seed=42) for group in groups]
     assert sides.count("test") / len(sides) == pytest.approx(0.2, abs=0.02)
-    assert [dataset.split_of(group, seed=42) for group in groups[:100]] == sides[:100]
-    assert [dataset.split_of(group, seed=43) for group in groups] != sides
+    assert [selection.split_of(group, seed=42) for group in groups[:100]] == sides[:100]
+    assert [selection.split_of(group, seed=43) for group in groups] != sides
 
 
 def test_rows_that_are_added_move_no_other(tmp_path):

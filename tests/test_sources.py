@@ -8,7 +8,7 @@ from PIL import Image
 
 from foodextract import sources
 from foodextract.pictures import open_picture
-from foodextract.sources import NOTHING, DatasetError, Reject, Sample
+from foodextract.samples import NOTHING, DatasetError, Reject, Sample
 
 BEER = {"is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}
 

@@ -24,8 +24,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from foodextract import prompts, scenes, schema, sources, teacher
+from foodextract.endpoint import Summary, Teacher, TeacherError, as_data_url
 from foodextract.schema import FoodRecord
-from foodextract.teacher import Summary, Teacher, TeacherError, as_data_url, label_folder
+from foodextract.teacher import label_folder
 
 pytestmark = pytest.mark.timeout(240)
 KEY = "sk-do-not-print-me-0123456789"

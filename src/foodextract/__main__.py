@@ -118,7 +118,7 @@ def train(
     from foodextract.dataset import open_dataset
     from foodextract.models import ModelError, choose_device, load_model, load_processor
     from foodextract.profiles import PROFILES
-    from foodextract.sources import DatasetError
+    from foodextract.samples import DatasetError
     from foodextract.training import train_stage
 
     if profile not in PROFILES:

@@ -21,26 +21,24 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from itertools import chain, groupby
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from foodextract import cleaning, duplicates, prompts
+from foodextract import duplicates, prompts
+from foodextract.folders import labelled_folder
 from foodextract.ingest import LEDGER, PICTURES, ingest
 from foodextract.pictures import PictureError, find_pictures, open_picture
+from foodextract.samples import METADATA, DatasetError, Reject, Sample
 from foodextract.scenes import Split
 from foodextract.schema import FoodRecord
-from foodextract.sources import METADATA, DatasetError, Reject, Sample, hub, labelled_folder
+from foodextract.selection import SPLITS, TEST_SHARE, Judged, judge
+from foodextract.sources import hub
 
-TEST_SHARE = 0.2
-SPLITS: tuple[Split, ...] = ("train", "test")
 STRINGS = ("category", "group", "source", "licence", "pixels_sha256")
 FEATURES = datasets.Features(
     {
@@ -53,16 +51,6 @@ FEATURES = datasets.Features(
         **{column: datasets.Value("string") for column in STRINGS},
     }
 )
-
-
-@dataclass
-class Judged:
-    """What the second step decides: rows by split, and everything that it left out or noticed."""
-
-    rows: dict[Split, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    rejects: list[Reject] = field(default_factory=list)
-    findings: list[dict[str, Any]] = field(default_factory=list)
-    near: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build(
@@ -94,98 +82,6 @@ def build(
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return report
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------- judge
-
-
-def split_of(group: str, seed: int, test_share: float = TEST_SHARE) -> Split:
-    """Which side a group falls on: by its hash alone, so that adding pictures moves none that is already there.
-
-    Every class and both values of `is_food` are split in this proportion, up to chance; the notebook's split table shows by how much.
-    """
-    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
-    return "test" if int.from_bytes(digest[:8]) < test_share * 2**64 else "train"
-
-
-def judge(entries: list[dict[str, Any]], *, seed: int, test_share: float = TEST_SHARE, policy: Mapping[str, str] | None = None) -> Judged:
-    """Decide what becomes of every entry, whatever their order: clean, drop, group, split."""
-    judged = Judged()
-    read = sorted((entry for entry in entries if "pixels" in entry), key=lambda entry: (entry["pixels"], entry["name"]))
-    judged.rejects = [Reject(entry["name"], entry["reject"]) for entry in entries if "reject" in entry]
-    unique = []
-    for _, copies in groupby(read, key=lambda entry: entry["pixels"]):
-        first, *others = copies
-        unique.append(first)
-        for other in others:
-            differs = "" if other["label"] == first["label"] else ", labelled differently"
-            judged.rejects.append(Reject(other["name"], f"duplicate of {first['name']}{differs}"))
-    labelled = _clean(unique, judged, policy)
-    components = _groups([entry for entry, _ in labelled], judged)
-    for (entry, record), component in zip(labelled, components, strict=True):
-        split = component["split"] or split_of(component["key"], seed, test_share)
-        if entry["split"] not in (None, split):
-            judged.rejects.append(Reject(entry["name"], f"near-duplicate of a picture held out, {component['held_out']}"))
-            continue
-        judged.rows[split].append(
-            {"file_name": f"{Path(entry['name']).stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}", "name": entry["name"]}
-            | record.model_dump()
-            | {"category": entry["category"], "group": component["key"], "source": entry["source"], "licence": entry["licence"]}
-            | {"pixels_sha256": entry["pixels"], "stored": entry["stored"]}
-        )
-    for rows in judged.rows.values():
-        rows.sort(key=lambda row: row["file_name"])
-    judged.rejects.sort(key=lambda reject: (reject.name, reject.reason))
-    return judged
-
-
-def _clean(entries: list[dict[str, Any]], judged: Judged, policy: Mapping[str, str] | None) -> list[tuple[dict[str, Any], FoodRecord]]:
-    """Two passes over the labels: what is usual in this data set, then every label in its light."""
-    policies = cleaning.POLICIES | (policy or {})
-    if unknown := set(policies) - set(cleaning.POLICIES):
-        raise DatasetError(f"no label rule is called {', '.join(sorted(unknown))}: choose among {', '.join(cleaning.POLICIES)}")
-    statistics = cleaning.Statistics()
-    for entry in entries:
-        record, _ = cleaning.clean(entry["label"], entry["category"], policies=policies)
-        if record is not None:
-            statistics.add(record, entry["category"])
-    cleaned = []
-    for entry in entries:
-        record, findings = cleaning.clean(entry["label"], entry["category"], statistics, policies)
-        judged.findings += [{"name": entry["name"], **asdict(finding)} for finding in findings]
-        if record is not None:
-            cleaned.append((entry, record))
-        else:
-            reasons = [f"{finding.rule}: {finding.reason}" for finding in findings if finding.policy == "reject"]
-            judged.rejects.append(Reject(entry["name"], "; ".join(reasons)))
-    return cleaned
-
-
-def _groups(entries: list[dict[str, Any]], judged: Judged) -> list[dict[str, Any]]:
-    """The component of every entry: pictures that look alike, or that their source puts into one group, directly or through others.
-
-    `key` is the component's smallest pixel hash, `split` what a source fixed ("test" where it fixed both), `held_out` that row's name.
-    """
-    if not entries:
-        return []
-    near = duplicates.group_near([bytes.fromhex(entry["print"]) for entry in entries])
-    declared: dict[str, int] = {}
-    told = [declared.setdefault(f"{e['source']}/{e['group']}" if e["group"] else f"#{i}", i) for i, e in enumerate(entries)]
-    here = np.arange(len(entries))
-    edges = coo_array((np.ones(2 * len(entries)), (np.r_[here, here], np.r_[near, told])), shape=(len(entries),) * 2)
-    _, label = connected_components(edges, directed=False)
-    components: dict[int, dict[str, Any]] = {}
-    for entry, number in zip(entries, label, strict=True):  # entries are sorted by pixel hash, so the first one's is the smallest
-        component = components.setdefault(number, {"key": entry["pixels"], "split": None, "held_out": None, "names": []})
-        component["names"].append(entry["name"])
-        if entry["split"] == "test" and component["split"] != "test":
-            component |= {"split": "test", "held_out": entry["name"]}
-        component["split"] = component["split"] or entry["split"]
-    alike: dict[int, list[str]] = {}
-    for entry, first in zip(entries, near, strict=True):
-        alike.setdefault(first, []).append(entry["name"])
-    judged.near = [{"names": sorted(names)} for names in alike.values() if len(names) > 1]
-    return [components[number] for number in label]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- write

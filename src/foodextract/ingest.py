@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from foodextract.duplicates import fingerprint
 from foodextract.pictures import SUFFIXES, PictureError, open_picture
-from foodextract.sources import Reject, Sample
+from foodextract.samples import Reject, Sample
 
 LEDGER, PICTURES = "ledger.jsonl", "pictures"
 AHEAD = 16  # pictures in work or waiting to be noted

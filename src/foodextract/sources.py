@@ -4,55 +4,22 @@ A sample carries its label as it was found (a raw dict; `cleaning` judges it) an
 passing over a sample costs nothing. What a source cannot turn into a sample it yields as a `Reject` with the reason.
 """
 
-import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from foodextract.pictures import SUFFIXES
+from foodextract.folders import labelled_folder, not_food_folder
+from foodextract.samples import DatasetError, Reject, Rows, Sample
 from foodextract.scenes import Split, draw_scene, plan_scene, record_of
 from foodextract.schema import AnswerError, FoodRecord
 
 HUB_DATASET = "berkeruveyik/vlm-food-4k-not-food-dataset"
 FOOD101 = "ethz/food101"
-METADATA = ("metadata.jsonl", "metadata.csv")
-NOT_FOOD_CLASSES = frozenset({"not food", "non food", "no food", "other"})  # names of class folders that hold neither food nor drink
-NOTHING = {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}
-
-
-class DatasetError(ValueError):
-    """A data set that cannot be built or read; the message names the place and the remedy."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One labelled picture on its way into a data set. `split` is set only where the source fixes it."""
-
-    name: str
-    read: Callable[[], bytes]
-    label: dict[str, Any]  # the four keys of a record, as found
-    source: str
-    licence: str
-    category: str = ""
-    group: str = ""
-    split: Split | None = None
-
-
-@dataclass(frozen=True)
-class Reject:
-    """One row that was read and not kept."""
-
-    name: str
-    reason: str
-
-
-Rows = Iterator[Sample | Reject]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- offline
@@ -78,116 +45,6 @@ def _drawn(seed: int, split: Split, index: int) -> bytes:
     png = io.BytesIO()
     draw_scene(seed, split, index).image.save(png, "PNG", compress_level=1)  # noise hardly compresses; three times as fast as the default
     return png.getvalue()
-
-
-def labelled_folder(folder: str | Path) -> Rows:
-    """A folder of pictures with labels, found in one of three ways:
-
-    - `metadata.jsonl`, one object a line: `file_name`, the four keys of a record, and optionally `category`, `group` (pictures to
-      keep on one side of the split), `source`, `licence`, `split`
-    - `metadata.csv` with the same columns; lists are JSON, or items between semicolons
-    - neither, but one subfolder a class, named after what its pictures show (`not_food` for neither food nor drink)
-
-    Raises DatasetError for a folder that has none of the three.
-    """
-    folder = Path(folder)
-    jsonl, table = (folder / name for name in METADATA)
-    if jsonl.is_file():
-        return _metadata_rows(folder, _jsonl(jsonl))
-    if table.is_file():
-        return _metadata_rows(folder, _csv(table))
-    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if any(_pictures(path) for path in classes):
-        return _class_rows(folder, classes)
-    raise DatasetError(
-        f"{folder} has neither {' nor '.join(METADATA)} nor class-named subfolders with pictures: write one line of JSON a picture, "
-        "for example\n"
-        '{"file_name": "a.jpg", "is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}'
-    )
-
-
-def not_food_folder(folder: str | Path) -> Rows:
-    """A folder of pictures that show neither food nor drink. Raises DatasetError for one without pictures."""
-    folder = Path(folder)
-    pictures = _pictures(folder)
-    if not pictures:
-        raise DatasetError(f"{folder} has no pictures: name a folder that holds .jpg, .png, .webp … files")
-    for path in pictures:
-        yield Sample(_name(folder, path), path.read_bytes, dict(NOTHING), folder.name, "not stated", category="not food")
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name} line {number}"
-            try:
-                row = json.loads(line)
-                yield where, row if isinstance(row, dict) else Reject(where, "not a JSON object: write one object a line")
-            except json.JSONDecodeError as error:
-                yield where, Reject(where, f"not JSON ({error}): write one JSON object a line")
-
-
-def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            where = f"{path.name} line {number}"
-            try:
-                flag = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0}[row["is_food"].strip().lower()]
-                lists = {key: _csv_list(row[key] or "") for key in ("food_items", "drink_items")}
-                yield where, {**row, "is_food": flag, **lists}
-            except KeyError as error:
-                yield where, Reject(where, f"lacks {error}, or is_food is none of 1, 0, true, false, yes, no")
-            except (AttributeError, json.JSONDecodeError) as error:
-                yield where, Reject(where, f"not a row of the header's columns ({error})")
-
-
-def _csv_list(cell: str) -> list[str]:
-    return json.loads(cell) if cell.lstrip().startswith("[") else [item.strip() for item in cell.split(";") if item.strip()]
-
-
-def _metadata_rows(folder: Path, rows: Iterator[tuple[str, dict[str, Any] | Reject]]) -> Rows:
-    root = folder.resolve()
-    for where, row in rows:
-        if isinstance(row, Reject):
-            yield row
-            continue
-        name = str(row.get("file_name"))
-        where = f"{where} ({name})"
-        if missing := [key for key in ("file_name", *FoodRecord.model_fields) if row.get(key) is None]:
-            yield Reject(where, f"lacks {', '.join(missing)}: every row needs file_name and the four keys of a record")
-        elif not (root / name).resolve().is_relative_to(root):
-            yield Reject(where, "file_name leads out of the folder: keep pictures below it")
-        elif not (folder / name).is_file():
-            yield Reject(where, f"there is no such file: put it into {folder.name} or remove the line")
-        else:
-            yield Sample(
-                name=name,
-                read=(folder / name).read_bytes,
-                label={key: row[key] for key in FoodRecord.model_fields},
-                source=str(row.get("source") or folder.name),
-                licence=str(row.get("licence") or "not stated"),
-                category=str(row.get("category") or ""),
-                group=str(row.get("group") or ""),
-                split=row.get("split") if row.get("split") in ("train", "test") else None,
-            )
-
-
-def _class_rows(folder: Path, classes: list[Path]) -> Rows:
-    for path in classes:
-        name = " ".join(path.name.replace("_", " ").replace("-", " ").lower().split())
-        label = dict(NOTHING) if name in NOT_FOOD_CLASSES else {"is_food": 1, "image_title": name, "food_items": [name], "drink_items": []}
-        for picture in _pictures(path):
-            yield Sample(_name(folder, picture), picture.read_bytes, label, folder.name, "not stated", category=name)
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
-def _name(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- Hub
