@@ -39,6 +39,9 @@ class Stage:
     validation: int = 0  # pictures to choose the best epoch by; 0: train on all, keep the last
     augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
     fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
+    autocast: str | None = None  # "bf16" or "fp16" instead of what `choose_precision` names, such as bf16 on a CPU with units for it (AMX)
+    compile: bool = False  # with torch.compile: minutes at the first step, for faster ones after it
+    report_to: str = "none"  # "tensorboard" or "trackio" to watch a run from elsewhere; they are not among the pinned packages
 
 
 def train_stage(
