@@ -32,7 +32,7 @@ from foodextract.pictures import open_picture
 from foodextract.results import Row, make_row, write_results
 from foodextract.scenes import draw_scenes
 from foodextract.schema import FoodRecord
-from true_size import as_photograph, build, interval
+from true_size import as_photograph, build, interval, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER = FoodRecord(is_food=1, image_title="beer and pretzel", food_items=["pretzel"], drink_items=["beer"])
@@ -133,11 +133,6 @@ class Subject:
         self.clock.spent["generate"] -= again
         self.clock.spent["total"] -= again  # measured twice, spent once
         return [written[0]["generated_text"].removeprefix(" ")]
-
-
-def ratio(a: np.ndarray, b: np.ndarray) -> float:
-    """How many times more a cost than b."""
-    return float(np.sum(a) / np.sum(b))
 
 
 def measure(size: str, pictures: list[bytes], batches: list[int], processor_from: Path, command: str) -> list[Row]:

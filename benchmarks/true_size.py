@@ -60,3 +60,8 @@ def interval(values: Sequence[float], statistic: Callable = np.mean, *others: Se
         return {"value": float(statistic(*columns)), "low": None, "high": None}
     bounds = bootstrap(columns, statistic, paired=True, vectorized=False, n_resamples=999, method="percentile", rng=0).confidence_interval
     return {"value": float(statistic(*columns)), "low": float(bounds.low), "high": float(bounds.high)}
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> float:
+    """How many times more a cost than b."""
+    return float(np.sum(a) / np.sum(b))

@@ -107,6 +107,7 @@ def train(
     stage2: Annotated[str, typer.Option(help="The same for stage 2.")] = "{}",
     seed: Annotated[int, typer.Option(help="Order of the pictures.")] = 42,
     max_steps: Annotated[int, typer.Option(help="Stop each stage after so many optimizer steps; -1: never.")] = -1,
+    report_to: Annotated[str, typer.Option(help="A tracker to watch the run in, if installed: tensorboard, trackio.")] = "none",
 ) -> None:
     """Both stages of fine-tuning without a notebook, on one device or, under `accelerate launch`, on several.
 
@@ -136,7 +137,7 @@ def train(
         model = load_model(base or settings.base_model, device, training=True)
         processor = load_processor(base or settings.base_model, tiles=settings.tiles)
         for stage in stages:
-            train_stage(model, processor, stage, rows["train"], out, seed=seed, max_steps=max_steps)
+            train_stage(model, processor, stage, rows["train"], out, seed=seed, max_steps=max_steps, report_to=report_to, reuse=True)
     except (ModelError, DatasetError) as error:
         _stop(str(error))
     if processes.is_main_process:

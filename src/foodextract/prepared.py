@@ -106,6 +106,7 @@ def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path) -> 
     most = _tiles(images)
     edge = images.max_image_size["longest_edge"]
     pixels = np.lib.format.open_memmap(home / "pixels.npy", "w+", np.uint8, (len(rows), most, 3, edge, edge))
+    reserve(home / "pixels.npy")
 
     def work(start: int) -> int:
         numbers = range(start, min(start + CHUNK, len(rows)))
@@ -155,6 +156,20 @@ def _tiles(image_processor) -> int:
     return 1 + round(image_processor.size["longest_edge"] / image_processor.max_image_size["longest_edge"]) ** 2
 
 
+def reserve(path: Path) -> None:
+    """Take the disk space of a memory-mapped file at once, or delete it. Raises OSError when there is not enough.
+
+    A mapping made of holes would find the disk full at some later write, and the kernel ends a process for that (SIGBUS).
+    """
+    with open(path, "r+b") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise
+
+
 def augmentation(edge: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Mirroring, a crop, a small rotation and other light: what a photographer might have done differently to a tile of `edge` pixels."""
     return v2.Compose(
@@ -183,6 +198,7 @@ def vision_features(
     """
     shape = features_shape(model, prepared)
     features = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
+    reserve(path)
     done = path.with_suffix(".done")
     if done.exists():
         return features
