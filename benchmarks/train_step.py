@@ -85,7 +85,7 @@ def measure(
     model.set_attn_implementation(recipe.attention)
     freeze(model, stage.freeze)
     if recipe.checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     precision = training.precision_of(stage, device)
     dtype = (precision.autocast or precision.weights) if recipe.master else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:

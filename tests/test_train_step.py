@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_every_rung_changes_one_thing():
     for device in ("cpu", "meta"):
         for stage in STAGES.values():
             rungs = ladder(stage, train_step.torch.device(device))
-            for below, above in zip(rungs, rungs[1:], strict=False):
+            for below, above in pairwise(rungs):
                 changed = [name for name in vars(above) if getattr(above, name) != getattr(below, name)]
                 assert len(changed) == 2, (above.name, changed)  # its name, and what it changes
             ours = next(rung for rung in rungs if rung.name == "ours")

@@ -254,7 +254,7 @@ def test_losses_can_be_watched_in_tensorboard(base, processor, rows, tmp_path):
 def test_bf16_on_a_cpu_on_request(base, processor, rows, tmp_path):
     exact, _ = training.train_stage(base, processor, STAGE1, rows["train"], tmp_path / "fp32", max_steps=1)
     again = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
-    rounded, moved = training.train_stage(again, processor, replace(STAGE1, bf16=True), rows["train"], tmp_path / "bf16", max_steps=1)
+    rounded, _ = training.train_stage(again, processor, replace(STAGE1, bf16=True), rows["train"], tmp_path / "bf16", max_steps=1)
     assert rounded[0]["loss"] != exact[0]["loss"]
     assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}

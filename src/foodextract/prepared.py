@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -43,6 +43,12 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def unshared(self) -> "Prepared":
+        """The same rows, each with its own copy of what all begin with."""
+        shared = np.broadcast_to(self.prefix.numpy().astype(np.int32), (len(self), self.prefix.shape[1]))
+        tokens = np.concatenate([shared, self.tokens], 1)
+        return replace(self, prefix=self.prefix[:, :0], tokens=tokens, answers=self.answers + shared.shape[1])
 
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch of B rows: `input_ids` and `labels` (B, S), `attention_mask` (B, L + S), `tiles` (B,); all int64.

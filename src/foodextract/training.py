@@ -24,7 +24,7 @@ from foodextract.performance import performance_rows, reset_peak_memory
 from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features
 from foodextract.results import write_results
 from foodextract.trainer import PreparedTrainer, Progress
-from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved
+from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole
 
 PERFORMANCE = "performance.json"  # how fast a stage went, in the format of results/, beside its weights
 
@@ -105,6 +105,8 @@ def train_stage(
         except torch.OutOfMemoryError as error:
             if run.batch_size == 1:
                 raise ModelError(f"{stage.name}: not even one picture at a time fits into memory; take fewer tiles") from error
+            if is_sharded():
+                raise ModelError(f"{stage.name}: batches of {run.batch_size} do not fit into memory; take a smaller batch_size") from error
             fewer = 1 if run.batch_size % 2 else run.batch_size // 2
             run = replace(run, batch_size=fewer, accumulation=run.accumulation * run.batch_size // fewer)
             print(f"out of memory: going on with batches of {run.batch_size} x {run.accumulation}")
@@ -119,8 +121,9 @@ def train_stage(
     log = [entry for entry in trainer.state.log_history if {"loss", "eval_item_f1"} & entry.keys()]
     moved = weights_moved(model, before)
     processes.wait_for_everyone()
+    state = {name: whole(weights) for name, weights in model.state_dict().items()}
     if processes.is_main_process:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
         shutil.rmtree(checkpoints)
         finished = {
@@ -146,6 +149,11 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is whole: the trainer's state is what is written last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def is_sharded() -> bool:
+    """Does accelerate spread the weights over processes? Parts of the model then cannot run alone, nor a forward in two parts."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def precision_of(stage: Stage, device: torch.device) -> Precision:
@@ -201,6 +209,8 @@ def _trainer(
             raise ModelError(f"{stage.name}: validation and augmentation belong to the fast path: leave fast=False out")
         rows, collator = as_conversations(split), Collator(processor)
         return SFTTrainer(model, config, train_dataset=rows, processing_class=processor, data_collator=collator)
+    if stage.validation and is_sharded():
+        raise ModelError(f"{stage.name}: validation generates answers, which takes whole weights: leave it out, or use configs/ddp.yaml")
     held_out = validation_rows(split, stage.validation)
     unseen = split.select(held_out)
     labels = [record_of(row) for row in unseen.remove_columns("image")]
@@ -234,11 +244,13 @@ def _prepared(
     """The rows, once for all stages; with what the vision tower makes of them if it is frozen and the disk has room for that."""
     with PartialState().main_process_first():
         prepared = prepare(split, processor, checkpoints.parents[1])
+    if is_sharded():
+        prepared = prepared.unshared()
     if stage.augment:
         if prepared.pixels.shape[1] > 1:
             raise ModelError("pictures of several tiles cannot be augmented, since their tiles must fit together: take 1 tile")
         return replace(prepared, augment=augmentation(prepared.pixels.shape[-1]))
-    if any(parameter.requires_grad for parameter in model.model.vision_model.parameters()):
+    if is_sharded() or any(parameter.requires_grad for parameter in model.model.vision_model.parameters()):
         return prepared
     dtype = precision.autocast or precision.weights
     needed = features_shape(model, prepared).numel() * dtype.itemsize
