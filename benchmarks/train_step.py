@@ -16,11 +16,13 @@ Weights are random at true size (`true_size.py`). An interrupted run goes on beh
 """
 
 import copy
+import ctypes
 import gc
 import json
 import re
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 import typer
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProcessorMixin, SmolVLMConfig, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, SmolVLMConfig, TrainerCallback
 
 from foodextract import models, training
 from foodextract.dataset import as_conversations
@@ -79,6 +81,8 @@ def measure(
     device, stage = torch.device(cell.device), replace(STAGES[cell.stage], batch_size=cell.batch, accumulation=1, bf16=recipe.bf16)
     processor = copy.deepcopy(processor)
     models.set_image_budget(processor, recipe.tiles)
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier cells have freed must not hide what this one takes (glibc)
     reset_peak_memory(device)
     idle = peak_memory(device)
     model = copy.deepcopy(original).to(device, torch.float32 if recipe.master else torch.bfloat16).train()
@@ -115,6 +119,7 @@ def measure(
             head = seen if recipe.answer_only else tokens
             step = Step(batch["pixel_values"].shape[1], tokens, 0, 1, head, "frozen" if stage.freeze else "trained")
         clock = Clock()
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
         memory = peak_memory(device) - idle
@@ -179,7 +184,7 @@ def main(
     minutes = total * 1e12 / (GUESS * matmul_rate(on, torch.bfloat16)) / 60
     print(f"{len(left)} of {len(plan)} cells to measure on {name}, about {minutes:.0f} minutes", flush=True)
     split = pictures(max(ROWS, 1 + steps) * max(batches))
-    with tqdm(total=total, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} TFLOP [{elapsed}<{remaining}]") as bar:
+    with tqdm(total=total, bar_format="{l_bar}{bar}| {n:.3g}/{total:.3g} TFLOP [{elapsed}<{remaining}]") as bar:
         for cell, recipe, warm, measured, work in left:
             bar.set_description(f"{cell.size} {cell.stage} {recipe.name}")
             rows = split.select(range(max(ROWS, warm + measured) * cell.batch))
@@ -189,7 +194,7 @@ def main(
             gc.collect()
             bar.write(
                 f"{cell.size:5} {cell.stage} {recipe.name:37} data {np.mean(done.data):8.4f} s  step {np.mean(done.step):8.3f} s  "
-                f"{done.memory / 2**30:5.1f} GiB"
+                f"{done.memory / 2**30:5.2f} GiB"
             )
             bar.update(work)
     command = f"python benchmarks/train_step.py --device {device} --repeats {repeats} --steps {steps}"

@@ -39,6 +39,7 @@ def test_gathered_rows_are_what_the_plain_collator_makes(rows, tmp_path, tiles):
 
 def test_prepared_once(rows, processor, tmp_path, monkeypatch):
     first = prepared.prepare(rows["test"], processor, tmp_path)
+    processor.tokenizer(["a", "a b"], padding=True)  # as the plain path and inference do; the tokenizer remembers it
     monkeypatch.setattr(prepared, "_prepare", None)
     again = prepared.prepare(rows["test"], processor, tmp_path)
     assert (again.tokens == first.tokens).all()

@@ -48,6 +48,7 @@ def test_killed_in_both_stages(drawn, tmp_path):
         done = CliRunner().invoke(app, arguments(drawn, tmp_path / out))
         assert done.exit_code == 0, done.output
     assert (tmp_path / "killed" / "stage1" / "model.safetensors").stat().st_mtime_ns == trained  # a finished stage is not trained again
+    assert len(list((tmp_path / "killed").glob("prepared-*"))) == 1  # once for both stages
     for stage in ("stage1", "stage2"):
         logs = [json.loads((tmp_path / out / stage / models.FINISHED).read_text())["log"] for out in ("killed", "whole")]
         losses = [[entry["loss"] for entry in log] for log in logs]

@@ -91,7 +91,9 @@ def prepare(split: datasets.Dataset, processor: ProcessorMixin, folder: str | Pa
 
     Raises ModelError when the processor does more to a picture than resize, rescale and normalise it.
     """
-    settings = processor.to_json_string() + processor.tokenizer.backend_tokenizer.to_str() + str(processor.chat_template)
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    tokenizer |= {"padding": None, "truncation": None}  # left over from its last call, and of no matter here
+    settings = processor.to_json_string() + json.dumps(tokenizer) + str(processor.chat_template)
     key = hashlib.sha256((split._fingerprint + settings).encode()).hexdigest()[:16]
     home = Path(folder) / f"prepared-{key}"
     ready = home / "ready.json"  # written last
