@@ -3,18 +3,15 @@
     python benchmarks/extract.py                # 500M and 256M at true size; writes results/extract_cpu.json
     python benchmarks/extract.py --size tiny --pictures 2 --results /tmp/extract.json    # does it run?
 
-Models are built from their published configurations with random weights, so nothing is fetched. Random weights would never end an
-answer: every subject is therefore made to write the same one (a large number is added to the next token's logit, which costs nothing),
-the seed's pipeline under its 256 new tokens too. All subjects see the same drawn pictures, one after the other, alternately, in one
-process; times are CPU-seconds of the whole process, which other programs on the machine do not count towards.
-
-The tokenizer is the bundled one unless `--processor` names a SmolVLM's folder: it knows 920 tokens of the model's 49,280, so the prompt
-differs by some tokens (their number is written down) and a grammar mask is cheaper by some 20 microseconds a token.
+Weights are random (`true_size.py`) and would never end an answer: every subject is therefore made to write the same one (a large number
+is added to the next token's logit, which costs nothing), the seed's pipeline under its 256 new tokens too. All subjects see the same drawn
+pictures, one after the other, alternately, in one process; times are CPU-seconds of the whole process, which other programs on the machine
+do not count towards. Without `--processor` the prompt differs by some tokens from the real one's (their number is written down), and a
+grammar mask is cheaper by some 20 microseconds a token.
 """
 
 import copy
 import gc
-import io
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,8 +24,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from scipy.stats import bootstrap
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, SmolVLMConfig, pipeline
+from transformers import PreTrainedModel, ProcessorMixin, pipeline
 
 from foodextract import models, prompts
 from foodextract.extractor import MAX_NEW_TOKENS, Extractor
@@ -36,39 +32,12 @@ from foodextract.pictures import open_picture
 from foodextract.results import Row, make_row, write_results
 from foodextract.scenes import draw_scenes
 from foodextract.schema import FoodRecord
+from true_size import as_photograph, build, interval, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER = FoodRecord(is_food=1, image_title="beer and pretzel", food_items=["pretzel"], drink_items=["beer"])
-SIZES = {  # of the text model; the vision tower is the same in both
-    "500m": {"hidden_size": 960, "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5, "intermediate_size": 2560},
-    "256m": {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536},
-}
 SEED = "seed: pipeline, 17 tiles, bf16"
 PHASES = ("open", "preprocess", "vision", "prefill", "tokens")
-
-
-def build(size: str, processor_from: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A SmolVLM2 of true size with random bf16 weights, or the bundled tiny one, with a processor that fits."""
-    processor = models.load_processor(processor_from)
-    if size == "tiny":
-        return models.load_model(models.TINY_TUNED, torch.device("cpu"), precision="bf16"), processor
-    tokenizer = processor.tokenizer
-    end, pad, image = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<image>")
-    text = {"model_type": "llama", "vocab_size": 49280, "rope_theta": 100000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
-    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
-    config = SmolVLMConfig(
-        text_config=text | SIZES[size] | {"eos_token_id": end, "pad_token_id": pad},
-        vision_config=vision | {"image_size": 512, "hidden_act": "gelu_pytorch_tanh"},
-        scale_factor=4,
-        image_token_id=image,
-        tie_word_embeddings=False,  # with a head of its own it has 507,482,304 or 256,484,928 parameters, as published
-    )
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, pad
-    processor.image_processor.max_image_size = {"longest_edge": 512}
-    processor.image_seq_len = 64
-    return model.eval(), processor
 
 
 def dictate(model: PreTrainedModel, answer: list[int], prompt_length: Callable[[], int]) -> None:
@@ -166,20 +135,6 @@ class Subject:
         return [written[0]["generated_text"].removeprefix(" ")]
 
 
-def interval(values: list[float], statistic: Callable = np.mean, *others: list[float]) -> dict[str, float | None]:
-    """Value with its bootstrap interval over pictures, which several lists share."""
-    columns = tuple(np.asarray(column) for column in (values, *others))
-    if len(values) < 3:
-        return {"value": float(statistic(*columns)), "low": None, "high": None}
-    bounds = bootstrap(columns, statistic, paired=True, vectorized=False, n_resamples=999, method="percentile", rng=0).confidence_interval
-    return {"value": float(statistic(*columns)), "low": float(bounds.low), "high": float(bounds.high)}
-
-
-def ratio(a: np.ndarray, b: np.ndarray) -> float:
-    """How many times more a cost than b."""
-    return float(np.sum(a) / np.sum(b))
-
-
 def measure(size: str, pictures: list[bytes], batches: list[int], processor_from: Path, command: str) -> list[Row]:
     """All figures of one size."""
     bf16, processor = build(size, processor_from)
@@ -245,11 +200,7 @@ def main(
 ) -> None:
     """Measure, print and write down."""
     torch.set_num_threads(threads)
-    files = []
-    for scene in draw_scenes(11, "test", pictures):
-        file = io.BytesIO()
-        scene.image.resize((1024, 1024)).save(file, "JPEG")
-        files.append(file.getvalue())
+    files = [as_photograph(scene) for scene in draw_scenes(11, "test", pictures)]
     command = f"python benchmarks/extract.py --threads {threads}"
     rows = []
     for one in size or ["500m", "256m"]:

@@ -1,10 +1,12 @@
 """The arithmetic of a training step at SmolVLM2-500M's size, against the sums done by hand from its published configuration."""
 
+import sys
+
 import pytest
 import torch
 from transformers import SmolVLMConfig
 
-from foodextract.performance import Step, flops_per_picture, matmul_rate, memory_used
+from foodextract.performance import Step, flops_per_picture, matmul_rate, peak_memory, performance_rows, reset_peak_memory
 
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 512, "patch_size": 16}
 TEXT = {
@@ -37,4 +39,19 @@ def test_sharing_the_system_message_saves_its_tokens():
 def test_the_device_is_measured():
     cpu = torch.device("cpu")
     assert matmul_rate(cpu, torch.float32, size=64, seconds=0.01) > 1e6
-    assert memory_used(cpu) > 1e7
+    rows = {row.metric: row for row in performance_rows("stage1", CONFIG, Step(1, 255, 0, 1, 60, "frozen"), 50, 10, 2, cpu, torch.float32)}
+    assert (rows["images_per_second"].value, rows["images_per_second"].n) == (10, 100)
+    assert rows["tokens_per_second"].value == 2550
+    assert rows["tflop_per_second"].value == pytest.approx(7.27, rel=0.01)
+    assert rows["flops_utilisation"].value > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel counts from a given point on Linux only")
+def test_the_peak_of_memory_counts_from_the_reset():
+    cpu, size = torch.device("cpu"), 400_000_000
+    reset_peak_memory(cpu)
+    before = peak_memory(cpu)
+    torch.ones(size, dtype=torch.uint8)
+    assert peak_memory(cpu) > before + 0.9 * size
+    reset_peak_memory(cpu)
+    assert peak_memory(cpu) < before + 0.5 * size

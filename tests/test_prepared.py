@@ -1,5 +1,7 @@
 """The fast path is the plain path: same tokens, same pixels, same losses, same weights."""
 
+import errno
+import os
 from dataclasses import replace
 
 import pytest
@@ -37,6 +39,7 @@ def test_gathered_rows_are_what_the_plain_collator_makes(rows, tmp_path, tiles):
 
 def test_prepared_once(rows, processor, tmp_path, monkeypatch):
     first = prepared.prepare(rows["test"], processor, tmp_path)
+    processor.tokenizer(["a", "a b"], padding=True)  # as the plain path and inference do; the tokenizer remembers it
     monkeypatch.setattr(prepared, "_prepare", None)
     again = prepared.prepare(rows["test"], processor, tmp_path)
     assert (again.tokens == first.tokens).all()
@@ -74,3 +77,28 @@ def test_stored_features_are_what_the_tower_sees(base, rows, processor, tmp_path
         seen = base.model.vision_model(pixels.flatten(0, 1)).last_hidden_state
     torch.testing.assert_close(features[[3, 15]].flatten(0, 1), seen)
     assert "pixels" not in replace(ready, features=features).gather([0])
+
+
+def test_a_full_disk_is_found_before_anything_is_mapped(rows, processor, tmp_path, monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared.os, "posix_fallocate", full)
+        model = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+        with pytest.raises(ModelError, match=r"stage1: the disk of .* is full; free some of it and run this again"):
+            training.train_stage(model, processor, STAGE1, rows["train"], tmp_path)
+    assert not list(tmp_path.rglob("pixels.npy"))
+    training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="macOS cannot reserve disk space")
+def test_prepared_pictures_are_on_the_disk_and_no_holes(rows, processor, tmp_path):
+    prepared.prepare(rows["test"], processor, tmp_path)
+    (pixels,) = tmp_path.rglob("pixels.npy")
+    hole = tmp_path / "hole"
+    with hole.open("wb") as file:
+        file.truncate(10_000_000)
+    prepared.reserve(hole)
+    for file in (pixels, hole):
+        assert file.stat().st_blocks * 512 >= file.stat().st_size

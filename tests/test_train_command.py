@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from typer.testing import CliRunner
 
 from foodextract.__main__ import app
-from foodextract.models import FINISHED
+from foodextract.models import FINISHED, load_model
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 SHORT = {"epochs": 1, "batch_size": 4, "accumulation": 1}
 
 
@@ -32,6 +37,48 @@ def test_two_processes_train_like_one(drawn, tmp_path):
         assert len(losses(tmp_path / "one" / stage)) == 3
         assert losses(tmp_path / "two" / stage) == pytest.approx(losses(tmp_path / "one" / stage), rel=2e-3)
         assert json.loads((tmp_path / "two" / stage / FINISHED).read_text())["processes"] == 2
+
+
+AS_ACCELERATORS = """
+import runpy, sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+# Accelerate shards over accelerators alone and would silently train two CPU processes as DDP, though torch shards on CPUs just as well.
+PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+sys.argv[0] = "foodextract"
+runpy.run_module("foodextract", run_name="__main__")
+"""
+
+
+def test_two_processes_with_half_the_weights_each_train_like_one(drawn, tmp_path):
+    """FSDP2 with the settings of configs/fsdp2.yaml, as accelerate hands them to its processes."""
+    settings, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(CONFIGS / "fsdp2.yaml"), "-m", "x"]))
+    sharding = {key: value for key, value in prepare_multi_gpu_env(settings).items() if "FSDP" in key}
+    assert sharding["ACCELERATE_USE_FSDP"] == "true"
+    assert sharding["FSDP_VERSION"] == "2"
+    common = ["--profile", "offline", "--max-steps", "3"]
+    one = CliRunner().invoke(app, ["train", str(drawn), "-o", str(tmp_path / "one"), *common, *_stages(SHORT | {"accumulation": 2})])
+    assert one.exit_code == 0, one.output
+    script = tmp_path / "sharded.py"
+    script.write_text(AS_ACCELERATORS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [*launch, "train", str(drawn), "-o", str(tmp_path / "two"), *common, *_stages(SHORT)]
+    environment = os.environ | sharding | {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("stage1", "stage2"):
+        assert losses(tmp_path / "two" / stage) == pytest.approx(losses(tmp_path / "one" / stage), rel=2e-3)
+        ends = [load_model(tmp_path / out / stage, torch.device("cpu"), training=True).state_dict() for out in ("one", "two")]
+        assert all(weights.shape == ends[1][name].shape for name, weights in ends[0].items())
+        moved = [json.loads((tmp_path / out / stage / FINISHED).read_text())["moved"] for out in ("one", "two")]
+        assert [module["tensors_moved"] for module in moved[1]] == [module["tensors_moved"] for module in moved[0]]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_accepts_the_configurations(name):
+    settings = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert settings.num_processes == 2
 
 
 def _stages(values: dict) -> list[str]:

@@ -9,6 +9,7 @@ from trl import SFTConfig
 from foodextract import models, training, weights
 from foodextract.models import ModelError
 from foodextract.profiles import PROFILES
+from foodextract.results import read_results
 from foodextract.trainer import PreparedTrainer
 from foodextract.training import Stage
 
@@ -230,7 +231,49 @@ def _folder(tmp_path):
 
 def test_what_was_fast_is_written_down(base, processor, rows, tmp_path):
     training.train_stage(base, processor, STAGE1, rows["train"], tmp_path)
-    measured = json.loads((tmp_path / "stage1" / models.FINISHED).read_text())["performance"]
-    assert measured["vision"] == "cached"
-    assert measured["pictures_per_second"] > 0
-    assert measured["share_of_matmul_rate"] > 0
+    measured = {row.metric: row for row in read_results(tmp_path / "stage1" / training.PERFORMANCE)}
+    assert measured["images_per_second"].subject == "stage1"
+    assert measured["images_per_second"].n == 2 * 16  # three steps of 16, the last of 8; the first is left out
+    assert measured["flops_utilisation"].value > 0
+    assert measured["peak_memory_gib"].value > 0.1
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_done(base, processor, rows, tmp_path):
+    with pytest.raises(ModelError, match="nothing can be reported to 'tensorbored': `pip install tensorbored` first"):
+        training.train_stage(base, processor, STAGE1, rows["train"], tmp_path / "out", report_to="tensorbored")
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_can_be_watched_in_tensorboard(base, processor, rows, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log, _ = training.train_stage(base, processor, STAGE1, rows["train"], tmp_path, max_steps=2, report_to="tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "runs" / "stage1")).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([entry["loss"] for entry in log])
+
+
+def test_bf16_on_a_cpu_on_request(base, processor, rows, tmp_path):
+    exact, _ = training.train_stage(base, processor, STAGE1, rows["train"], tmp_path / "fp32", max_steps=1)
+    again = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+    rounded, _ = training.train_stage(again, processor, replace(STAGE1, bf16=True), rows["train"], tmp_path / "bf16", max_steps=1)
+    assert rounded[0]["loss"] != exact[0]["loss"]
+    assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    written = json.loads((tmp_path / "bf16" / "stage1" / models.FINISHED).read_text())
+    assert written["precision"] == "fp32 weights, bf16 autocast: the stage asks for it"
+
+
+def test_compiling_is_left_to_transformers(tmp_path):
+    for wanted in (True, False):
+        config = training.training_config(replace(STAGE1, compile=wanted), CPU, torch.device("cpu"), tmp_path)
+        assert config.torch_compile is wanted
+
+
+def test_a_finished_stage_is_taken_up_on_request(base, processor, rows, tmp_path, capsys):
+    once = training.train_stage(base, processor, STAGE1, rows["train"], tmp_path, max_steps=1)
+    again = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+    assert training.train_stage(again, processor, STAGE1, rows["train"], tmp_path, max_steps=1, reuse=True) == once
+    assert "stage1: trained already" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), base.parameters(), strict=True))
+    other = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+    training.train_stage(other, processor, STAGE1, rows["train"], tmp_path, max_steps=1, seed=7, reuse=True)
+    assert "trained already" not in capsys.readouterr().out  # another start

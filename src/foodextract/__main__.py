@@ -107,6 +107,7 @@ def train(
     stage2: Annotated[str, typer.Option(help="The same for stage 2.")] = "{}",
     seed: Annotated[int, typer.Option(help="Order of the pictures.")] = 42,
     max_steps: Annotated[int, typer.Option(help="Stop each stage after so many optimizer steps; -1: never.")] = -1,
+    report_to: Annotated[str, typer.Option(help="A tracker to watch the run in, if installed: tensorboard, trackio.")] = "none",
 ) -> None:
     """Both stages of fine-tuning without a notebook, on one device or, under `accelerate launch`, on several.
 
@@ -119,7 +120,7 @@ def train(
     from foodextract.models import ModelError, choose_device, load_model, load_processor
     from foodextract.profiles import PROFILES
     from foodextract.samples import DatasetError
-    from foodextract.training import train_stage
+    from foodextract.training import is_sharded, train_stage
 
     if profile not in PROFILES:
         _stop(f"there is no profile {profile!r}: take one of {', '.join(PROFILES)}")
@@ -135,8 +136,10 @@ def train(
         device = processes.device if processes.num_processes > 1 else choose_device()
         model = load_model(base or settings.base_model, device, training=True)
         processor = load_processor(base or settings.base_model, tiles=settings.tiles)
-        for stage in stages:
-            train_stage(model, processor, stage, rows["train"], out, seed=seed, max_steps=max_steps)
+        for last, stage in zip([None, *stages], stages, strict=False):
+            if last and is_sharded():  # what is spread over processes cannot be frozen anew
+                model = load_model(out / last.name, device, training=True)
+            train_stage(model, processor, stage, rows["train"], out, seed=seed, max_steps=max_steps, report_to=report_to, reuse=True)
     except (ModelError, DatasetError) as error:
         _stop(str(error))
     if processes.is_main_process:

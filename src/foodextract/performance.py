@@ -4,12 +4,18 @@ One multiplication with its addition counts as two operations. A backward pass c
 in, and as much again for the gradient of the weights.
 """
 
+import resource
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-import psutil
 import torch
 from transformers import PretrainedConfig
+
+from foodextract.results import Row, make_row
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,33 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def memory_used(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU since the last reset; elsewhere what this process holds in main memory now."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from here; on a CPU that works on Linux only."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU since the last reset; elsewhere the most main memory that this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def performance_rows(
+    stage: str, config: PretrainedConfig, step: Step, pictures: int, seconds: float, devices: int, device: torch.device, dtype: torch.dtype
+) -> list[Row]:
+    """How fast training was that took `pictures` through each of `devices` in `seconds`; the rate of a matrix product is measured here."""
+    rate, flops = pictures * devices / seconds, flops_per_picture(config, step)
+    row = partial(make_row, "training", stage, n=pictures * devices, command="foodextract train")
+    return [
+        row("images_per_second", rate, unit="1/s"),
+        row("tokens_per_second", rate * (step.own_tokens + step.shared_tokens), unit="1/s"),
+        row("peak_memory_gib", peak_memory(device) / 2**30, unit="GiB"),
+        row("tflop_per_image", flops / 1e12, unit="TFLOP"),
+        row("tflop_per_second", rate * flops / 1e12, unit="TFLOP/s"),
+        row("flops_utilisation", rate * flops / matmul_rate(device, dtype) / devices, unit="share of a matrix product's rate"),
+    ]

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -43,6 +43,12 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def unshared(self) -> "Prepared":
+        """The same rows, each with its own copy of what all begin with."""
+        shared = np.broadcast_to(self.prefix.numpy().astype(np.int32), (len(self), self.prefix.shape[1]))
+        tokens = np.concatenate([shared, self.tokens], 1)
+        return replace(self, prefix=self.prefix[:, :0], tokens=tokens, answers=self.answers + shared.shape[1])
 
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch of B rows: `input_ids` and `labels` (B, S), `attention_mask` (B, L + S), `tiles` (B,); all int64.
@@ -85,7 +91,9 @@ def prepare(split: datasets.Dataset, processor: ProcessorMixin, folder: str | Pa
 
     Raises ModelError when the processor does more to a picture than resize, rescale and normalise it.
     """
-    settings = processor.to_json_string() + processor.tokenizer.backend_tokenizer.to_str() + str(processor.chat_template)
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    tokenizer |= {"padding": None, "truncation": None}  # left over from its last call, and of no matter here
+    settings = processor.to_json_string() + json.dumps(tokenizer) + str(processor.chat_template)
     key = hashlib.sha256((split._fingerprint + settings).encode()).hexdigest()[:16]
     home = Path(folder) / f"prepared-{key}"
     ready = home / "ready.json"  # written last
@@ -106,6 +114,7 @@ def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path) -> 
     most = _tiles(images)
     edge = images.max_image_size["longest_edge"]
     pixels = np.lib.format.open_memmap(home / "pixels.npy", "w+", np.uint8, (len(rows), most, 3, edge, edge))
+    reserve(home / "pixels.npy")
 
     def work(start: int) -> int:
         numbers = range(start, min(start + CHUNK, len(rows)))
@@ -155,6 +164,20 @@ def _tiles(image_processor) -> int:
     return 1 + round(image_processor.size["longest_edge"] / image_processor.max_image_size["longest_edge"]) ** 2
 
 
+def reserve(path: Path) -> None:
+    """Take the disk space of a memory-mapped file at once, or delete it. Raises OSError when there is not enough.
+
+    A mapping made of holes would find the disk full at some later write, and the kernel ends a process for that (SIGBUS).
+    """
+    with open(path, "r+b") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise
+
+
 def augmentation(edge: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Mirroring, a crop, a small rotation and other light: what a photographer might have done differently to a tile of `edge` pixels."""
     return v2.Compose(
@@ -183,6 +206,7 @@ def vision_features(
     """
     shape = features_shape(model, prepared)
     features = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
+    reserve(path)
     done = path.with_suffix(".done")
     if done.exists():
         return features

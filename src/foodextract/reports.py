@@ -77,7 +77,7 @@ def publish(root: Path) -> None:
     _fill_first_cell(root / "01_fine_tune_vlm_v3_smolVLM_500m.ipynb", TABLE, offline_table(root))
     tuned = Path(__file__).parent / "bundled" / "tiny-tuned"
     shutil.rmtree(tuned, ignore_errors=True)
-    shutil.copytree(made / "offline" / "stage2", tuned, ignore=shutil.ignore_patterns("training.json", "README.md"))
+    shutil.copytree(made / "offline" / "stage2", tuned, ignore=shutil.ignore_patterns("training.json", "performance.json", "README.md"))
 
 
 def _fill_first_cell(path: Path, name: str, text: str) -> None:

@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -17,11 +19,14 @@ from foodextract import evaluation
 from foodextract.collate import Collator
 from foodextract.dataset import as_conversations, record_of
 from foodextract.extractor import Extractor
-from foodextract.models import FINISHED, ModelError, Precision, choose_precision
-from foodextract.performance import flops_per_picture, matmul_rate, memory_used
+from foodextract.models import FINISHED, ModelError, Precision, choose_precision, load_model
+from foodextract.performance import performance_rows, reset_peak_memory
 from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features
+from foodextract.results import write_results
 from foodextract.trainer import PreparedTrainer, Progress
-from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved
+from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole
+
+PERFORMANCE = "performance.json"  # how fast a stage went, in the format of results/, beside its weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Stage:
     validation: int = 0  # pictures to choose the best epoch by; 0: train on all, keep the last
     augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
     fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
+    bf16: bool = False  # autocast to bf16 where `choose_precision` would not: pays for large models on a CPU with units for it (AMX)
+    compile: bool = False  # torch.compile: the first step takes minutes, the later ones less than without
 
 
 def train_stage(
@@ -50,34 +57,47 @@ def train_stage(
     *,
     seed: int = 42,
     max_steps: int = -1,
+    report_to: str = "none",
+    reuse: bool = False,
 ) -> tuple[list[dict[str, float]], list[Moved]]:
     """Train `model` in place on a split of the data set and save it, with its processor, to `out`/stage.name.
 
     Every stage starts with a fresh optimizer. An interrupted stage leaves a checkpoint an epoch, and the same call takes it up again. When
-    a GPU's memory does not suffice, smaller batches are accumulated to the same effective batch.
+    a GPU's memory does not suffice, smaller batches are accumulated to the same effective batch. `report_to` is a tracker of transformers,
+    such as "tensorboard" (its files go to `out`/runs). With `reuse` a stage that finished here from the same start is not trained again.
     Returns the log (loss, learning rate, gradient norm by step) and the table of moved weights. Raises ModelError when the loss stops
-    being a number, when the disk is full and when not even one picture fits; the folder then keeps its last whole checkpoint.
+    being a number, when the disk is full and when not even one picture fits; the folder then keeps its last whole checkpoint. Raises it
+    before anything is done when the tracker is not installed.
     """
+    if report_to != "none" and not find_spec(report_to):
+        raise ModelError(f"nothing can be reported to {report_to!r}: `pip install {report_to}` first, or leave it out")
     folder = Path(out) / stage.name
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(out) / "runs" / stage.name)  # transformers would choose a folder that is removed
     checkpoints = folder / "checkpoints"
     processes = PartialState()
     freeze(model, stage.freeze)
     before = snapshot(model)
     start = {"weights": checksum(before), "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
     recipe = json.dumps({**asdict(stage), **start})
+    if reuse and (folder / FINISHED).is_file() and (finished := json.loads((folder / FINISHED).read_text())).get("recipe") == recipe:
+        print(f"{stage.name}: trained already, taken from {folder}")
+        model.load_state_dict(load_model(folder, model.device, training=True).state_dict())
+        return [entry for entry in finished["log"] if "loss" in entry], [Moved(**row) for row in finished["moved"]]
     with processes.main_process_first():
         if not ((checkpoints / "recipe.json").is_file() and (checkpoints / "recipe.json").read_text() == recipe):
             shutil.rmtree(folder, ignore_errors=True)
             checkpoints.mkdir(parents=True)
             (checkpoints / "recipe.json").write_text(recipe)
-    precision = choose_precision(model.device, training=True)
+    precision = precision_of(stage, model.device)
+    reset_peak_memory(model.device)
     progress = Progress(stage.name, stage.learning_rate)
     run = stage
     if stage.fast and model.device.type == "cuda":  # the whole effective batch at once, if it fits
         run = replace(stage, batch_size=stage.batch_size * stage.accumulation, accumulation=1)
     while True:
         try:
-            trainer = _trainer(model, processor, run, split, checkpoints, seed, max_steps)
+            config = training_config(run, precision, model.device, checkpoints, seed, max_steps, report_to)
+            trainer = _trainer(model, processor, run, split, config, precision)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(progress)
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -85,13 +105,15 @@ def train_stage(
         except torch.OutOfMemoryError as error:
             if run.batch_size == 1:
                 raise ModelError(f"{stage.name}: not even one picture at a time fits into memory; take fewer tiles") from error
+            if is_sharded():
+                raise ModelError(f"{stage.name}: batches of {run.batch_size} do not fit into memory; take a smaller batch_size") from error
             fewer = 1 if run.batch_size % 2 else run.batch_size // 2
             run = replace(run, batch_size=fewer, accumulation=run.accumulation * run.batch_size // fewer)
             print(f"out of memory: going on with batches of {run.batch_size} x {run.accumulation}")
             model.load_state_dict(before, strict=False)
             torch.cuda.empty_cache()
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise ModelError(
                 f"{stage.name}: the disk of {checkpoints} is full; free some of it and run this again, which takes up the last checkpoint"
@@ -99,19 +121,25 @@ def train_stage(
     log = [entry for entry in trainer.state.log_history if {"loss", "eval_item_f1"} & entry.keys()]
     moved = weights_moved(model, before)
     processes.wait_for_everyone()
+    state = {name: whole(weights) for name, weights in model.state_dict().items()}
     if processes.is_main_process:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
         shutil.rmtree(checkpoints)
         finished = {
             **asdict(run),
-            "seed": seed,
+            "recipe": recipe,
             "processes": processes.num_processes,
             "precision": precision.reason,
-            "performance": _performance(model, trainer, progress, run),
             "log": log,
             "moved": [asdict(m) for m in moved],
         }
+        if stage.fast and progress.seconds:
+            step, dtype = trainer.step_of(model, run.batch_size), precision.autocast or precision.weights
+            done = progress.pictures // processes.num_processes, progress.seconds, processes.num_processes
+            rows = performance_rows(stage.name, model.config, step, *done, model.device, dtype)
+            write_results(folder / PERFORMANCE, rows)
+            print("\n".join(f"{row.metric:>20} {row.value:10.3f} {row.unit}" for row in rows))
         (folder / FINISHED).write_text(json.dumps(finished, indent=1))
     processes.wait_for_everyone()
     return [entry for entry in log if "loss" in entry], moved
@@ -123,14 +151,27 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
-def _trainer(
-    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, split: datasets.Dataset, checkpoints: Path, seed: int, max_steps: int
-) -> SFTTrainer:
-    precision = choose_precision(model.device, training=True)
-    config = SFTConfig(
+def is_sharded() -> bool:
+    """Does accelerate spread the weights over processes? Parts of the model then cannot run alone, nor a forward in two parts."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def precision_of(stage: Stage, device: torch.device) -> Precision:
+    """What suits the device, or bf16 autocast where the stage asks for it."""
+    chosen = choose_precision(device, training=True)
+    if not stage.bf16 or chosen.autocast is torch.bfloat16:
+        return chosen
+    return replace(chosen, autocast=torch.bfloat16, reason="fp32 weights, bf16 autocast: the stage asks for it")
+
+
+def training_config(
+    stage: Stage, precision: Precision, device: torch.device, checkpoints: Path, seed: int = 42, steps: int = -1, report_to: str = "none"
+) -> SFTConfig:
+    """A stage in the words of transformers and TRL."""
+    return SFTConfig(
         output_dir=str(checkpoints),
         num_train_epochs=stage.epochs,
-        max_steps=max_steps,
+        max_steps=steps,
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.accumulation,
         learning_rate=stage.learning_rate,
@@ -140,7 +181,7 @@ def _trainer(
         activation_checkpointing=False,  # on by default in TRL, and not needed with one tile a picture
         bf16=precision.autocast is torch.bfloat16,
         fp16=precision.autocast is torch.float16,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=device.type == "cpu",
         save_strategy="epoch",
         save_total_limit=1,
         eval_strategy="epoch" if stage.validation else "no",
@@ -148,19 +189,28 @@ def _trainer(
         metric_for_best_model="item_f1" if stage.validation else None,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen
-        report_to="none",
+        report_to=report_to,
+        torch_compile=stage.compile,
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=model.device.type == "cuda",
+        dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         seed=seed,
     )
+
+
+def _trainer(
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, split: datasets.Dataset, config: SFTConfig, precision: Precision
+) -> SFTTrainer:
+    """The trainer of a stage, with its rows prepared next to the folder of `config`'s checkpoints."""
     if not stage.fast:
         if stage.validation or stage.augment:
             raise ModelError(f"{stage.name}: validation and augmentation belong to the fast path: leave fast=False out")
         rows, collator = as_conversations(split), Collator(processor)
         return SFTTrainer(model, config, train_dataset=rows, processing_class=processor, data_collator=collator)
+    if stage.validation and is_sharded():
+        raise ModelError(f"{stage.name}: validation generates answers, which takes whole weights: leave it out, or use configs/ddp.yaml")
     held_out = validation_rows(split, stage.validation)
     unseen = split.select(held_out)
     labels = [record_of(row) for row in unseen.remove_columns("image")]
@@ -169,7 +219,7 @@ def _trainer(
         answers = evaluation.ask(Extractor(model, processor).answer, unseen["image"], stage.batch_size, "validation")
         return next(metric.value for metric in evaluation.score(labels, answers) if metric.name == "item_f1_micro")
 
-    prepared = _prepared(model, processor, stage, split, checkpoints, precision)
+    prepared = _prepared(model, processor, stage, split, Path(config.output_dir), precision)
     return PreparedTrainer(
         model, config, prepared=prepared, held_out=held_out, score=score if held_out else None, processing_class=processor
     )
@@ -194,11 +244,13 @@ def _prepared(
     """The rows, once for all stages; with what the vision tower makes of them if it is frozen and the disk has room for that."""
     with PartialState().main_process_first():
         prepared = prepare(split, processor, checkpoints.parents[1])
+    if is_sharded():
+        prepared = prepared.unshared()
     if stage.augment:
         if prepared.pixels.shape[1] > 1:
             raise ModelError("pictures of several tiles cannot be augmented, since their tiles must fit together: take 1 tile")
         return replace(prepared, augment=augmentation(prepared.pixels.shape[-1]))
-    if any(parameter.requires_grad for parameter in model.model.vision_model.parameters()):
+    if is_sharded() or any(parameter.requires_grad for parameter in model.model.vision_model.parameters()):
         return prepared
     dtype = precision.autocast or precision.weights
     needed = features_shape(model, prepared).numel() * dtype.itemsize
@@ -208,23 +260,3 @@ def _prepared(
     with PartialState().main_process_first():
         features = vision_features(model, prepared, processor.image_processor, checkpoints / "features.bin", dtype)
     return replace(prepared, features=features)
-
-
-def _performance(model: PreTrainedModel, trainer: SFTTrainer, progress: Progress, stage: Stage) -> dict[str, float | str]:
-    """Rates of the steps, without the first; the device's own rate is measured here and now, with a matrix product."""
-    if not (stage.fast and progress.seconds):
-        return {}
-    step = trainer.step_of(model, stage.batch_size)
-    rate = progress.pictures / progress.seconds
-    flops = flops_per_picture(model.config, step)
-    precision = choose_precision(model.device, training=True)
-    possible = matmul_rate(model.device, precision.autocast or precision.weights)
-    return {
-        "pictures_per_second": rate,
-        "tokens_per_second": rate * (step.own_tokens + step.shared_tokens),
-        "memory_bytes": memory_used(model.device),
-        "vision": step.vision,
-        "flops_per_picture": flops,
-        "flops_per_second": rate * flops,
-        "share_of_matmul_rate": rate * flops / possible,
-    }

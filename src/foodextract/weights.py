@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from foodextract.models import ModelError
@@ -52,16 +53,21 @@ def trainable_table(model: PreTrainedModel) -> list[dict[str, str | int]]:
     ]
 
 
+def whole(weights: torch.Tensor) -> torch.Tensor:
+    """The weights that FSDP2 may have spread over processes, all of which have to ask for them."""
+    return weights.detach().full_tensor() if isinstance(weights, DTensor) else weights.detach()
+
+
 def snapshot(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A copy of all weights on the CPU, to compare with later."""
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+    return {name: whole(parameter).to("cpu", copy=True) for name, parameter in model.named_parameters()}
 
 
 def weights_moved(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> list[Moved]:
     """Compare, bit for bit, every weight with its value in `before`."""
     table = []
     for module, parameters in modules_of(model).items():
-        changed = [int((parameter.detach().cpu() != before[name]).sum()) for name, parameter in parameters]
+        changed = [int((whole(parameter).cpu() != before[name]).sum()) for name, parameter in parameters]
         weights = sum(parameter.numel() for _, parameter in parameters)
         table.append(Moved(module, weights, sum(changed), len(changed), sum(map(bool, changed))))
     return table

@@ -1,0 +1,83 @@
+"""Ways to train, from the seed projects' to ours, one change at a time; and the trainer of those that are not ours."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import SFTTrainer
+
+from foodextract.collate import IGNORED, Collator
+from foodextract.profiles import PROFILES
+from foodextract.training import Stage
+
+STAGES = {stage.name: stage for stage in (PROFILES["hub"].stage1, PROFILES["hub"].stage2)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train. The defaults are the seed's."""
+
+    name: str = "seed_recipe"
+    tiles: int = 17
+    checkpointing: bool = True
+    attention: str = "eager"
+    answer_only: bool = False  # loss and LM head where an answer token follows, or on all text
+    master: bool = False  # fp32 weights with the device's autocast, or bf16 weights
+    prepared: bool = False
+    batched: bool = False
+    cached: bool = False  # what the frozen vision tower sees
+    bf16: bool = False  # autocast where it is not the default
+
+
+def ladder(stage: Stage, device: torch.device) -> list[Recipe]:
+    """From the seed's recipe to ours, one change a rung; on a CPU also what bf16 arithmetic would add."""
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("5 tiles", {"tiles": 5}),
+        ("1 tile", {"tiles": 1}),
+        ("no checkpointing", {"checkpointing": False}),
+        ("SDPA attention", {"attention": "sdpa"}),
+        ("loss on the answer only", {"answer_only": True}),
+        ("fp32 master weights", {"master": True}),
+        ("rows prepared once", {"prepared": True}),
+        ("batches that share the system message", {"batched": True}),
+    ]
+    if stage.freeze:
+        changes.append(("frozen vision computed once", {"cached": True}))
+    changes[-1] = ("ours", changes[-1][1])
+    if device.type == "cpu":
+        changes.append(("ours with bf16 autocast", {"bf16": True}))
+    rungs = [Recipe()]
+    for name, change in changes:
+        rungs.append(replace(rungs[-1], name=name, **change))
+    return rungs
+
+
+class SeedTrainer(SFTTrainer):
+    """The model's own loss on everything but padding and picture tokens, or on answers, with the LM head nowhere else."""
+
+    answer_only = False
+
+    def compute_loss(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
+        if not self.answer_only:
+            return model(**inputs).loss
+        labels = inputs.pop("labels")
+        answered = labels[:, 1:] != IGNORED
+        logits = model(**inputs, logits_to_keep=F.pad(answered, (0, 1))).logits
+        return F.cross_entropy(logits.float(), labels[:, 1:][answered])
+
+
+def seed_collator(processor: ProcessorMixin, answer_only: bool) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """Decode, split into tiles and tokenise, in the way of the device."""
+    collator = Collator(processor)
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collator(rows)
+        if not answer_only:
+            unseen = (batch["input_ids"] == processor.image_token_id) | (batch["attention_mask"] == 0)
+            batch["labels"] = batch["input_ids"].masked_fill(unseen, IGNORED)
+        return batch
+
+    return collate

@@ -1,0 +1,207 @@
+"""What training costs a picture: the seed projects' recipe beside ours, and what each change between the two is worth.
+
+    python benchmarks/train_step.py                     # 256M and 500M on this CPU, half an hour; writes results/train_cpu.json
+    python benchmarks/train_step.py --device cuda       # writes results/train_gpu_<name>.json
+    python benchmarks/train_step.py --render            # table and plot once more, from what is in results/
+    python benchmarks/train_step.py --size tiny --results /tmp/train.json       # does it run?
+
+The recipes are a ladder: every rung changes one thing of the rung below, so the factors multiply to the whole. Tiles come first, because
+a step with 17 of them takes minutes on a CPU. All rungs are real trainers (transformers' loop with clipping and fused AdamW), take the
+same pictures, and run one after the other, alternately, in one process. A step is forward and backward of a picture and a 32nd of the
+optimizer's update, since both recipes update after 32 pictures; the data path is what the trainer waits for before a step. What we work
+out once for all epochs is written down apart, and counted where a whole training is compared (two epochs of either stage). Shares are of
+a matrix product measured beside each step, in the same number format; recomputed activations do not count as work.
+
+Weights are random at true size (`true_size.py`). An interrupted run goes on behind the last cell that it finished.
+"""
+
+import copy
+import ctypes
+import gc
+import json
+import re
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import datasets
+import numpy as np
+import torch
+import typer
+from tqdm import tqdm
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, SmolVLMConfig, TrainerCallback
+
+from foodextract import models, training
+from foodextract.dataset import as_conversations
+from foodextract.performance import Step, flops_per_picture, matmul_rate, peak_memory, reset_peak_memory, wait_for
+from foodextract.prepared import prepare, vision_features
+from foodextract.results import commit, device_name, write_results
+from foodextract.scenes import draw_scenes
+from foodextract.trainer import PreparedTrainer
+from foodextract.weights import freeze
+from train_recipes import STAGES, Recipe, SeedTrainer, ladder, seed_collator
+from train_report import Cell, render, summarise
+from true_size import as_photograph, build
+
+ROOT = Path(__file__).resolve().parents[1]
+UPDATE = 32  # pictures an optimizer step, in the seed's recipe as in ours
+ROWS = 5  # batches that the data path is measured on, at least
+GUESS = 0.1  # of the bf16 matrix product's rate is reached, for the estimate of the time alone
+
+
+class Clock(TrainerCallback):
+    """Seconds of forward with backward, and of the update, by optimizer step."""
+
+    def __init__(self) -> None:
+        self.work, self.update = [], []
+
+    def on_step_begin(self, args, state, control, **_):
+        self.start = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        self.work.append(self._lap(args.device))
+
+    def on_optimizer_step(self, args, state, control, **_):
+        self.update.append(self._lap(args.device))
+
+    def _lap(self, device: torch.device) -> float:
+        wait_for(device)
+        last, self.start = self.start, time.perf_counter()
+        return self.start - last
+
+
+def measure(
+    cell: Cell, recipe: Recipe, original: PreTrainedModel, processor: ProcessorMixin, split: datasets.Dataset, warm: int, steps: int
+) -> Cell:
+    """Train for some steps, and note what those behind the first `warm` cost."""
+    device, stage = torch.device(cell.device), replace(STAGES[cell.stage], batch_size=cell.batch, accumulation=1, bf16=recipe.bf16)
+    processor = copy.deepcopy(processor)
+    models.set_image_budget(processor, recipe.tiles)
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier cells have freed must not hide what this one takes (glibc)
+    reset_peak_memory(device)
+    idle = peak_memory(device)
+    model = copy.deepcopy(original).to(device, torch.float32 if recipe.master else torch.bfloat16).train()
+    model.set_attn_implementation(recipe.attention)
+    freeze(model, stage.freeze)
+    if recipe.checkpointing:
+        model.activation_checkpointing_enable()
+    precision = training.precision_of(stage, device)
+    dtype = (precision.autocast or precision.weights) if recipe.master else torch.bfloat16
+    with tempfile.TemporaryDirectory() as folder:
+        config = training.training_config(stage, precision, device, Path(folder) / "trainer", steps=warm + steps)
+        config.save_strategy = "no"
+        config.bf16, config.fp16 = (recipe.master and on for on in (config.bf16, config.fp16))
+        once = time.perf_counter()
+        if recipe.prepared:
+            rows = prepare(split, processor, folder)
+            if recipe.cached:
+                rows = replace(rows, features=vision_features(model, rows, processor.image_processor, Path(folder) / "features.bin", dtype))
+            once = (time.perf_counter() - once) / len(split)
+            trainer = PreparedTrainer(model, config, prepared=rows, processing_class=processor)
+        else:
+            once, collate, rows = 0.0, seed_collator(processor, recipe.answer_only), as_conversations(split)
+            trainer = SeedTrainer(model, config, train_dataset=rows, processing_class=processor, data_collator=collate)
+            trainer.answer_only = recipe.answer_only
+        data = []
+        for first in range(0, len(split) // cell.batch * cell.batch, cell.batch):
+            start = time.perf_counter()
+            batch = trainer.data_collator([trainer.train_dataset[row] for row in range(first, first + cell.batch)])
+            data.append((time.perf_counter() - start) / cell.batch)
+        if recipe.prepared:
+            step = trainer.step_of(model, cell.batch)
+        else:
+            tokens, seen = batch["input_ids"].shape[1], float((batch["labels"] >= 0).sum() / cell.batch)
+            head = seen if recipe.answer_only else tokens
+            step = Step(batch["pixel_values"].shape[1], tokens, 0, 1, head, "frozen" if stage.freeze else "trained")
+        clock = Clock()
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(clock)
+        trainer.train()
+        memory = peak_memory(device) - idle
+    seconds = [work / cell.batch + update / UPDATE for work, update in zip(clock.work, clock.update, strict=True)]
+    flops, rate = flops_per_picture(model.config, step), matmul_rate(device, dtype)
+    return replace(cell, step=seconds[warm:], data=data[1:], once=once, memory=memory, flops=flops, rate=rate)
+
+
+def pictures(count: int) -> datasets.Dataset:
+    """Drawn scenes as large as photographs, with their labels."""
+    scenes = list(draw_scenes(11, "test", count))
+    rows = [{"image": {"bytes": as_photograph(scene), "path": None}, **scene.record.model_dump()} for scene in scenes]
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+
+def expected_tflop(cell: Cell, recipe: Recipe, config: SmolVLMConfig, steps: int) -> float:
+    """What a cell computes, roughly: progress and time left are told in this."""
+    vision = "cached" if recipe.cached else "frozen" if STAGES[cell.stage].freeze else "trained"
+    tokens = 190 + 64 * recipe.tiles
+    again = 4 / 3 if recipe.checkpointing else 1
+    head = 60 if recipe.answer_only else tokens
+    return steps * cell.batch * again * flops_per_picture(config, Step(recipe.tiles, tokens, 0, 1, head, vision)) / 1e12
+
+
+def main(
+    size: Annotated[list[str] | None, typer.Option(help="500m, 256m or tiny; may be given more than once.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds. On a CPU recipes with several tiles run in the first one alone.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps a round, behind one to warm up; one for several tiles on a CPU.")] = 2,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once in ours (default: 4 on a CPU, else 32).")] = None,
+    seed_batch: Annotated[int | None, typer.Option(min=1, help="The same in the seed's recipe (default: 1 on a CPU, else 8).")] = None,
+    processor: Annotated[Path, typer.Option(help="A SmolVLM's folder to take the tokenizer from.")] = models.TINY_TUNED,
+    results: Annotated[Path | None, typer.Option(help="Where the figures go (default: results/train_<device>.json).")] = None,
+    render_only: Annotated[bool, typer.Option("--render", help="Only plot and tables, from figures that are there.")] = False,
+) -> None:
+    """Measure, print, draw and write down."""
+    on, name = models.choose_device(device), device_name()
+    slow = on.type == "cpu"
+    batches = (seed_batch or (1 if slow else 8), batch or (4 if slow else 32))
+    if results is None:
+        gpu = re.sub("[^a-z0-9]+", "_", name.lower())
+        results = ROOT / "results" / ("train_cpu.json" if slow else f"train_gpu_{gpu}.json")
+    if render_only:
+        render(results, ROOT)
+        return
+    built = {one: build(one, processor) for one in size or ["256m", "500m"]}
+    notes = results.with_suffix(".cells.jsonl")
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    known = [Cell(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    found = {cell.key: cell for cell in known}
+    plan = []  # cells with their recipe, steps to warm up and to measure, and what they compute
+    for one, number, stage in product(built, range(repeats), STAGES.values()):
+        for recipe in ladder(stage, on):
+            long = slow and recipe.tiles > 1
+            if not (long and number):
+                cell = Cell(one, stage.name, recipe.name, number, commit(), str(on), batches[recipe.batched])
+                warm, measured = (0, 1) if long else (1, steps)
+                work = expected_tflop(cell, recipe, built[one][0].config, warm + measured)
+                plan.append((cell, recipe, warm, measured, work))
+    left = [planned for planned in plan if planned[0].key not in found]
+    total = sum(planned[-1] for planned in left)
+    minutes = total * 1e12 / (GUESS * matmul_rate(on, torch.bfloat16)) / 60
+    print(f"{len(left)} of {len(plan)} cells to measure on {name}, about {minutes:.0f} minutes", flush=True)
+    split = pictures(max(ROWS, 1 + steps) * max(batches))
+    with tqdm(total=total, bar_format="{l_bar}{bar}| {n:.3g}/{total:.3g} TFLOP [{elapsed}<{remaining}]") as bar:
+        for cell, recipe, warm, measured, work in left:
+            bar.set_description(f"{cell.size} {cell.stage} {recipe.name}")
+            rows = split.select(range(max(ROWS, warm + measured) * cell.batch))
+            done = found[cell.key] = measure(cell, recipe, *built[cell.size], rows, warm, measured)
+            with notes.open("a") as file:
+                file.write(json.dumps(asdict(done)) + "\n")
+            gc.collect()
+            bar.write(
+                f"{cell.size:5} {cell.stage} {recipe.name:37} data {np.mean(done.data):8.4f} s  step {np.mean(done.step):8.3f} s  "
+                f"{done.memory / 2**30:5.2f} GiB"
+            )
+            bar.update(work)
+    command = f"python benchmarks/train_step.py --device {device} --repeats {repeats} --steps {steps}"
+    write_results(results, summarise([found[planned[0].key] for planned in plan], results.stem, command))
+    notes.unlink()
+    render(results, ROOT)
+
+
+if __name__ == "__main__":
+    typer.run(main)
