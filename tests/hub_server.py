@@ -2,13 +2,18 @@
 
 Written from what `huggingface_hub` sends: whoami, repositories, commits of regular and large (LFS) files, trees, files by revision and
 range, Space variables. Files of more than LARGE bytes are large; everything is kept in memory.
+
+`python tests/hub_server.py COMMAND…` runs a command with a Hub of its own: so `make demo` publishes without a connection.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -86,6 +91,11 @@ def running_hub():
     finally:
         server.shutdown()
         server.server_close()
+
+
+def environment(hub: Hub) -> dict[str, str]:
+    """What sends the official client to `hub` when a process begins: it reads these once."""
+    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
 
 def _blob_id(data: bytes) -> str:
@@ -273,3 +283,7 @@ ROUTES = (
     ("POST", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables", _Handler.variable),
     ("GET", _GIT + r"/resolve/(?P<revision>[^/]+)/(?P<name>.+)", _Handler.resolve),
 )
+
+if __name__ == "__main__":
+    with running_hub() as running:
+        sys.exit(subprocess.run(sys.argv[1:], env={**os.environ, **environment(running)}).returncode)

@@ -142,7 +142,7 @@ def publish(plan: Plan, *, public: bool = False, model: str | None = None, endpo
         with _explained(plan.repo_id):
             api.snapshot_download(**where, revision=commit.oid, local_dir=folder)
         answer = _tried(plan, Path(folder), model)
-    return f"published as {plan.repo_id} ({'private' if now.private else 'public'}), {len(plan.files)} files.\n{answer}"
+    return f"published as {plan.repo_id} on {api.endpoint} ({'private' if now.private else 'public'}), {len(plan.files)} files.\n{answer}"
 
 
 def _tried(plan: Plan, folder: Path, model: str | None) -> str:
