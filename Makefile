@@ -10,7 +10,7 @@ export TRANSFORMERS_VERBOSITY ?= error
 export TQDM_MININTERVAL ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint unit smoke refresh tiny-base clean
+.PHONY: help install demo space test lint unit smoke refresh tiny-base clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,12 +28,16 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 demo: install  ## The whole story on the offline profile: draw, train in two stages, measure, extract.
 	@mkdir -p $(OUT)/notebooks
 	FOODEXTRACT_PROFILE=offline $(BIN)/papermill --no-progress-bar --log-output 00_create_vlm_dataset.ipynb $(OUT)/notebooks/00_create_vlm_dataset.ipynb
-	FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make demo" $(BIN)/papermill --no-progress-bar --log-output \
+	FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make demo" FOODEXTRACT_PUSH_TO_HUB=somebody/FoodExtract-tiny \
+		$(BIN)/python tests/hub_server.py $(BIN)/papermill --no-progress-bar --log-output \
 		01_fine_tune_vlm_v3_smolVLM_500m.ipynb $(OUT)/notebooks/01_fine_tune_vlm_v3_smolVLM_500m.ipynb
 	@$(BIN)/python -m foodextract.reports
 	@$(BIN)/python -m foodextract.scenes $(OUT)/examples --seed 5 --count 3
 	@$(BIN)/foodextract extract $(OUT)/examples
 	@echo "notebooks with outputs: $(OUT)/notebooks   tuned model: $(OUT)/offline/stage2   figures: results/offline.json"
+
+space: install  ## Start the Gradio demo on this machine: http://127.0.0.1:7860
+	$(BIN)/python demos/FoodExtract-Vision/app.py
 
 test: lint unit smoke  ## Lint, unit tests, notebook smoke run.
 

@@ -1,40 +1,146 @@
-"""The Gradio Space: one picture in, one line of strict JSON out."""
+"""The Gradio Space: pictures in, strict JSON out. `asking` holds what is asked; here is only the page."""
 
 import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 
+import asking  # first: on ZeroGPU it imports `spaces`, which must come before torch
 import gradio as gr
 
-from foodextract.extractor import Extractor
-from foodextract.models import newest_tuned
-from foodextract.pictures import PictureError
+from foodextract.models import ModelError
 from foodextract.scenes import draw_scenes
-from foodextract.schema import AnswerError
 
-MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
-extractor = Extractor.from_pretrained(MODEL)
+HOST = os.environ.get("SPACE_HOST")
+URL = f"https://{HOST}" if HOST else f"http://127.0.0.1:{os.environ.get('GRADIO_SERVER_PORT', 7860)}"
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}  # one after the other, in order
+INSIDE = {"api_visibility": "private", **MODEL}  # events of the page; `extract` is the one for programs
+
+CSS = """
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.answer h3, .pair h3 { margin: 0; font-size: 1.25rem; } .answer p, .pair p { margin: .2rem 0 .8rem; } .answer h4 { margin: 0 0 .3rem; }
+.chips { display: flex; flex-wrap: wrap; gap: .4rem; list-style: none; padding: 0; margin: 0 0 .8rem; }
+.chip { border-radius: 999px; padding: .2rem .75rem; font-weight: 600; } .chip small { font-weight: 400; }
+.chip.food_items { background: #fde9b8; color: #5b3400; } .chip.drink_items { background: #cfe6fb; color: #06345f; }
+.dark .chip.food_items { background: #5b3b07; color: #fdeecb; } .dark .chip.drink_items { background: #0f3f6b; color: #dceefd; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 1rem; }
+.pair section { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 1rem; min-width: 0; }
+.pair pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; font-size: .9rem; }
+.right { color: #137333; } .wrong { color: #b3261e; } .dark .right { color: #7bd88f; } .dark .wrong { color: #ff9d94; }
+.prose table { display: block; overflow-x: auto; } .prose pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+
+API = f"""
+`extract` takes a picture and gives one line of JSON. From Python (`pip install gradio_client`):
+
+```python
+from gradio_client import Client, handle_file
+
+client = Client("{URL}")
+print(client.predict(handle_file("lunch.jpg"), api_name="/extract"))
+```
+
+Over HTTP, in three steps: send the file, ask about it, fetch the answer.
+
+```bash
+file=$(curl -s -F files=@lunch.jpg {URL}/gradio_api/upload | tr -d '[]"')
+event=$(curl -s {URL}/gradio_api/call/extract -H 'Content-Type: application/json' \\
+    -d '{{"data": [{{"path": "'$file'", "meta": {{"_type": "gradio.FileData"}}}}]}}' | cut -d'"' -f4)
+curl -sN {URL}/gradio_api/call/extract/$event
+```
+
+For assistants that speak MCP the same function is a tool at `{URL}/gradio_api/mcp/` (where the package `mcp` is installed). A file may have
+{asking.MAX_BYTES / 1e6:.0f} MB; requests are answered one after the other, and when too many wait the next is told so at once.
+"""
 
 
-def extract(picture: str | None) -> str:
+def extract(picture: str) -> str:
     """Say what food and drink a picture shows, as one line of JSON with is_food, image_title, food_items and drink_items."""
-    if picture is None:
-        raise gr.Error("Choose a picture first.")
-    try:
-        return extractor.extract(picture).to_json()
-    except (PictureError, AnswerError) as error:
-        raise gr.Error(str(error)) from error
+    return asking.record_of(picture)[0].to_json()
 
 
-demo = gr.Interface(
-    extract,
-    gr.Image(type="filepath", label="Picture", sources=["upload", "webcam", "clipboard"]),
-    gr.Code(language="json", label="Answer", wrap_lines=True),
-    examples=[[scene.image] for scene in draw_scenes(7, "test", 4)],
-    cache_examples=False,
-    title="FoodExtract Vision",
-    description=f"Give it a picture; it answers with one line of strict JSON. Model: `{os.path.basename(MODEL)}`.",
-    api_name="extract",
-    flagging_mode="never",
-)
+def show(picture: str | None) -> tuple[str, str]:
+    """The answer as chips, and as JSON."""
+    record, confidence, seconds = asking.record_of(picture)
+    return asking.as_html(record, confidence, seconds), record.to_json()
+
+
+def many(pictures: list[str] | None) -> tuple:
+    """A table, and the buttons that download it."""
+    table, csv, jsonl = asking.batch(pictures)
+    return table, gr.DownloadButton(value=csv, interactive=True), gr.DownloadButton(value=jsonl, interactive=True)
+
+
+def picture_input(label: str) -> gr.Image:
+    """A picture that reaches the function as the file it is: `foodextract.pictures` decides what can be read, and says it better."""
+    image = gr.Image(type="filepath", label=label, sources=["upload", "webcam", "clipboard"], height=320, buttons=[])
+    image.preprocess = lambda payload: payload.path if payload else None
+    return image
+
+
+def drawn_examples() -> list[list[str]]:
+    """Six drawings that no model was trained on."""
+    folder = Path(tempfile.mkdtemp())
+    scenes = list(draw_scenes(7, "test", 6))
+    for number, scene in enumerate(scenes):
+        scene.image.save(folder / f"drawing-{number + 1}.png")
+    return [[str(folder / f"drawing-{number + 1}.png")] for number in range(len(scenes))]
+
+
+EXAMPLES = drawn_examples()
+
+with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+    gr.Markdown(
+        "# FoodExtract Vision\nGive it any picture. It answers with one line of strict JSON: is food or drink visible, a short title, "
+        f"the food items, the drink items. Model: `{Path(asking.MODEL).name}`."
+    )
+    if isinstance(asking.TUNED, ModelError):
+        gr.Markdown(f"**The model cannot be loaded, so nothing here can answer.** {asking.TUNED}")
+    with gr.Tab("One picture"), gr.Row():
+        with gr.Column(min_width=300):
+            picture = picture_input("Picture")
+            ask = gr.Button("What is in it?", variant="primary")
+            drawings = gr.Examples(EXAMPLES, picture, label="Or one of these drawings", api_visibility="private")
+        with gr.Column(min_width=300):
+            shown = gr.HTML("<p>The answer will stand here.</p>", label="Answer")
+            text = gr.Code(language="json", label="JSON", wrap_lines=True, interactive=False, buttons=["copy", "download"])
+    with gr.Tab("Before / after"):
+        gr.Markdown("What the model writes before and after fine-tuning, of its own accord: no grammar helps either of them.")
+        with gr.Row():
+            with gr.Column(min_width=300):
+                pair_picture = picture_input("Picture to compare")
+                pair_ask = gr.Button("Compare", variant="primary")
+            with gr.Column(min_width=300):
+                pair_drawings = gr.Examples(EXAMPLES, pair_picture, label="Or one of these drawings", api_visibility="private")
+        pair = gr.HTML()
+    with gr.Tab("Many pictures"):
+        gr.Markdown(f"Up to {asking.MAX_PICTURES} at once. One that cannot be read gets a line that says why; the others are answered.")
+        files = gr.File(file_count="multiple", label="Pictures", height=180)
+        files_ask = gr.Button("What is in them?", variant="primary")
+        head = ["file", "food or drink", "title", "foods", "drinks", "problem"]
+        table = gr.Dataframe(headers=head, interactive=False, wrap=True, label="Answers", buttons=[])
+        with gr.Row():
+            csv, jsonl = (gr.DownloadButton(f"Download {form}", interactive=False) for form in ("CSV", "JSON lines"))
+    with gr.Tab("How good is it?"):
+        gr.Markdown(asking.figures())
+    with gr.Tab("For programs"):
+        gr.Markdown(API)
+
+    gr.on([ask.click, picture.input], show, picture, [shown, text], **INSIDE)
+    drawings.load_input_event.then(show, picture, [shown, text], **INSIDE)
+    gr.on([pair_ask.click, pair_picture.input], asking.compared, pair_picture, pair, **INSIDE)
+    pair_drawings.load_input_event.then(asking.compared, pair_picture, pair, **INSIDE)
+    files_ask.click(many, files, [table, csv, jsonl], **INSIDE)
+    gr.Button(visible=False).click(extract, picture, gr.Textbox(visible=False), api_name="extract", **MODEL)
+
+demo.queue(max_size=64)
 
 if __name__ == "__main__":
-    demo.queue(max_size=16).launch(max_file_size="20mb")
+    font = ["system-ui", "sans-serif"]  # the reader's own: nothing is fetched from elsewhere
+    demo.launch(
+        max_file_size=asking.MAX_BYTES,
+        mcp_server=find_spec("mcp") is not None,
+        ssr_mode=False,
+        css=CSS,
+        theme=gr.themes.Soft(primary_hue="amber", neutral_hue="stone", font=font, font_mono=["ui-monospace", "monospace"]),
+    )

@@ -146,6 +146,49 @@ def train(
         print(out / stages[-1].name)
 
 
+class Kind(StrEnum):
+    """Of what is published."""
+
+    model = "model"
+    dataset = "dataset"
+    space = "space"
+
+
+@app.command()
+def publish(
+    kind: Annotated[Kind, typer.Argument(help="What to publish.")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="Its folder (default: the model trained last; the profile hub's data set; demos/FoodExtract-Vision)."),
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="owner/name on the Hub (default: this project's own).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size; send nothing.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it. Without this it is private.")] = False,
+    model: Annotated[str | None, typer.Option(help="Hub id that a Space answers with (default: this project's own).")] = None,
+) -> None:
+    """Put a model, a data set or the Space on the Hub, fetch it again and try it. Log in first: `hf auth login`, or set HF_TOKEN.
+
+    A model goes only with an evaluation of these very weights. Interrupted, the same command goes on where it was.
+    """
+    from foodextract import profiles
+    from foodextract import publish as hub
+    from foodextract.models import newest_tuned
+
+    try:
+        if kind is Kind.model:
+            plan = hub.model_plan(source or newest_tuned(), to or profiles.HUB_MODEL)
+        elif kind is Kind.dataset:
+            plan = hub.dataset_plan(source or Path("outputs/hub/dataset"), to or profiles.HUB_PICTURES)
+        else:
+            model = model or profiles.HUB_MODEL
+            plan = hub.space_plan(source or Path("demos") / profiles.REPOSITORY, to or profiles.HUB_SPACE, model)
+        print(plan)
+        if not dry_run:
+            print(hub.publish(plan, public=public, model=model))
+    except hub.PublishError as error:
+        _stop(str(error))
+
+
 def _stop(message: str) -> None:
     print(f"foodextract: {message}", file=sys.stderr)
     raise typer.Exit(2)

@@ -12,6 +12,7 @@ from foodextract.training import Stage
 OWNER = "berkeruveyik"
 REPOSITORY = "FoodExtract-Vision"
 HUB_MODEL = f"{OWNER}/{REPOSITORY}-SmolVLM2-500M"
+HUB_PICTURES = f"{OWNER}/{REPOSITORY}-dataset"  # what notebook 00 makes; the original is `sources.HUB_DATASET`
 HUB_SPACE = f"{OWNER}/{REPOSITORY}"
 
 VISION = "model.vision_model"

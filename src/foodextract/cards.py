@@ -1,0 +1,171 @@
+"""The README.md that goes with a data set or a model when it leaves this machine, rendered from its own figures."""
+
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+
+from foodextract import prompts
+from foodextract.evidence import Evidence, base_of
+from foodextract.tables import NAMES, markdown_table, metric_table
+
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
+RECIPE = ("freeze", "learning_rate", "epochs", "batch_size", "accumulation", "warmup", "schedule")
+
+
+def model_card(evidence: Evidence, processor: dict[str, Any], repo_id: str, repository: str) -> ModelCard:
+    """The README.md of a tuned model: front matter for the Hub with its figures as `model-index`, then how to use and how far to trust it.
+
+    `processor` is what its processor_config.json says, `repository` where the code is.
+    """
+    name = repo_id.split("/")[-1]
+    is_hub_id = evidence.dataset.count("/") == 1
+    base = evidence.base_model if evidence.base_model.count("/") == 1 else None
+    data = ModelCardData(
+        pipeline_tag="image-text-to-text",
+        library_name="transformers",
+        base_model=base,
+        datasets=[evidence.dataset] if is_hub_id else None,
+        license="apache-2.0",
+        language="en",
+        metrics=["accuracy", "f1"],
+        tags=["food", "drink", "structured-output", "json", "smolvlm"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=evidence.dataset,
+                dataset_name=evidence.dataset,
+                dataset_split="test",
+                metric_type=row.metric,
+                metric_name=f"{NAMES[row.metric].replace('`', '')}, 95 % interval {row.low:.4f} to {row.high:.4f}, n = {row.n}",
+                metric_value=row.value,
+            )
+            for row in evidence.own
+            if row.metric in NAMES
+        ],
+    )
+    size = processor["image_processor"]
+    tile = size["max_image_size"]["longest_edge"]
+    longest = size["size"]["longest_edge"]
+    tiles = f"up to {(longest // tile) ** 2 + 1} tiles" if size["do_image_splitting"] else "one tile"
+    seconds = [row for row in evidence.rows if row.metric == "seconds"]
+    lines = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {name}\n",
+        f"Answers any picture with one line of strict JSON: is food or drink visible, a short title, the food items, the drink items. "
+        f"Fine-tuned from {_base_link(evidence)} on {_dataset_link(evidence)} with [FoodExtract Vision]({repository}).\n",
+        "## Use\n",
+        "With the extractor of the repository a grammar keeps every answer on the rails, and each comes with how sure the model was:\n",
+        f"```bash\npip install git+{repository}\nfoodextract extract lunch.jpg --model {repo_id}\n```\n",
+        "```python\nfrom foodextract.extractor import Extractor\n\n"
+        f'extractor = Extractor.from_pretrained("{repo_id}")\nprint(extractor.extract("lunch.jpg").to_json())\n```\n',
+        "With plain transformers, without a grammar:\n",
+        "```python\nfrom transformers import pipeline\n\n"
+        f'pipe = pipeline("image-text-to-text", model="{repo_id}")\nmessages = [\n'
+        f'    {{"role": "system", "content": [{{"type": "text", "text": {prompts.SYSTEM!r}}}]}},\n'
+        '    {"role": "user", "content": [{"type": "image", "path": "lunch.jpg"}, '
+        f'{{"type": "text", "text": {prompts.USER!r}}}]}},\n]\n'
+        'print(pipe(text=messages, max_new_tokens=256, return_full_text=False)[0]["generated_text"])\n```\n',
+        "## Prompt\n",
+        f"It was trained on these words and no others. System:\n\n```\n{prompts.SYSTEM}\n```\n",
+        f"User, behind the picture:\n\n```\n{prompts.USER}\n```\n",
+        "## Image budget\n",
+        f"A picture becomes {tiles} of {tile} x {tile} pixels. The saved processor says so, so serving agrees.\n",
+        "## How good it is\n",
+        f"{metric_table(evidence.scored)}\n",
+        "Held-out pictures, greedy, no grammar, the same prompt for all; 95 % intervals in brackets. Whatever is not exactly the canonical "
+        f"JSON scores nothing. The figures are about the weights with checksum `{evidence.weights}` and lie beside them in "
+        "`evaluation.json`.\n",
+        "## How it was trained\n",
+        markdown_table(
+            ("", *(stage["name"] for stage in evidence.stages)),
+            [(field, *(_value(stage[field]) for stage in evidence.stages)) for field in RECIPE],
+        ),
+        "\nFull fine-tuning with TRL's `SFTTrainer`; the loss is on the answer and its end token only; fp32 master weights.\n",
+        "## Hardware and time\n",
+        markdown_table(("step", "seconds"), [(row.subject, f"{row.value:,.0f}") for row in seconds]) if seconds else "Not noted.",
+        f"\nMeasured on {evidence.rows[0].device}, at commit `{evidence.rows[0].commit}`, by `{evidence.rows[0].command}`.\n",
+        "## Limits\n",
+        "- The answer is as good as the labels it learned from; it names what they name, in English.\n"
+        "- A grammar gives an answer its form, not its truth.\n"
+        "- The figures are about pictures like those it was tested on. It knows nothing of allergens or amounts, "
+        "nor whether food is safe to eat.\n",
+        "## Citation\n",
+        f"```bibtex\n@software{{foodextract_vision,\n  title = {{FoodExtract Vision: {name}}},\n  url = {{{repository}}},\n"
+        f"  version = {{{evidence.rows[0].commit}}}\n}}\n```\n",
+    ]
+    return ModelCard("\n".join(lines))
+
+
+def _base_link(evidence: Evidence) -> str:
+    if "/" in evidence.base_model:
+        return f"[{evidence.base_model}](https://huggingface.co/{evidence.base_model})"
+    return f"the bundled `{evidence.base_model}` of the repository" if base_of(evidence) else f"`{evidence.base_model}`"
+
+
+def _dataset_link(evidence: Evidence) -> str:
+    if evidence.dataset.count("/") == 1:
+        return f"[{evidence.dataset}](https://huggingface.co/datasets/{evidence.dataset})"
+    return "drawn scenes" if evidence.dataset == "scenes" else f"`{evidence.dataset}`"
+
+
+def _value(value: object) -> str:
+    return ", ".join(f"`{part}`" for part in value) or "nothing" if isinstance(value, list | tuple) else str(value)
+
+
+def dataset_card(report: dict[str, Any], title: str, seed: int, commit: str) -> DatasetCard:
+    """The README.md of a data set that `dataset.build` made: front matter for the Hub, then what is in it and what was left out.
+
+    `report` is what `build` returned; every figure comes from it.
+    """
+    sources = [name for name, _ in report["sources"]]
+    data = DatasetCardData(
+        license="other" if len(report["licences"]) > 1 else _licence_id(report["licences"][0][0]),
+        task_categories=["image-text-to-text", "image-classification"],
+        language=["en"],
+        tags=["food", "drink", "structured-output", "json"],
+        annotations_creators=["machine-generated"] if sources != ["scenes"] else ["no-annotation"],
+        size_categories=[next((size for limit, size in SIZES if report["kept"] < limit), "n>10M")],
+        source_datasets=["original" if source == "scenes" else "extended" for source in sources[:1]],
+        pretty_name=title,
+        configs=[{"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*"} for s in ("train", "test")]}],
+    )
+    is_food = report["is_food"]
+    lines = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {title}\n",
+        "Pictures, each with one record: is food or drink visible, a short title, the food items, the drink items. Made with FoodExtract "
+        f"Vision at commit `{commit}`, seed {seed}; fingerprint `{report['fingerprint'][:16]}`.\n",
+        "## What is in it\n",
+        markdown_table(
+            ("split", "pictures", "show food or drink"),
+            [(split, f"{report[split]:,}", f"{is_food[split]:,} ({is_food[split] / report[split]:.1%})") for split in ("train", "test")],
+        ),
+        f"\n{len(report['food_items']):,} different foods, most often {_few(report['food_items'])}; "
+        f"{len(report['drink_items']):,} different drinks, most often {_few(report['drink_items'])}.\n",
+        "Pictures that look alike (resized, recompressed, mirrored or slightly cropped) and pictures that their source puts into one group "
+        "are on one side of the split.\n",
+        "## Where it comes from\n",
+        markdown_table(("source", "pictures"), [(name, f"{count:,}") for name, count in report["sources"]]),
+        "",
+        markdown_table(("licence", "pictures"), [(name, f"{count:,}") for name, count in report["licences"]]),
+        "\n## What was left out or mended\n",
+        f"{report['read']:,} rows were read, {report['kept']:,} kept and {report['rejected']:,} rejected, {report['duplicates']:,} of them "
+        f"as exact duplicates. {report['near_duplicate_groups']:,} groups of near-duplicates were kept together. `rejects.jsonl` gives the "
+        "reason for every rejected row, `findings.jsonl` what was found in the labels.\n",
+        markdown_table(("label rule: what was done", "findings"), [(name, f"{count:,}") for name, count in report["findings"]])
+        if report["findings"]
+        else "The label lint found nothing.",
+        "\n## Columns\n",
+        "`image`, `is_food`, `image_title`, `food_items`, `drink_items`; `name`, `category`, `group`, `source`, `licence` and "
+        "`pixels_sha256` say where a row comes from.\n",
+    ]
+    return DatasetCard("\n".join(lines))
+
+
+def _licence_id(licence: str) -> str:
+    return {"CC BY-SA 4.0 (OpenMoji)": "cc-by-sa-4.0", "CC0": "cc0-1.0"}.get(licence, "other")
+
+
+def _few(counts: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in counts[:5]) or "none"

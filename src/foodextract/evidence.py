@@ -1,0 +1,106 @@
+"""What was measured of which weights: `evaluation.json` beside them, bound to them by their checksum.
+
+`results/` holds the figures of the last run, whatever became of its model. This file goes where the weights go: the model card, the Space's
+table and the decision whether a model may be published are made from it.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+from foodextract.models import BUNDLED
+from foodextract.results import Row
+from foodextract.weights import checksum
+
+EVALUATION = "evaluation.json"
+
+
+class EvidenceError(ValueError):
+    """Figures that are missing, or that are about other weights; the message names the folder and the remedy."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How a model came to be, and its figures.
+
+    `weights` is the checksum of its tensors, `base_model` a Hub id or the name of a bundled model, `stages` the values of each
+    `training.Stage`, `rows` what `results/` had to say, the model's own under the name of its last stage.
+    """
+
+    weights: str
+    base_model: str
+    dataset: str
+    stages: list[dict[str, Any]]
+    rows: list[Row]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Self:
+        """The file as it is, whatever lies beside it. Raises FileNotFoundError, or TypeError where it has other fields."""
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{**found, "rows": [Row(**row) for row in found["rows"]]})
+
+    @property
+    def own(self) -> list[Row]:
+        """The figures of these very weights that have an interval."""
+        return [row for row in self.rows if row.subject == self.stages[-1]["name"] and row.low is not None]
+
+    @property
+    def scored(self) -> list[Row]:
+        """The figures of base and stages that have an interval."""
+        return [row for row in self.rows if row.low is not None]
+
+
+def weights_of(folder: str | os.PathLike) -> str:
+    """The checksum of a saved model's tensors, by file and name. Raises EvidenceError for a folder without any."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise EvidenceError(f"{folder} holds no weights (model*.safetensors): give the folder that a training wrote")
+    return checksum({f"{file.name} {name}": tensor for file in files for name, tensor in sorted(load_file(file).items())})
+
+
+def write(folder: str | os.PathLike, base_model: str | os.PathLike, dataset: str, stages: Sequence[Any], rows: Sequence[Row]) -> Evidence:
+    """Bind figures to the weights saved in `folder`. `stages` are `training.Stage`s; of a base in a folder only its name is kept."""
+    base = Path(base_model).name if Path(base_model).is_dir() else str(base_model)
+    made = Evidence(weights_of(folder), base, dataset, [asdict(stage) for stage in stages], list(rows))
+    (Path(folder) / EVALUATION).write_text(json.dumps(asdict(made), indent=1), encoding="utf-8")
+    return made
+
+
+def verified(folder: str | os.PathLike) -> Evidence:
+    """The evidence beside the weights in `folder`. Raises EvidenceError when there is none, or when it is about other weights."""
+    again = "run notebook 01, which evaluates the model it trained"
+    try:
+        found = Evidence.read(Path(folder) / EVALUATION)
+    except FileNotFoundError:
+        raise EvidenceError(f"{folder} has no {EVALUATION}, so nobody knows how good these weights are: {again}") from None
+    except (TypeError, KeyError, ValueError) as error:
+        raise EvidenceError(f"{folder}/{EVALUATION} cannot be read ({error}): {again}") from error
+    actual = weights_of(folder)
+    if found.weights != actual:
+        raise EvidenceError(f"{folder}/{EVALUATION} is about the weights {found.weights}, but these are {actual}: {again}")
+    if not found.stages or not found.own:
+        raise EvidenceError(f"{folder}/{EVALUATION} has no figures of these weights: {again}")
+    return found
+
+
+def find(model_id: str | os.PathLike) -> Evidence | None:
+    """What a model in a folder or on the Hub says about itself; None where it says nothing."""
+    try:
+        path = Path(model_id) / EVALUATION if Path(model_id).is_dir() else hf_hub_download(str(model_id), EVALUATION)
+        return Evidence.read(path)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def base_of(evidence: Evidence | None) -> str | None:
+    """What `load_model` takes for the base: a folder for a bundled one, else its Hub id; None when unknown or in a folder elsewhere."""
+    if evidence is None:
+        return None
+    bundled = BUNDLED / evidence.base_model
+    return str(bundled) if bundled.is_dir() else evidence.base_model if evidence.base_model.count("/") == 1 else None
