@@ -29,8 +29,8 @@ from foodextract.dataset import SPLITS, load, record_of
 from foodextract.extractor import Extractor
 from foodextract.models import ModelError, newest_tuned
 from foodextract.profiles import HUB_MODEL, HUB_SPACE, OWNER, REPOSITORY
+from foodextract.samples import DatasetError
 from foodextract.scenes import draw_scene
-from foodextract.sources import DatasetError
 
 __all__ = ["Plan", "PublishError", "dataset_card", "dataset_plan", "model_plan", "publish", "space_plan"]
 
