@@ -143,6 +143,47 @@ def train(
         print(out / stages[-1].name)
 
 
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option(envvar="FOODEXTRACT_MODEL", help="Model folder or Hub id (default: the one trained last, else the bundled tiny one)."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one this machine has.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … (default: the best there is)")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")] = None,
+    places: Annotated[int, typer.Option(min=1, help="Pictures taken on at once, uploads included; more are told to come back.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures the model sees at once.")] = 8,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds to an answer; nobody waits longer.")] = 30.0,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Largest body of a request.")] = 10.0,
+    origin: Annotated[list[str] | None, typer.Option(help="Web page that may ask, as https://host; may be given more than once.")] = None,
+) -> None:
+    """Answer pictures over HTTP: POST /predict and /predict/batch, GET /docs, /health, /ready, /metrics.
+
+    FOODEXTRACT_API_KEY, when set, is the key that callers must send. SIGTERM stops it once all that was accepted is answered.
+    """
+    from foodextract.api import Settings
+    from foodextract.batching import Limits
+    from foodextract.extractor import Extractor
+    from foodextract.intake import MEGABYTE, Upload
+    from foodextract.models import ModelError, newest_tuned
+    from foodextract.server import run
+
+    source = Path(model or newest_tuned())
+    name = source.name if source.is_dir() else str(source)  # where it lies is nobody's business
+    settings = Settings(
+        limits=Limits(places=places, batch=batch_size, deadline=deadline),
+        upload=Upload(max_bytes=int(max_megabytes * MEGABYTE)),
+        api_key=os.environ.get("FOODEXTRACT_API_KEY") or None,
+        origins=tuple(origin or ()),
+    )
+    try:
+        run(lambda: Extractor.from_pretrained(source, device, precision), name, settings, host, port)
+    except ModelError as error:
+        _stop(str(error))
+
+
 def _stop(message: str) -> None:
     print(f"foodextract: {message}", file=sys.stderr)
     raise typer.Exit(2)
