@@ -19,7 +19,6 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from PIL import Image
-from test_batching import SECONDS, Stub, names
 
 from foodextract import api, scenes, server
 from foodextract.api import Batch, Settings, Single
@@ -28,6 +27,7 @@ from foodextract.intake import Upload
 from foodextract.models import TINY_TUNED
 from foodextract.pictures import MAX_PIXELS, open_picture
 from foodextract.telemetry import JsonLines
+from test_batching import SECONDS, Stub, names
 
 KEY = "do-not-print-me"
 
@@ -61,6 +61,10 @@ def stub_serving(**changes):
         until(lambda: not client.batcher.unavailable)
         yield client, stub
         stub.go.set()
+
+
+def connected(client):
+    return socket.create_connection(("127.0.0.1", client.port), SECONDS)
 
 
 def until(condition):
@@ -142,7 +146,7 @@ def test_the_examples_of_the_documentation_are_answers(real):
     assert real.get("/docs").status_code == 200
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- bad pictures
+# ----------------------------------------------------------------------------------------------------------------------------- bad pictures
 
 
 WRONG_TYPES = [b"GIF", b"<html></html>", b'{"image": "http://169.254.169.254/"}', b"%PDF-1.7", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x00" * 5000]
@@ -173,7 +177,7 @@ def test_too_many_pixels_are_422_before_anything_is_decoded(real, side, monkeypa
     assert "megapixels" in response.json()["message"]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ bad requests
+# ----------------------------------------------------------------------------------------------------------------------------- bad requests
 
 
 def test_a_body_that_is_too_large_is_413_declared_or_not():
@@ -188,12 +192,11 @@ def test_a_body_that_is_too_large_is_413_declared_or_not():
 
 
 def test_a_body_without_end_is_413_while_it_streams():
-    with stub_serving(upload=Upload(max_bytes=50_000)) as (client, _):
-        with socket.create_connection(("127.0.0.1", client.port), SECONDS) as connection:
-            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-            for _ in range(6):
-                connection.sendall(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
-            assert connection.recv(12) == b"HTTP/1.1 413"  # though the last chunk has not come
+    with stub_serving(upload=Upload(max_bytes=50_000)) as (client, _), connected(client) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(6):
+            connection.sendall(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 413"  # though the last chunk has not come
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,7 @@ def test_a_request_without_one_picture_is_400(real, request_, why):
 
 def test_a_slow_upload_is_408_and_gives_its_place_back():
     with stub_serving(upload=Upload(seconds=0.2), limits=Limits(places=1)) as (client, _):
-        with socket.create_connection(("127.0.0.1", client.port), SECONDS) as connection:
+        with connected(client) as connection:
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx")
             assert connection.recv(12) == b"HTTP/1.1 408"
         assert client.post("/predict", content=b"x").status_code == 200
@@ -222,7 +225,7 @@ def test_a_slow_upload_is_408_and_gives_its_place_back():
 
 def test_a_connection_that_says_nothing_is_closed(monkeypatch):
     monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
-    with stub_serving() as (client, _), socket.create_connection(("127.0.0.1", client.port), SECONDS) as connection:
+    with stub_serving() as (client, _), connected(client) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nX-Slow: ")
         assert connection.recv(100) == b""
         assert client.post("/predict", content=b"x").status_code == 200
@@ -244,7 +247,7 @@ def test_pages_of_listed_origins_may_ask_and_no_others():
             assert client.options("/predict", headers=asked).headers.get("access-control-allow-origin") == allowed
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- overload, end
+# ---------------------------------------------------------------------------------------------------------------------------- overload, end
 
 
 def in_background(function, *args, **options):
@@ -280,7 +283,7 @@ def test_at_the_deadline_it_is_504():
 def test_when_the_client_hangs_up_the_work_ends():
     with stub_serving() as (client, stub):
         stub.go.clear()
-        with socket.create_connection(("127.0.0.1", client.port), SECONDS) as connection:
+        with connected(client) as connection:
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\ngone")
             until(stub.asked.is_set)
         until(lambda: stub.unwanted == [b"gone"])
@@ -357,7 +360,7 @@ def test_what_cannot_start_says_why(tmp_path):
     assert f"foodextract: {tmp_path} holds no model" in ended.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- anything
+# --------------------------------------------------------------------------------------------------------------------------------- anything
 
 
 @pytest.fixture

@@ -20,6 +20,10 @@ app = typer.Typer(
 )
 
 
+export = typer.Typer(no_args_is_help=True, help="Write a model for another engine.")
+app.add_typer(export, name="export")
+
+
 @app.callback()
 def main() -> None:
     """Pictures in, strict JSON out."""
@@ -182,6 +186,25 @@ def serve(
         run(lambda: Extractor.from_pretrained(source, device, precision), name, settings, host, port)
     except ModelError as error:
         _stop(str(error))
+
+
+@export.command("vllm")
+def export_vllm(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one).")
+    ] = None,
+    tiles: Annotated[int | None, typer.Option(help="Another image budget than the model came with: 1, 5 or 17 tiles a picture.")] = None,
+) -> None:
+    """A folder that vLLM serves with our prompt, image budget and JSON schema; OUT/serve.sh is the exact command."""
+    from foodextract.export import export_vllm as write
+    from foodextract.models import ModelError, newest_tuned
+
+    try:
+        command = write(model or newest_tuned(), out, tiles)
+    except (ModelError, OSError) as error:
+        _stop(str(error))
+    print(f"sh {out / 'serve.sh'}   # {command}")
 
 
 def _stop(message: str) -> None:
