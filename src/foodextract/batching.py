@@ -156,7 +156,8 @@ class Batcher:
 
     def _load_and_warm_up(self) -> Extractor:
         extractor = self._load()
-        extractor.answer_read([extractor.read(Image.new("RGB", (64, 64)))])  # compiles the grammar, and kernels where there are any
+        blank = extractor.read(Image.new("RGB", (64, 64)))
+        extractor.answer_read([blank], lambda number: False)  # one token: compiles the grammar, and kernels where there are any
         return extractor
 
     async def _next_batch(self) -> list[_Job]:
