@@ -66,8 +66,8 @@ async def _read_form(request: Request, field: str, upload: Upload) -> list[bytes
         form = await parser.parse()
     except MultiPartException as error:
         raise Refusal(400, "bad_form", f"the form cannot be read ({error.message}): send multipart/form-data") from None
-    async with form:
-        pictures = [await part.read() for part in form.getlist(field) if not isinstance(part, str)]
+    pictures = [await part.read() for part in form.getlist(field) if not isinstance(part, str)]
+    await form.close()
     if not pictures:
         raise Refusal(400, "no_picture", f"the form has no file in the field {field!r}: send a picture there")
     return pictures
