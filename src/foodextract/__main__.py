@@ -20,6 +20,10 @@ app = typer.Typer(
 )
 
 
+export = typer.Typer(no_args_is_help=True, help="Write a model for another engine.")
+app.add_typer(export, name="export")
+
+
 @app.callback()
 def main() -> None:
     """Pictures in, strict JSON out."""
@@ -187,6 +191,66 @@ def publish(
             print(hub.publish(plan, public=public, model=model))
     except hub.PublishError as error:
         _stop(str(error))
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option(envvar="FOODEXTRACT_MODEL", help="Model folder or Hub id (default: the one trained last, else the bundled tiny one)."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one this machine has.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … (default: the best there is)")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")] = None,
+    places: Annotated[int, typer.Option(min=1, help="Pictures taken on at once, uploads included; more are told to come back.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures the model sees at once.")] = 8,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds to an answer; nobody waits longer.")] = 30.0,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Largest body of a request.")] = 10.0,
+    origin: Annotated[list[str] | None, typer.Option(help="Web page that may ask, as https://host; may be given more than once.")] = None,
+) -> None:
+    """Answer pictures over HTTP: POST /predict and /predict/batch, GET /docs, /health, /ready, /metrics.
+
+    FOODEXTRACT_API_KEY, when set, is the key that callers must send. SIGTERM stops it once all that was accepted is answered.
+    """
+    from foodextract.api import Settings
+    from foodextract.batching import Limits
+    from foodextract.extractor import Extractor
+    from foodextract.intake import MEGABYTE, Upload
+    from foodextract.models import ModelError, newest_tuned
+    from foodextract.server import run
+
+    source = Path(model or newest_tuned())
+    name = source.name if source.is_dir() else str(source)  # where it lies is nobody's business
+    settings = Settings(
+        limits=Limits(places=places, batch=batch_size, deadline=deadline),
+        upload=Upload(max_bytes=int(max_megabytes * MEGABYTE)),
+        api_key=os.environ.get("FOODEXTRACT_API_KEY") or None,
+        origins=tuple(origin or ()),
+    )
+    try:
+        run(lambda: Extractor.from_pretrained(source, device, precision), name, settings, host, port)
+    except ModelError as error:
+        _stop(str(error))
+
+
+@export.command("vllm")
+def export_vllm(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one).")
+    ] = None,
+    tiles: Annotated[int | None, typer.Option(help="Another image budget than the model came with: 1, 5 or 17 tiles a picture.")] = None,
+) -> None:
+    """A folder that vLLM serves with our prompt, image budget and JSON schema; OUT/serve.sh is the exact command."""
+    from foodextract.export import export_vllm as write
+    from foodextract.models import ModelError, newest_tuned
+
+    try:
+        command = write(model or newest_tuned(), out, tiles)
+    except (ModelError, OSError) as error:
+        _stop(str(error))
+    print(f"sh {out / 'serve.sh'}   # {command}")
 
 
 def _stop(message: str) -> None:

@@ -44,6 +44,7 @@ class Answer:
 class _Row:
     """The state of one row: its answer, how many of the answer's tokens the model has read, and where it is in the grammar."""
 
+    number: int  # in the batch that was asked
     matcher: LLMatcher | None
     answer: Answer = field(default_factory=Answer)
     read: int = 0
@@ -91,12 +92,17 @@ class Decoder:
         return cls(model, tokenizer, lltokenizer, None if grammar is None else LLMatcher(lltokenizer, grammar), amend)
 
     @torch.inference_mode()
-    def generate(self, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[Answer]:
+    def generate(
+        self, inputs: Mapping[str, torch.Tensor], max_new_tokens: int, wanted: Callable[[int], bool] = lambda number: True
+    ) -> list[Answer]:
         """Answer a batch of B prompts of up to S tokens, padded on the left: `input_ids` and `attention_mask` (B, S), and whatever
         else the model's forward takes.
+
+        Before every step `wanted` is asked about each row, 0 to B - 1, that is still being written; one that nobody waits for any more
+        leaves the batch as it is.
         """
         inputs = dict(inputs)
-        rows = [_Row(self.matcher and self.matcher.deep_copy()) for _ in inputs["input_ids"]]
+        rows = [_Row(number, self.matcher and self.matcher.deep_copy()) for number in range(len(inputs["input_ids"]))]
         for row in rows:
             row.follow()
         answers = [row.answer for row in rows]
@@ -121,12 +127,12 @@ class Decoder:
             for number, count in enumerate(taken_back):
                 if count:
                     mask[number, mask[number].nonzero()[-count:]] = 0
-            active = [number for number, row in enumerate(rows) if row.goes_on(max_new_tokens)]
+            active = [place for place, row in enumerate(rows) if row.goes_on(max_new_tokens) and wanted(row.number)]
             if len(active) < len(rows):
                 if not active:
                     break
                 keep = torch.tensor(active, device=mask.device)
-                rows, mask = [rows[number] for number in active], mask[keep]
+                rows, mask = [rows[place] for place in active], mask[keep]
                 cache.batch_select_indices(keep)
             ids, shown = self._block(rows)
             mask = torch.cat([mask, shown], -1)

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +10,7 @@ from itertools import islice
 from math import exp
 from typing import Self
 
+import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
@@ -98,6 +99,28 @@ class Extractor:
         finally:
             worker.shutdown(cancel_futures=True)
 
+    def read(self, picture: Picture) -> BatchFeature:
+        """One picture as the model takes it, for `answer_read`. Raises PictureError."""
+        return self.prepare([open_picture(picture)])
+
+    def answer_read(
+        self, pictures: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True
+    ) -> list[tuple[FoodRecord, Confidence | None] | AnswerError]:
+        """The results for pictures that `read` has prepared, in order: those of equal shapes (with one tile all have them) share a batch.
+
+        `wanted` is asked between two tokens whether anybody still waits for picture 0, 1, …; the answer to one that nobody waits for
+        ends where it is.
+        """
+        batches: dict[tuple, list[int]] = {}
+        for number, picture in enumerate(pictures):
+            batches.setdefault(tuple(picture[name].shape for name in sorted(picture)), []).append(number)
+        results = {}
+        for numbers in batches.values():
+            together = BatchFeature({name: torch.cat([pictures[number][name] for number in numbers]) for name in pictures[numbers[0]]})
+            answers = self._generate(together, self.constrained, lambda row, numbers=numbers: wanted(numbers[row]))
+            results |= {number: self._read(answer) for number, answer in zip(numbers, answers, strict=True)}
+        return [results[number] for number in range(len(pictures))]
+
     def answer(self, pictures: list[Image.Image], constrained: bool = False) -> list[str]:
         """What the model writes about each RGB picture: greedy, exactly as written but for what the template puts before an answer.
 
@@ -148,11 +171,11 @@ class Extractor:
                 errors.append(error)
         return errors, self.prepare(readable) if readable else None
 
-    def _generate(self, inputs: BatchFeature, constrained: bool) -> list[Answer]:
+    def _generate(self, inputs: BatchFeature, constrained: bool, wanted: Callable[[int], bool] = lambda number: True) -> list[Answer]:
         training = self.model.training
         self.model.eval()
         decoder = self._strict if constrained else self._free
-        answers = decoder.generate(inputs.to(self.model.device, self.model.dtype), MAX_NEW_TOKENS)
+        answers = decoder.generate(inputs.to(self.model.device, self.model.dtype), MAX_NEW_TOKENS, wanted)
         self.model.train(training)
         return answers
 

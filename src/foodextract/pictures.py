@@ -22,6 +22,10 @@ class PictureError(ValueError):
     """A file that cannot be read as a picture; the message names the reason and the remedy."""
 
 
+class FormatError(PictureError):
+    """A file that is not a picture at all, or in a format that is not read."""
+
+
 def open_picture(source: Picture) -> Image.Image:
     """Read a path, the bytes of a file, a PIL picture or an array as upright 8-bit RGB.
 
@@ -55,7 +59,7 @@ def open_picture(source: Picture) -> Image.Image:
     except PictureError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"not a picture in a format we read: save it as one of {', '.join(FORMATS)}") from None
+        raise FormatError(f"not a picture in a format we read: save it as one of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise PictureError(f"far more than the {MAX_PIXELS / 1e6:.0f} megapixels we decode: shrink it first") from None
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files

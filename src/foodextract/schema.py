@@ -100,6 +100,14 @@ def json_schema() -> dict:
     return FoodRecord.model_json_schema()
 
 
+def guided_schema() -> dict:
+    """`json_schema` with the separators of the canonical text, for engines that llguidance guides (vLLM's backend `guidance`).
+
+    Other engines pass over `x-guidance`, and choose their own white space.
+    """
+    return json_schema() | {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+
+
 # -------------------------------------------------------------------------------------------------------- answers that are being written
 
 # One character of a string as `json.dumps` writes it: printable ASCII, a short escape, \uXXXX in lower case, two of them above U+FFFF.

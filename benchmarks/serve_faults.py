@@ -1,0 +1,162 @@
+"""What happens to the HTTP server, and to its callers, when things go wrong.
+
+    python benchmarks/serve_faults.py                        # some three minutes; adds to results/serving.json
+    python benchmarks/serve_faults.py --hostile 64 --rounds 1 --results /tmp/serving.json      # does it run?
+
+SIGTERM while callers keep it busy: every request that it had accepted must be answered, and it must end with status 0. SIGKILL: started
+again, it must come back ready and give the same answers. Hostile uploads (`hostile.py`): each must be told 4xx, or be hung up on where its
+head never comes; the server must live on, answer honest pictures as before, and not grow.
+"""
+
+import asyncio
+import signal
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from foodextract import models
+from foodextract.results import Row, make_row
+from hostile import hostile
+from served import RESULTS, Served, drawn_pictures, growth, serving, write_part
+
+CALLERS = 24
+SLOW = 2.0  # seconds between two bytes of a slow caller: the 10 s that the server waits are soon over
+AT_ONCE = 16
+
+
+def sigterm(model: Path, pictures: list[bytes]) -> Counter[str]:
+    """Keep it busy, send SIGTERM, and count what became of every request."""
+    outcomes: Counter[str] = Counter()
+
+    async def call(client: httpx.AsyncClient, told: asyncio.Event, over: asyncio.Event) -> None:
+        while not over.is_set():
+            late = told.is_set()  # who comes after the signal may be turned away, or find the door closed
+            try:
+                status = (await client.post("/predict", content=pictures[0])).status_code
+                outcomes["answered" if status == 200 else "turned away" if late or status == 503 else "unexpected"] += 1
+            except httpx.HTTPError:
+                outcomes["turned away" if late else "lost"] += 1
+                await asyncio.sleep(0.05)
+
+    async def story(served: Served) -> None:
+        told, over, none_kept = asyncio.Event(), asyncio.Event(), httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=served.address, timeout=60, limits=none_kept, trust_env=False) as client:
+            callers = [asyncio.create_task(call(client, told, over)) for _ in range(CALLERS)]
+            await asyncio.sleep(3)
+            told.set()
+            served.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.5)  # they go on asking a server that is on its way out
+            over.set()
+            await asyncio.gather(*callers)
+
+    with serving(model) as served:
+        asyncio.run(story(served))
+        outcomes["ended badly"] += served.process.wait(60) != 0
+    return outcomes
+
+
+def sigkill(model: Path, pictures: list[bytes]) -> tuple[float, int]:
+    """Kill it while busy, start it again: seconds to ready, and how many answers differ from before."""
+
+    def ask(served: Served) -> list[dict]:
+        return [httpx.post(f"{served.address}/predict", content=p, timeout=60, trust_env=False).json()["record"] for p in pictures]
+
+    with serving(model) as served:
+        before = ask(served)
+        served.process.kill()
+    with serving(model) as served:
+        return served.seconds_to_ready, sum(a != b for a, b in zip(before, ask(served), strict=True))
+
+
+async def send(port: int, kind: str, request: bytes) -> str:
+    """What one hostile request is told: a status, or `hung up`."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    told = asyncio.create_task(reader.read(12))
+    try:
+        head = request.index(b"\r\n\r\n") + 4 if b"\r\n\r\n" in request else len(request)
+        if kind.startswith("slow"):
+            start = head + 1 if kind == "slow body" else 30
+            writer.write(request[:start])
+            for place in range(start, len(request)):
+                if (await asyncio.wait([told], timeout=SLOW))[0]:
+                    break
+                writer.write(request[place : place + 1])
+        else:
+            writer.write(request)
+            await writer.drain()
+            if kind == "no HTTP":
+                writer.write_eof()
+        answer = await asyncio.wait_for(told, 60)
+        return answer[9:12].decode() or "hung up"
+    except (ConnectionError, TimeoutError) as error:
+        return told.result()[9:12].decode() if told.done() and not told.exception() else type(error).__name__
+    finally:
+        told.cancel()
+        writer.close()
+
+
+async def attack(served: Served, count: int, picture: bytes) -> Counter[tuple[str, str]]:
+    """Send them, a few at once, an honest picture now and then among them."""
+    outcomes: Counter[tuple[str, str]] = Counter()
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(kind: str, request: bytes) -> None:
+        async with gate:
+            outcomes[kind, await send(served.port, kind, request)] += 1
+
+    async with httpx.AsyncClient(base_url=served.address, timeout=60, trust_env=False) as client:
+        expected = (await client.post("/predict", content=picture)).json()["record"]
+        for _ in range(4):
+            waiting = [asyncio.create_task(one(kind, request)) for kind, request in hostile(count // 4, seed=len(outcomes))]
+            honest = await client.post("/predict", content=picture)
+            outcomes["honest", "as before" if honest.status_code == 200 and honest.json()["record"] == expected else "spoilt"] += 1
+            await asyncio.gather(*waiting)
+    return outcomes
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = models.TINY_TUNED,
+    rounds: Annotated[int, typer.Option(min=1, help="How often SIGTERM and SIGKILL are sent.")] = 5,
+    uploads: Annotated[int, typer.Option("--hostile", min=32, help="Hostile uploads.")] = 1000,
+    results: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
+) -> None:
+    """Measure, print and write down."""
+    pictures = drawn_pictures(4)
+    row = partial(make_row, "serve_faults", command=f"python benchmarks/serve_faults.py --rounds {rounds} --hostile {uploads}")
+    rows: list[Row] = []
+    drained: Counter[str] = Counter()
+    for _ in range(rounds):
+        drained += sigterm(model, pictures)
+    n = sum(drained.values())
+    for name in ("answered", "turned away", "lost", "unexpected"):
+        rows.append(row("SIGTERM", name.replace(" ", "_"), drained[name], unit="requests", n=n))
+    rows.append(row("SIGTERM", "ended_badly", drained["ended badly"], unit="processes", n=rounds))
+    print("SIGTERM:", dict(drained))
+    killed = [sigkill(model, pictures) for _ in range(rounds)]
+    rows.append(row("SIGKILL", "seconds", max(seconds for seconds, _ in killed), unit="s", n=rounds))
+    rows.append(row("SIGKILL", "answers_changed", sum(changed for _, changed in killed), unit="answers", n=rounds * len(pictures)))
+    print("SIGKILL: seconds to ready, answers changed:", killed)
+    with serving(model, "--deadline", "60") as served:
+        asyncio.run(attack(served, 64, pictures[0]))  # so that what is loaded once is loaded
+        begun, before = time.monotonic(), served.resident()
+        outcomes = asyncio.run(attack(served, uploads, pictures[0]))
+        grown, alive = growth(served.memory[-int(2 * (time.monotonic() - begun)) :]), served.process.poll() is None
+        print(f"hostile: {before:.2f} GiB before, {served.resident():.2f} after; growth {grown:+.1%}")
+    sent = {pair: count for pair, count in outcomes.items() if pair[0] != "honest"}
+    n = sum(sent.values())
+    right = sum(count for (kind, told), count in sent.items() if told.startswith("4") or (kind == "slow head" and told == "hung up"))
+    rows += [row("hostile uploads", "refused_share", right / n, n=n), row("hostile uploads", "crashes", 1 - alive, unit="processes", n=1)]
+    rows.append(row("hostile uploads", "memory_growth_share", grown, n=n))
+    rows.append(row("honest among them", "spoilt", outcomes["honest", "spoilt"], unit="answers", n=4))
+    for (kind, told), count in sorted(outcomes.items()):
+        print(f"  {kind:22} {told:16} {count:5}")
+    write_part(results, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,55 @@
+"""How long a replica takes from its start to ready, and what it holds in memory: tiny, and 256M and 500M at true size.
+
+    python benchmarks/serve_start.py                         # adds to results/serving.json
+    python benchmarks/serve_start.py --size tiny --results /tmp/serving.json         # does it run?
+
+The large ones have random weights (see `extract.py`), saved as bf16, loaded as the server does on a CPU unless told otherwise. The files
+have just been written, so they come from the page cache: a cold disk adds its own time.
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from extract import build
+from foodextract import models
+from foodextract.results import Row, make_row
+from served import RESULTS, drawn_pictures, serving, write_part
+
+
+def measure(size: str, repeats: int, command: str) -> list[Row]:
+    """Seconds to ready (the longest of several), and memory when ready and after one answer."""
+    seconds, memory = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        model, processor = build(size, models.TINY_TUNED)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        del model
+        for _ in range(repeats):
+            with serving(Path(folder), "--deadline", "300") as served:
+                seconds.append(served.seconds_to_ready)
+                [picture] = drawn_pictures(1)
+                httpx.post(f"{served.address}/predict", content=picture, timeout=300, trust_env=False).raise_for_status()
+                memory.append(max(*served.memory, served.resident()))
+    row = partial(make_row, "serve_start", size, n=repeats, command=command)
+    print(f"{size:6} ready after {max(seconds):.1f} s, peak {max(memory):.2f} GiB")
+    return [row("seconds", max(seconds), unit="s"), row("peak_memory_gib", max(memory), unit="GiB")]
+
+
+def main(
+    size: Annotated[list[str] | None, typer.Option(help="tiny, 256m or 500m; may be given more than once.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Starts of each.")] = 3,
+    results: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
+) -> None:
+    """Measure, print and write down."""
+    sizes = size or ["tiny", "256m", "500m"]
+    command = f"python benchmarks/serve_start.py --repeats {repeats}" + "".join(f" --size {name}" for name in size or [])
+    write_part(results, [row for name in sizes for row in measure(name, repeats, command)])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,104 @@
+"""A `foodextract serve` in a process of its own, as the load and fault benchmarks start it; it listens on the loopback only."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from foodextract.results import Row, read_results, write_results
+from foodextract.scenes import draw_scenes
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "serving.json"
+
+
+@dataclass
+class Served:
+    """A running server. `memory` grows by one resident size in GiB every half second, while it lives."""
+
+    process: subprocess.Popen
+    address: str
+    seconds_to_ready: float
+    memory: list[float] = field(default_factory=list)
+
+    @property
+    def port(self) -> int:
+        """On the loopback."""
+        return int(self.address.rsplit(":", 1)[1])
+
+    def resident(self) -> float:
+        """Resident memory now, in GiB."""
+        return psutil.Process(self.process.pid).memory_info().rss / 2**30
+
+    def watch(self) -> None:
+        """Until the process ends."""
+        while self.process.poll() is None:
+            try:
+                self.memory.append(self.resident())
+            except psutil.Error:
+                return
+            time.sleep(0.5)
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[Served]:
+    """Start, wait until it is ready, and kill it at the end if nobody has stopped it. Raises RuntimeError with its last words."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with started([sys.executable, "-m", "foodextract", "serve", "--model", str(model), "--port", str(port), *options], port) as served:
+        yield served
+
+
+@contextmanager
+def started(command: list[str], port: int) -> Iterator[Served]:
+    """Run a command that writes {"event": "ready"} to stderr once it answers on `port`."""
+    begun = time.monotonic()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("{") and json.loads(line)["event"] == "ready":
+                break
+        else:
+            raise RuntimeError(f"the server did not start: {''.join(said[-5:])}")
+        served = Served(process, f"http://127.0.0.1:{port}", time.monotonic() - begun)
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never fills the pipe
+        threading.Thread(target=served.watch, daemon=True).start()
+        yield served
+    finally:
+        process.kill()
+        process.wait()
+
+
+def drawn_pictures(count: int) -> list[bytes]:
+    """PNG files of drawn scenes that no model was trained on."""
+    files = []
+    for scene in draw_scenes(77, "test", count):
+        file = io.BytesIO()
+        scene.image.save(file, "PNG")
+        files.append(file.getvalue())
+    return files
+
+
+def growth(memory: list[float]) -> float:
+    """By which share memory grew: the mean of its last tenth over that of its second tenth, less one."""
+    tenth = max(1, len(memory) // 10)
+    early, late = memory[tenth : 2 * tenth] or memory, memory[-tenth:]
+    return sum(late) / len(late) / (sum(early) / len(early)) - 1
+
+
+def write_part(path: Path, rows: list[Row]) -> None:
+    """Put the rows of one benchmark into a file that several share, in place of its earlier ones."""
+    others = [row for row in (read_results(path) if path.exists() else []) if row.benchmark != rows[0].benchmark]
+    write_results(path, others + rows)

@@ -1,0 +1,73 @@
+"""A request's body → the bytes of its pictures, within limits; everything else is a refusal with a status and a reason."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+MEGABYTE = 1_000_000
+MAX_FIELDS = 16  # of text, which nobody reads
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is read from a client before it is turned away."""
+
+    max_bytes: int = 10 * MEGABYTE  # a whole body
+    max_pictures: int = 16  # in one batch form
+    seconds: float = 10.0  # for a whole body: whoever is slower is told so, and holds no place
+
+
+class Refusal(Exception):
+    """A request that is not answered as asked: the HTTP status, a reason for programs, a message for people."""
+
+    def __init__(self, status: int, reason: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.message, self.headers = status, reason, message, headers
+
+
+async def read_pictures(request: Request, field: str, upload: Upload) -> list[bytes]:
+    """The pictures in the form field `field`, or the whole body where it is no form: what they are, their bytes will tell.
+
+    Nothing is written to disk. Raises Refusal (400, 408, 413), or ClientDisconnect.
+    """
+    try:
+        async with asyncio.timeout(upload.seconds):
+            if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+                return await _read_form(request, field, upload)
+            body = b"".join([chunk async for chunk in _limited(request, upload)])
+    except TimeoutError:
+        message = f"the body was not here after {upload.seconds:g} s: send it faster, or a smaller picture"
+        raise Refusal(408, "slow_upload", message, {"Connection": "close"}) from None
+    if not body:
+        raise Refusal(400, "no_picture", f"the body is empty: send a picture as the body, or as the form field {field!r}")
+    return [body]
+
+
+async def _limited(request: Request, upload: Upload) -> AsyncIterator[bytes]:
+    message = f"a body may have {upload.max_bytes / MEGABYTE:g} MB: send a smaller picture, or fewer"
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared[:20]) > upload.max_bytes:
+        raise Refusal(413, "body_too_large", message)
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > upload.max_bytes:
+            raise Refusal(413, "body_too_large", message)
+        yield chunk
+
+
+async def _read_form(request: Request, field: str, upload: Upload) -> list[bytes]:
+    parser = MultiPartParser(request.headers, _limited(request, upload), max_files=upload.max_pictures, max_fields=MAX_FIELDS)
+    parser.spool_max_size = upload.max_bytes  # in memory, which is bounded, and never on disk
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refusal(400, "bad_form", f"the form cannot be read ({error.message}): send multipart/form-data") from None
+    pictures = [await part.read() for part in form.getlist(field) if not isinstance(part, str)]
+    await form.close()
+    if not pictures:
+        raise Refusal(400, "no_picture", f"the form has no file in the field {field!r}: send a picture there")
+    return pictures

@@ -1,0 +1,169 @@
+"""The manifests as a cluster would read them: against the Kubernetes schemas, a policy, and what the server does."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from foodextract.api import Settings, create_app
+from foodextract.batching import Limits
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+OVERLAYS = ("cpu", "gpu", "gke")
+VERSION = "1.33.0"
+CUSTOM = {"monitoring.coreos.com/v1", "monitoring.googleapis.com/v1", "keda.sh/v1alpha1"}  # their schemas are not Kubernetes' own
+
+
+def documents(text):
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def rendered(overlay):
+    """An overlay as `kubectl apply -k` would send it, by kind and name."""
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl renders the overlays, and is not here")
+    shown = subprocess.run(["kubectl", "kustomize", str(KUBERNETES / "overlays" / overlay)], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    return {(one["kind"], one["metadata"]["name"]): one for one in documents(shown.stdout)}
+
+
+def paths(kustomization):
+    for entry in kustomization["resources"] + kustomization.get("patches", []):
+        if isinstance(entry, str) or "path" in entry:
+            yield entry if isinstance(entry, str) else entry["path"]
+
+
+@pytest.mark.parametrize(
+    "folder", [KUBERNETES / "base", *(KUBERNETES / "overlays" / name for name in OVERLAYS)], ids=lambda path: path.name
+)
+def test_every_file_is_used_and_every_used_file_is_there(folder):
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    used = set(paths(kustomization))
+    assert all((folder / path).exists() for path in used)
+    assert {path.name for path in folder.glob("*.yaml")} == {"kustomization.yaml", *(path for path in used if path.endswith(".yaml"))}
+
+
+@pytest.mark.parametrize("path", sorted(KUBERNETES.glob("base/*.yaml")), ids=lambda path: path.name)
+def test_base_files_fit_the_kubernetes_schemas(path):
+    for document in documents(path.read_text()):
+        if document["kind"] != "Kustomization":
+            kubernetes_validate.validate(document, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlays_fit_the_kubernetes_schemas(overlay):
+    for document in rendered(overlay).values():
+        if document["apiVersion"] not in CUSTOM:
+            kubernetes_validate.validate(document, VERSION, strict=True)
+
+
+def test_the_validator_would_notice():
+    [_, deployment] = documents((KUBERNETES / "base/deployment.yaml").read_text())
+    deployment["spec"]["template"]["spec"]["containers"][0]["livenessProb"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_keep_to_the_policy(overlay):
+    everything = rendered(overlay)
+    deployment = everything["Deployment", "foodextract"]
+    pod = deployment["spec"]["template"]["spec"]
+    assert "replicas" not in deployment["spec"]  # the autoscaler's
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert {one["topologyKey"] for one in pod["topologySpreadConstraints"]} == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
+    [container] = pod["containers"]
+    assert re.fullmatch(r"\S+:v?\d[\w.-]*", container["image"])
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert environment["OMP_NUM_THREADS"] == container["resources"]["limits"]["cpu"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    assert next(mount for mount in container["volumeMounts"] if mount["mountPath"] == "/model")["readOnly"]
+    seconds = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert pod["terminationGracePeriodSeconds"] > seconds + Limits().deadline
+    assert everything["Namespace", "foodextract"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    deny = everything["NetworkPolicy", "default-deny"]["spec"]
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_points_at_the_pods_finds_them(overlay):
+    everything = rendered(overlay)
+    deployment = everything["Deployment", "foodextract"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    ports = {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
+    service = everything["Service", "foodextract"]
+    assert service["spec"]["selector"].items() <= labels
+    assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    assert everything["PodDisruptionBudget", "foodextract"]["spec"]["selector"]["matchLabels"].items() <= labels
+    scaler = everything["ScaledObject" if overlay == "gpu" else "HorizontalPodAutoscaler", "foodextract"]
+    assert scaler["spec"]["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "foodextract"}
+    monitor = everything["PodMonitoring" if overlay == "gke" else "ServiceMonitor", "foodextract"]
+    watched = labels if overlay == "gke" else service["metadata"]["labels"].items()
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= watched
+    assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
+    volumes = deployment["spec"]["template"]["spec"]["volumes"]
+    claims = [volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume]
+    assert all(("PersistentVolumeClaim", name) in everything for name in claims)
+    assert {one["metadata"].get("namespace", "foodextract") for one in everything.values()} == {"foodextract"}
+
+
+def test_probes_ask_what_the_server_answers():
+    [_, deployment] = documents((KUBERNETES / "base/deployment.yaml").read_text())
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    served = create_app(lambda: None, "m", Settings()).openapi()["paths"]
+    assert {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")} <= set(served)
+
+
+def test_the_dockerfile_passes_its_linter():
+    linter = Path(sys.executable).with_name("hadolint")
+    checked = subprocess.run([linter, DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_the_image_starts_the_command_that_is_there_and_keeps_no_root():
+    text = (DEPLOY / "Dockerfile").read_text()
+    entry = json.loads(re.search(r"^ENTRYPOINT (\[.*\])$", text, re.M)[1])
+    assert entry[0] == "foodextract"
+    help_ = subprocess.run([sys.executable, "-m", *entry, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "Answer pictures over HTTP" in help_
+    final = text[text.rindex("FROM ") :]
+    assert re.search(r"^USER 10001:10001$", final, re.M)
+    assert "HF_HUB_OFFLINE=1" in final
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    for copied in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M):
+        for name in copied.split():
+            assert f"!{name}" in ignored
+            assert (DEPLOY.parent / name).exists()
+
+
+def test_the_image_installs_pinned_packages_only():
+    pinned = {line.split("==")[0] for line in (DEPLOY.parent / "requirements.txt").read_text().splitlines() if "==" in line}
+    wanted = {line for line in (DEPLOY / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
+    assert wanted <= pinned
+
+
+def test_compose_gives_each_service_what_its_manifest_does():
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    assert set(services) == {"foodextract", "foodextract-gpu"}
+    for service in services.values():
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert all(volume.endswith(":ro") for volume in service["volumes"])
+    assert float(services["foodextract"]["environment"]["OMP_NUM_THREADS"]) == services["foodextract"]["cpus"]

@@ -1,0 +1,242 @@
+"""What vLLM is given, and what is asked of it: against the local processor, the local grammar engine, and a stub of its API."""
+
+import base64
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
+from typer.testing import CliRunner
+
+from foodextract import models, prompts, scenes, schema
+from foodextract.__main__ import app
+from foodextract.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract.schema import FoodRecord
+
+VLLM = Path(__file__).parents[1] / "deploy" / "vllm"
+client, label_many = (runpy.run_path(str(VLLM / name)) for name in ("client.py", "label_many.py"))
+RECORD = FoodRecord(is_food=1, image_title="beer", food_items=[], drink_items=["beer"])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    result = CliRunner().invoke(app, ["export", "vllm", str(folder), "--model", str(models.TINY_TUNED)])
+    assert result.exit_code == 0, result.output
+    assert str(folder / "serve.sh") in result.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "a.png"
+    next(iter(scenes.draw_scenes(83, "test", 1))).image.save(path)
+    return path
+
+
+def command(folder):
+    """The arguments that `serve.sh` starts vllm with, as a shell reads them."""
+    (folder.parent / "bin").mkdir(exist_ok=True)
+    fake = folder.parent / "bin" / "vllm"
+    fake.write_text('#!/bin/sh\npwd\nfor argument in "$@"; do echo "$argument"; done\n')
+    fake.chmod(0o755)
+    run = ["sh", str(folder / "serve.sh"), "--host", "0.0.0.0"]
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    told = subprocess.run(run, capture_output=True, text=True, check=True, cwd="/", env={"PATH": path}).stdout.splitlines()
+    assert told[0] == str(folder)
+    return told[1:]
+
+
+def test_the_folder_is_the_model_that_was_exported(exported, tuned, picture):
+    assert AutoConfig.from_pretrained(exported).architectures == ["SmolVLMForConditionalGeneration"]
+    assert Extractor.from_pretrained(exported, "cpu", "fp32").extract(picture).is_food == tuned.extract(picture).is_food
+    assert (exported / "chat_template.jinja").read_text() == (models.TINY_TUNED / "chat_template.jinja").read_text()
+    assert json.loads((exported / "food_record.schema.json").read_text()) == schema.guided_schema()
+
+
+def test_the_command_leaves_room_for_the_longest_prompt_and_answer(exported, tuned):
+    arguments = command(exported)
+    assert arguments[:2] == ["serve", "."]
+    assert arguments[-2:] == ["--host", "0.0.0.0"]
+    options = dict(zip(arguments[2:-2:2], arguments[3:-2:2], strict=True))
+    longest = max(tuned.prepare([Image.new("RGB", size)])["input_ids"].shape[1] for size in ((9, 9), (3000, 40), (40, 3000), (900, 900)))
+    assert int(options["--max-model-len"]) == longest + MAX_NEW_TOKENS
+    assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
+    assert (exported / options["--chat-template"]).exists()
+    assert client["ANSWER_TOKENS"] == label_many["ANSWER_TOKENS"] == MAX_NEW_TOKENS
+
+
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_vllm_will_read_our_prompt(tmp_path, tiles, tuned, picture):
+    """As vLLM 0.32 makes it: text wrapped into parts, the template rendered, <image> replaced by what its processor counts."""
+    assert (
+        CliRunner().invoke(app, ["export", "vllm", str(tmp_path), "--model", str(models.TINY_TUNED), "--tiles", str(tiles)]).exit_code == 0
+    )
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    system, user = client["request"](picture.read_bytes(), "m")["messages"]
+    kinds = {"image_url": {"type": "image"}, "text": {"type": "text", "text": prompts.USER}}
+    wrapped = [{"role": "system", "content": [{"type": "text", "text": system["content"]}]}]
+    wrapped += [{"role": "user", "content": [kinds[part["type"]] for part in user["content"]]}]
+    text = processor.apply_chat_template(wrapped, add_generation_prompt=True)
+    size = Image.open(picture).size
+    _, rows, columns = processor.image_processor.get_number_of_image_patches(size[1], size[0], {})
+    tile = processor.image_token * processor.image_seq_len
+    grid = "".join(
+        "".join(f"{processor.fake_image_token}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
+        for row in range(1, rows + 1)
+    )
+    whole = f"{processor.fake_image_token}{processor.global_image_token}{tile}{processor.fake_image_token}"
+    theirs = processor.tokenizer(text.replace("<image>", (grid + "\n" if grid else "") + whole), add_special_tokens=False)["input_ids"]
+    ours = Extractor(tuned.model, processor).prepare([Image.open(picture).convert("RGB")])["input_ids"][0].tolist()
+    assert theirs == ours
+
+
+def test_the_schema_allows_the_canonical_text_and_no_other_spacing():
+    tokenizer = from_tokenizer(models.load_processor(models.TINY_TUNED).tokenizer)
+    guided = LLMatcher.grammar_from_json_schema(
+        json.dumps(schema.guided_schema()), defaults={"whitespace_flexible": True}
+    )  # as vLLM calls it
+
+    def allows(text):
+        matcher = LLMatcher(tokenizer, guided)
+        return matcher.consume_tokens(tokenizer.tokenize_str(text)) and matcher.is_accepting()
+
+    for record in (RECORD, FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])):
+        assert allows(record.to_json())
+        assert not allows(json.dumps(record.model_dump(), separators=(",", ":")))
+        assert not allows(json.dumps(record.model_dump(), indent=1))
+        Draft202012Validator(schema.guided_schema()).validate(record.model_dump())
+    assert not allows('{"is_food": 2, "image_title": "", "food_items": [], "drink_items": []}')
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A stub that keeps what it is asked, and answers with `RECORD`, or as told in `reply`."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    asked, reply = [], {"status": 200, "text": RECORD.to_json()}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply["text"]}}
+            body = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}).encode()
+            self.send_response(reply["status"])
+            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    stub = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{stub.server_port}/v1", asked, reply
+    stub.shutdown()
+    stub.server_close()
+
+
+def test_the_client_asks_as_the_openai_api_wants_it(endpoint, picture, capsys):
+    address, asked, reply = endpoint
+
+    def ask(*pictures):
+        with pytest.raises(client["typer"].Exit) as ended:
+            client["main"](list(pictures), address, "foodextract")
+        return ended.value.exit_code
+
+    assert ask(picture) == 0
+    assert capsys.readouterr().out == RECORD.to_json() + "\n"
+    [(path, body)] = asked
+    assert path == "/v1/chat/completions"
+    assert body["model"] == "foodextract"
+    assert body["temperature"] == 0
+    assert body["max_tokens"] == MAX_NEW_TOKENS
+    assert body["response_format"]["type"] == "json_schema"
+    assert body["response_format"]["json_schema"]["schema"] == schema.guided_schema()
+    assert body["messages"][0] == {"role": "system", "content": prompts.SYSTEM}
+    url = body["messages"][1]["content"][0]["image_url"]["url"]
+    assert base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))[:2] == b"\xff\xd8"
+    reply["text"] = "no JSON"
+    assert ask(picture, picture.with_name("nowhere.png")) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "not JSON" in told.err
+    assert "nowhere.png" in told.err
+
+
+# ------------------------------------------------------------------------------------------------------------ labelling millions, resumably
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Nine pictures in two folders, one of them broken."""
+    folder = tmp_path / "pictures"
+    (folder / "b").mkdir(parents=True)
+    for number in range(9):
+        path = folder / ("b" if number % 2 else "") / f"{number}.png"
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    (folder / "b" / "5.png").write_bytes(b"broken")
+    return folder
+
+
+def answered(folder):
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def titled(conversations):
+    assert all(conversation[0] == {"role": "system", "content": prompts.SYSTEM} for conversation in conversations)
+    return [RECORD.to_json()] * len(conversations)
+
+
+def lost(conversations):
+    raise ConnectionError
+
+
+def test_every_picture_gets_one_line_however_often_it_is_interrupted(many, tmp_path):
+    answers, done = tmp_path / "answers", []
+    assert [row["shard"] for row in label_many["shards"](many, answers, 2)] == [0, 1, 2, 3, 4]
+    for shard in (3, 1):
+        [row] = [row for row in label_many["shards"](many, answers, 2) if row["shard"] == shard]
+        done.append(label_many["answer_shard"](row, many, answers, titled))
+    Image.new("RGB", (8, 8)).save(many / "000-new.png")  # comes too late, and does not move the cuts
+    with pytest.raises(KeyboardInterrupt):
+        label_many["answer_shard"](
+            label_many["shards"](many, answers, 2)[0], many, answers, lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+    todo = label_many["shards"](many, answers, 500)  # the size is that of the first run
+    assert [row["shard"] for row in todo] == [0, 2, 4]
+    done += [label_many["answer_shard"](row, many, answers, titled) for row in todo]
+    assert label_many["shards"](many, answers, 2) == []
+    lines = answered(answers)
+    assert sorted(line["file"] for line in lines) == sorted(path.relative_to(many).as_posix() for path in many.rglob("[0-9].png"))
+    assert [line["file"] for line in lines if "error" in line] == ["b/5.png"]
+    assert all({**RECORD.model_dump(), "file": line["file"]} == line for line in lines if "error" not in line)
+    assert sum(row["answered"] for row in done) == 8
+    assert sum(row["failed"] for row in done) == 1
+
+
+def test_a_killed_worker_leaves_no_half_a_shard(many, tmp_path):
+    answers = tmp_path / "answers"
+    code = f"""
+import os, runpy, signal
+many = runpy.run_path({str(VLLM / "label_many.py")!r})
+from pathlib import Path
+pictures, answers = Path({str(many)!r}), Path({str(answers)!r})
+row = many["shards"](pictures, answers, 4)[0]
+Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+many["answer_shard"](row, pictures, answers, lambda asked: ["x"] * len(asked))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert answered(answers) == []
+    assert [row["shard"] for row in label_many["shards"](many, answers, 4)] == [0, 1, 2]
