@@ -24,7 +24,7 @@ from foodextract.performance import performance_rows, reset_peak_memory
 from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features
 from foodextract.results import write_results
 from foodextract.trainer import PreparedTrainer, Progress
-from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole
+from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole_state
 
 PERFORMANCE = "performance.json"  # how fast a stage went, in the format of results/, beside its weights
 
@@ -121,7 +121,7 @@ def train_stage(
     log = [entry for entry in trainer.state.log_history if {"loss", "eval_item_f1"} & entry.keys()]
     moved = weights_moved(model, before)
     processes.wait_for_everyone()
-    state = {name: whole(weights) for name, weights in model.state_dict().items()}
+    state = whole_state(model)
     if processes.is_main_process:
         model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
