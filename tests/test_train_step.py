@@ -9,8 +9,8 @@ import pytest
 import train_report
 import train_step
 from foodextract.results import read_results
-from test_repository import ROOT
 from train_recipes import STAGES, ladder
+from train_step import ROOT
 
 
 def run(results):
