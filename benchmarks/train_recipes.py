@@ -14,6 +14,7 @@ from foodextract.profiles import PROFILES
 from foodextract.training import Stage
 
 STAGES = {stage.name: stage for stage in (PROFILES["hub"].stage1, PROFILES["hub"].stage2)}
+SHARED, CACHED = "batches that share the system message", "frozen vision computed once"  # the last change, in stages 2 and 1
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ def ladder(stage: Stage, device: torch.device) -> list[Recipe]:
         ("loss on the answer only", {"answer_only": True}),
         ("fp32 master weights", {"master": True}),
         ("rows prepared once", {"prepared": True}),
-        ("batches that share the system message", {"batched": True}),
+        (SHARED, {"batched": True}),
     ]
     if stage.freeze:
-        changes.append(("frozen vision computed once", {"cached": True}))
+        changes.append((CACHED, {"cached": True}))
     changes[-1] = ("ours", changes[-1][1])
     if device.type == "cpu":
         changes.append(("ours with bf16 autocast", {"bf16": True}))

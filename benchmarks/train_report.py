@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from foodextract.reports import fill_in
 from foodextract.results import Row, make_row, read_results
 from foodextract.tables import markdown_table
-from train_recipes import STAGES
+from train_recipes import CACHED, SHARED, STAGES
 from true_size import interval, ratio
 
-NAMES = {"seed_recipe": "the seed's recipe"}
 EPOCHS = 2  # of each stage, likewise
 
 
@@ -102,7 +101,7 @@ def tables(rows: list[Row]) -> str:
             factor = f"{last / told:.2f}" if last else ""
             lines.append(
                 [
-                    NAMES.get(name, name),
+                    _name(stage, name),
                     _seconds(of["data_seconds_per_image"]),
                     _seconds(of["step_seconds_per_image"]),
                     _times(of["speedup_vs_seed"]),
@@ -149,12 +148,12 @@ def plot(rows: list[Row]) -> Figure:
             values = [of[metric].value for of in recipes.values()]
             bars = axis.barh(places + shift, values, 0.38, color=colour, label=label)
             axis.bar_label(bars, [f"{value:.2g}" for value in values], padding=2, fontsize=7)
-        axis.set_yticks(places, [NAMES.get(name, name) for name in recipes], fontsize=8)
+        axis.set_yticks(places, [_name(stage, name) for name in recipes], fontsize=8)
         axis.invert_yaxis()
         axis.set(xscale="log", xlabel="seconds a picture", title=f"{size.upper()}, {stage.replace('stage', 'stage ')}")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, loc="lower right", fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=2, fontsize=8)
     return figure
 
 
@@ -175,6 +174,11 @@ def render(results: Path, root: Path) -> None:
     plt.close(figure)
     if results.resolve().parent == root / "results":
         fill_in(root / "benchmarks" / "README.md", "train_step", text(root))
+
+
+def _name(stage: str, recipe: str) -> str:
+    """What a reader calls a recipe: ours is where its last change leads."""
+    return {"seed_recipe": "the seed's recipe", "ours": f"{CACHED if STAGES[stage].freeze else SHARED}: ours"}.get(recipe, recipe)
 
 
 def _seconds(row: Row) -> str:

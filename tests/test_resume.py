@@ -26,7 +26,7 @@ def run_until(data: Path, out: Path, stage: str) -> None:
     """Start a training and kill it at whatever step it is once `stage` has its first whole checkpoint."""
     process = subprocess.Popen(
         [sys.executable, "-m", "foodextract", *arguments(data, out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # other sums round otherwise
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

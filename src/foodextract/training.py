@@ -1,6 +1,5 @@
 """Two stages of full fine-tuning with TRL: what each one freezes, how it runs, and proof of which weights it moved."""
 
-import errno
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from foodextract import evaluation
+from foodextract.checkpoints import full_disk_named, last_checkpoint
 from foodextract.collate import Collator
 from foodextract.dataset import as_conversations, record_of
 from foodextract.extractor import Extractor
@@ -24,7 +24,7 @@ from foodextract.performance import performance_rows, reset_peak_memory
 from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features
 from foodextract.results import write_results
 from foodextract.trainer import PreparedTrainer, Progress
-from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole
+from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole_state
 
 PERFORMANCE = "performance.json"  # how fast a stage went, in the format of results/, beside its weights
 
@@ -96,11 +96,12 @@ def train_stage(
         run = replace(stage, batch_size=stage.batch_size * stage.accumulation, accumulation=1)
     while True:
         try:
-            config = training_config(run, precision, model.device, checkpoints, seed, max_steps, report_to)
-            trainer = _trainer(model, processor, run, split, config, precision)
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(progress)
-            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+            with full_disk_named(stage.name, checkpoints):
+                config = training_config(run, precision, model.device, checkpoints, seed, max_steps, report_to)
+                trainer = _trainer(model, processor, run, split, config, precision)
+                trainer.remove_callback(PrinterCallback)
+                trainer.add_callback(progress)
+                trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             break
         except torch.OutOfMemoryError as error:
             if run.batch_size == 1:
@@ -112,19 +113,14 @@ def train_stage(
             print(f"out of memory: going on with batches of {run.batch_size} x {run.accumulation}")
             model.load_state_dict(before, strict=False)
             torch.cuda.empty_cache()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ModelError(
-                f"{stage.name}: the disk of {checkpoints} is full; free some of it and run this again, which takes up the last checkpoint"
-            ) from error
     log = [entry for entry in trainer.state.log_history if {"loss", "eval_item_f1"} & entry.keys()]
     moved = weights_moved(model, before)
     processes.wait_for_everyone()
-    state = {name: whole(weights) for name, weights in model.state_dict().items()}
+    state = whole_state(model)
     if processes.is_main_process:
-        model.save_pretrained(folder, state_dict=state)
-        processor.save_pretrained(folder)
+        with full_disk_named(stage.name, checkpoints):
+            model.save_pretrained(folder, state_dict=state)
+            processor.save_pretrained(folder)
         shutil.rmtree(checkpoints)
         finished = {
             **asdict(run),
@@ -143,12 +139,6 @@ def train_stage(
         (folder / FINISHED).write_text(json.dumps(finished, indent=1))
     processes.wait_for_everyone()
     return [entry for entry in log if "loss" in entry], moved
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: the trainer's state is what is written last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def is_sharded() -> bool:

@@ -58,6 +58,12 @@ def whole(weights: torch.Tensor) -> torch.Tensor:
     return weights.detach().full_tensor() if isinstance(weights, DTensor) else weights.detach()
 
 
+def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict with whole weights, in which tied ones are still one tensor."""
+    weights = {id(parameter): whole(parameter) for parameter in model.parameters()}
+    return model.state_dict() | {name: weights[id(one)] for name, one in model.named_parameters(remove_duplicate=False)}
+
+
 def snapshot(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A copy of all weights on the CPU, to compare with later."""
     return {name: whole(parameter).to("cpu", copy=True) for name, parameter in model.named_parameters()}
