@@ -1,10 +1,12 @@
 """The Space as a program: its functions, its doors for other programs, ten users at once. What people see is in test_browser.py."""
 
+import base64
 import csv
 import json
 import re
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,30 +129,25 @@ def test_only_extract_is_for_programs(page):
 
 def test_the_http_example_of_the_page_works(demo, page, tuned, picture, tmp_path):
     app, _ = demo
-    example = re.search(r"```bash\n(.*?)```", app.API, re.DOTALL)[1].replace(app.URL, page).replace("lunch.jpg", picture)
+    example = re.search(r"```bash\n(.*?)```", app.API, re.DOTALL)[1].replace(app.URL, page.rstrip("/")).replace("lunch.jpg", picture)
     run = subprocess.run(["bash", "-c", example], capture_output=True, text=True, check=True)
     [answer] = json.loads(run.stdout.partition("data: ")[2])
     assert FoodRecord.parse(answer) == tuned.extract(picture)
 
 
 def test_the_mcp_door_has_the_tool(page, picture, tuned):
-    """Without a library for it: the two messages that a client sends, and a server that keeps no session."""
+    """Without a library for it: the two messages that a client sends to a server that keeps no session."""
 
     def ask(method, **params):
-        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
-        head = ["-H", "Content-Type: application/json", "-H", "Accept: application/json, text/event-stream"]
-        run = subprocess.run(
-            ["curl", "-s", "-m", "60", *head, "-d", body, f"{page}gradio_api/mcp/"], capture_output=True, text=True, check=True
-        )
-        return json.loads(run.stdout.partition("data: ")[2] or run.stdout)["result"]
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
+        head = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+        with urllib.request.urlopen(urllib.request.Request(f"{page}gradio_api/mcp/", body, head)) as answer:
+            return json.loads(answer.read().decode().partition("data: ")[2])["result"]
 
     [tool] = ask("tools/list")["tools"]
     assert "one line of JSON" in tool["description"]
-    uploaded = subprocess.run(
-        ["curl", "-s", "-F", f"files=@{picture}", f"{page}gradio_api/upload"], capture_output=True, text=True, check=True
-    ).stdout
-    url = f"{page}gradio_api/file={json.loads(uploaded)[0]}"
-    answer = ask("tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): url})
+    data = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
+    answer = ask("tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): data})
     assert FoodRecord.parse(answer["content"][0]["text"]) == tuned.extract(picture)
 
 

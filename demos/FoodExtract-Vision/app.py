@@ -18,16 +18,19 @@ INSIDE = {"api_visibility": "private", **MODEL}  # events of the page; `extract`
 
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
-.answer h3, .pair h3 { margin: 0; font-size: 1.25rem; } .answer p, .pair p { margin: .2rem 0 .8rem; } .answer h4 { margin: 0 0 .3rem; }
+.answer h3, .pair h3, .problem h3 { margin: 0; font-size: 1.25rem; } .answer p, .pair p { margin: .2rem 0 .8rem; }
+.answer h4 { margin: 0 0 .3rem; } .problem { border-left: 4px solid #b3261e; padding: .2rem 0 .2rem 1rem; } #json { flex-grow: 0; }
 .chips { display: flex; flex-wrap: wrap; gap: .4rem; list-style: none; padding: 0; margin: 0 0 .8rem; }
-.chip { border-radius: 999px; padding: .2rem .75rem; font-weight: 600; } .chip small { font-weight: 400; }
+.chip { border-radius: 999px; padding: .2rem .75rem; margin: 0 !important; font-weight: 600; } .chip small { font-weight: 400; }
 .chip.food_items { background: #fde9b8; color: #5b3400; } .chip.drink_items { background: #cfe6fb; color: #06345f; }
 .dark .chip.food_items { background: #5b3b07; color: #fdeecb; } .dark .chip.drink_items { background: #0f3f6b; color: #dceefd; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 1rem; }
 .pair section { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 1rem; min-width: 0; }
 .pair pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; font-size: .9rem; }
 .right { color: #137333; } .wrong { color: #b3261e; } .dark .right { color: #7bd88f; } .dark .wrong { color: #ff9d94; }
-.prose table { display: block; overflow-x: auto; } .prose pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.prose table { display: block; overflow-x: auto; border: 0 !important; } .prose td, .prose th { white-space: nowrap; }
+.prose td:first-child { white-space: normal; min-width: 9rem; overflow-wrap: normal; }
+.prose pre, .prose pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 """
 
 API = f"""
@@ -50,7 +53,7 @@ curl -sN {URL}/gradio_api/call/extract/$event
 ```
 
 For assistants that speak MCP the same function is a tool at `{URL}/gradio_api/mcp/` (where the package `mcp` is installed). A file may have
-{asking.MAX_BYTES / 1e6:.0f} MB; requests are answered one after the other, and when too many wait the next is told so at once.
+{asking.MAX_BYTES / 2**20:.0f} MB; requests are answered one after the other, and when too many wait the next is told so at once.
 """
 
 
@@ -60,9 +63,20 @@ def extract(picture: str) -> str:
 
 
 def show(picture: str | None) -> tuple[str, str]:
-    """The answer as chips, and as JSON."""
-    record, confidence, seconds = asking.record_of(picture)
+    """The answer as chips, and as JSON; or what went wrong, in its place."""
+    try:
+        record, confidence, seconds = asking.record_of(picture)
+    except gr.Error as error:
+        return asking.problem_as_html(error), ""
     return asking.as_html(record, confidence, seconds), record.to_json()
+
+
+def compare(picture: str | None) -> str:
+    """Base and tuned side by side, or what went wrong."""
+    try:
+        return asking.compared(picture)
+    except gr.Error as error:
+        return asking.problem_as_html(error)
 
 
 def many(pictures: list[str] | None) -> tuple:
@@ -79,12 +93,14 @@ def picture_input(label: str) -> gr.Image:
 
 
 def drawn_examples() -> list[list[str]]:
-    """Six drawings that no model was trained on."""
+    """Five drawings that show food or drink and one that does not; no model was trained on them."""
     folder = Path(tempfile.mkdtemp())
-    scenes = list(draw_scenes(7, "test", 6))
-    for number, scene in enumerate(scenes):
-        scene.image.save(folder / f"drawing-{number + 1}.png")
-    return [[str(folder / f"drawing-{number + 1}.png")] for number in range(len(scenes))]
+    scenes = list(draw_scenes(7, "test", 20))
+    chosen = [*[scene for scene in scenes if scene.record.is_food][:5], next(scene for scene in scenes if not scene.record.is_food)]
+    files = [str(folder / f"drawing-{number}.png") for number in range(1, 7)]
+    for file, scene in zip(files, chosen, strict=True):
+        scene.image.save(file)
+    return [[file] for file in files]
 
 
 EXAMPLES = drawn_examples()
@@ -96,14 +112,18 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
     )
     if isinstance(asking.TUNED, ModelError):
         gr.Markdown(f"**The model cannot be loaded, so nothing here can answer.** {asking.TUNED}")
-    with gr.Tab("One picture"), gr.Row():
-        with gr.Column(min_width=300):
-            picture = picture_input("Picture")
-            ask = gr.Button("What is in it?", variant="primary")
-            drawings = gr.Examples(EXAMPLES, picture, label="Or one of these drawings", api_visibility="private")
-        with gr.Column(min_width=300):
-            shown = gr.HTML("<p>The answer will stand here.</p>", label="Answer")
-            text = gr.Code(language="json", label="JSON", wrap_lines=True, interactive=False, buttons=["copy", "download"])
+    with gr.Tab("One picture"):
+        with gr.Row():
+            with gr.Column(min_width=300):
+                picture = picture_input("Picture")
+                ask = gr.Button("What is in it?", variant="primary")
+            with gr.Column(min_width=300):
+                shown = gr.HTML("<p>The answer will stand here.</p>", label="Answer", padding=False)
+                text = gr.Code(
+                    language="json", label="JSON", wrap_lines=True, interactive=False, show_line_numbers=False, elem_id="json",
+                    lines=1, max_lines=9, buttons=["copy", "download"],
+                )  # fmt: skip
+        drawings = gr.Examples(EXAMPLES, picture, label="Or one of these drawings", api_visibility="private")
     with gr.Tab("Before / after"):
         gr.Markdown("What the model writes before and after fine-tuning, of its own accord: no grammar helps either of them.")
         with gr.Row():
@@ -112,7 +132,7 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
                 pair_ask = gr.Button("Compare", variant="primary")
             with gr.Column(min_width=300):
                 pair_drawings = gr.Examples(EXAMPLES, pair_picture, label="Or one of these drawings", api_visibility="private")
-        pair = gr.HTML()
+        pair = gr.HTML(padding=False)
     with gr.Tab("Many pictures"):
         gr.Markdown(f"Up to {asking.MAX_PICTURES} at once. One that cannot be read gets a line that says why; the others are answered.")
         files = gr.File(file_count="multiple", label="Pictures", height=180)
@@ -128,8 +148,8 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
 
     gr.on([ask.click, picture.input], show, picture, [shown, text], **INSIDE)
     drawings.load_input_event.then(show, picture, [shown, text], **INSIDE)
-    gr.on([pair_ask.click, pair_picture.input], asking.compared, pair_picture, pair, **INSIDE)
-    pair_drawings.load_input_event.then(asking.compared, pair_picture, pair, **INSIDE)
+    gr.on([pair_ask.click, pair_picture.input], compare, pair_picture, pair, **INSIDE)
+    pair_drawings.load_input_event.then(compare, pair_picture, pair, **INSIDE)
     files_ask.click(many, files, [table, csv, jsonl], **INSIDE)
     gr.Button(visible=False).click(extract, picture, gr.Textbox(visible=False), api_name="extract", **MODEL)
 
@@ -137,10 +157,13 @@ demo.queue(max_size=64)
 
 if __name__ == "__main__":
     font = ["system-ui", "sans-serif"]  # the reader's own: nothing is fetched from elsewhere
+    theme = gr.themes.Soft(primary_hue="amber", neutral_hue="stone", font=font, font_mono=["ui-monospace", "monospace"])
+    dark_on_light = dict.fromkeys(("block_label_text_color", "block_title_text_color", "color_accent"), "*primary_800")
+    light_on_dark = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "*primary_800")
     demo.launch(
         max_file_size=asking.MAX_BYTES,
         mcp_server=find_spec("mcp") is not None,
         ssr_mode=False,
         css=CSS,
-        theme=gr.themes.Soft(primary_hue="amber", neutral_hue="stone", font=font, font_mono=["ui-monospace", "monospace"]),
+        theme=theme.set(**dark_on_light, **light_on_dark),
     )

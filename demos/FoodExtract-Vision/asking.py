@@ -22,7 +22,7 @@ from foodextract.pictures import PictureError, open_picture
 from foodextract.schema import AnswerError, FoodRecord
 from foodextract.tables import metric_table
 
-MAX_BYTES = 20_000_000  # a file; `pictures.MAX_PIXELS` bounds what is in it. Both are looked at before anything is decoded
+MAX_BYTES = 20 * 2**20  # a file; `pictures.MAX_PIXELS` bounds what is in it. Both are looked at before anything is decoded
 MAX_PICTURES = 50  # in one batch, so that others need not wait for minutes
 MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
 EVIDENCE = evidence.find(MODEL)
@@ -71,7 +71,7 @@ def check(path: str | None, *models: Extractor | ModelError) -> None:
     if path is None:
         raise complaint("there is no picture yet: drop one, paste one, use the camera or take an example")
     if Path(path).stat().st_size > MAX_BYTES:
-        raise complaint(f"{Path(path).name} is larger than {MAX_BYTES / 1e6:.0f} MB: shrink it first")
+        raise complaint(f"{Path(path).name} is larger than {MAX_BYTES / 2**20:.0f} MB: shrink it first")
 
 
 def record_of(path: str | None) -> tuple[FoodRecord, Confidence, float]:
@@ -136,6 +136,11 @@ def as_html(record: FoodRecord, confidence: Confidence, seconds: float) -> str:
         chips = [f'<li class="chip {field}">{escape(item)} <small>{exp(sure):.0%}</small></li>' for item, sure in pairs]
         shelves.append(f'<h4>{name}</h4><ul class="chips">{"".join(chips) or "<li>none</li>"}</ul>')
     return f'<div class="answer" role="status"><h3>{escape(record.image_title)}</h3><p>{facts}</p>{"".join(shelves)}</div>'
+
+
+def problem_as_html(error: gr.Error) -> str:
+    """What went wrong, where the answer would stand; a screen reader says it at once."""
+    return f'<div class="problem" role="alert"><h3>{escape(error.title)}</h3><p>{escape(error.message)}</p></div>'
 
 
 def figures() -> str:
