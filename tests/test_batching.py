@@ -44,7 +44,7 @@ class Stub:
         self.unwanted += [picture for number, picture in enumerate(pictures) if not wanted(number)]
         if b"broken" in pictures:
             raise RuntimeError("no kernel image")
-        titles = [picture[:20].decode() for picture in pictures]
+        titles = [picture[:20].decode("latin-1") for picture in pictures]
         return [(FoodRecord(is_food=1, image_title=title, food_items=[], drink_items=[]), None) for title in titles]
 
 

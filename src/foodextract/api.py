@@ -131,8 +131,10 @@ def create_app(load: Callable[[], Extractor], model: str, settings: Settings) ->
 
     async def admit(credentials: HTTPAuthorizationCredentials | None = Depends(HTTPBearer(auto_error=False))) -> None:  # noqa: B008
         given = credentials.credentials if credentials else ""
-        if settings.api_key and not secrets.compare_digest(given.encode(), settings.api_key.encode()):
+        if not secrets.compare_digest(given.encode(), (settings.api_key or "").encode()):
             raise Refusal(401, "bad_key", "send the API key as Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
+
+    guarded = [Depends(admit)] if settings.api_key else []
 
     async def predict_one(picture: bytes) -> Prediction:
         try:
@@ -155,7 +157,7 @@ def create_app(load: Callable[[], Extractor], model: str, settings: Settings) ->
         except (FullError, UnavailableError, ClientDisconnect) as error:
             raise _refusal(error, settings.limits.deadline) from error
 
-    @app.post("/predict", dependencies=[Depends(admit)], tags=["pictures"], **_ONE)
+    @app.post("/predict", dependencies=guarded, tags=["pictures"], **_ONE)
     async def predict(request: Request) -> Single:
         """One picture: the form field `image`, or the body itself.
 
@@ -167,7 +169,7 @@ def create_app(load: Callable[[], Extractor], model: str, settings: Settings) ->
             raise result
         return Single(model=model, **result.model_dump())
 
-    @app.post("/predict/batch", dependencies=[Depends(admit)], tags=["pictures"], **_MANY)
+    @app.post("/predict/batch", dependencies=guarded, tags=["pictures"], **_MANY)
     async def predict_batch(request: Request) -> Batch:
         """Several pictures, each in a form field `images`; a bad one among them has its problem, the others are answered all the same.
 
