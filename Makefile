@@ -10,7 +10,7 @@ export TRANSFORMERS_VERBOSITY ?= error
 export TQDM_MININTERVAL ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint unit smoke refresh tiny-base clean
+.PHONY: help install demo experiments test lint unit smoke refresh tiny-base clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,14 @@ demo: install  ## The whole story on the offline profile: draw, train in two sta
 	@$(BIN)/foodextract extract $(OUT)/examples
 	@echo "notebooks with outputs: $(OUT)/notebooks   tuned model: $(OUT)/offline/stage2   figures: results/offline.json"
 
+experiments: install  ## The four archived recipes on the offline profile, each a notebook; figures go to results/experiments.json.
+	@mkdir -p $(OUT)/experiments
+	@for notebook in experiments/*.ipynb; do \
+		FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make experiments" $(BIN)/papermill --no-progress-bar --log-output --cwd experiments \
+			$$notebook $(OUT)/experiments/$$(basename $$notebook) || exit 1; done
+	@$(BIN)/python -m foodextract.reports
+	@echo "notebooks with outputs: $(OUT)/experiments   figures: results/experiments.json"
+
 test: lint unit smoke  ## Lint, unit tests, notebook smoke run.
 
 lint: install
@@ -47,11 +55,11 @@ unit: install
 smoke: install
 	$(BIN)/python -m pytest -m notebooks
 
-refresh: demo  ## Maintainers: commit-ready notebooks, tuned tiny model and README from the last `make demo`.
+refresh: demo experiments  ## Maintainers: commit-ready notebooks, tuned tiny model and README from `make demo` and `make experiments`.
 	$(BIN)/python -m foodextract.reports --publish
 
 tiny-base: install  ## Maintainers: make the tiny base again from nothing (about an hour on 2 cores).
 	$(BIN)/python experiments/tiny_base/make_tiny_base.py
 
 clean:  ## Remove everything made here, .venv included.
-	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(OUT) experiments/$(OUT) .pytest_cache .ruff_cache src/*.egg-info

@@ -10,16 +10,18 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from foodextract import evaluation
+from foodextract.adapters import Lora, attach, untie
 from foodextract.collate import Collator
 from foodextract.dataset import as_conversations, record_of
 from foodextract.extractor import Extractor
 from foodextract.models import FINISHED, ModelError, Precision, choose_precision
 from foodextract.performance import flops_per_picture, matmul_rate, memory_used
-from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features
+from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features, whole_text
 from foodextract.trainer import PreparedTrainer, Progress
 from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved
 
@@ -36,7 +38,11 @@ class Stage:
     accumulation: int = 4  # such batches an optimizer step
     warmup: float = 0.03  # share of the steps
     schedule: str = "constant_with_warmup"  # of the learning rate, by its name in transformers; plain "constant" would ignore the warm-up
-    validation: int = 0  # pictures to choose the best epoch by; 0: train on all, keep the last
+    validation: int = 0  # pictures to choose the best checkpoint by; 0: train on all, keep the last
+    every: int = 0  # steps between checkpoints; 0: one an epoch
+    lora: Lora | None = None  # adapters instead of the weights themselves; merged into them at the end, and saved in `adapter` as well
+    target: str = "json"  # what the answer is written as: "json", or "repr" as the projects this one grew from did it
+    whole_text: bool = False  # loss on prompt and tile markers too, as they did it
     augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
     fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
 
@@ -62,6 +68,8 @@ def train_stage(
     checkpoints = folder / "checkpoints"
     processes = PartialState()
     freeze(model, stage.freeze)
+    if stage.lora and stage.lora.also:
+        untie(model)
     before = snapshot(model)
     start = {"weights": checksum(before), "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
     recipe = json.dumps({**asdict(stage), **start})
@@ -77,7 +85,8 @@ def train_stage(
         run = replace(stage, batch_size=stage.batch_size * stage.accumulation, accumulation=1)
     while True:
         try:
-            trainer = _trainer(model, processor, run, split, checkpoints, seed, max_steps)
+            trained = attach(model, stage.lora) if stage.lora else model
+            trainer = _trainer(model, trained, processor, run, split, checkpoints, seed, max_steps)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(progress)
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -88,6 +97,8 @@ def train_stage(
             fewer = 1 if run.batch_size % 2 else run.batch_size // 2
             run = replace(run, batch_size=fewer, accumulation=run.accumulation * run.batch_size // fewer)
             print(f"out of memory: going on with batches of {run.batch_size} x {run.accumulation}")
+            if stage.lora:
+                trained.unload()
             model.load_state_dict(before, strict=False)
             torch.cuda.empty_cache()
         except OSError as error:
@@ -96,7 +107,12 @@ def train_stage(
             raise ModelError(
                 f"{stage.name}: the disk of {checkpoints} is full; free some of it and run this again, which takes up the last checkpoint"
             ) from error
-    log = [entry for entry in trainer.state.log_history if {"loss", "eval_item_f1"} & entry.keys()]
+    log = [entry for entry in trainer.state.log_history if {"loss", "eval_loss", "eval_item_f1"} & entry.keys()]
+    performance = _performance(model, trainer, progress, run)
+    if stage.lora:
+        if processes.is_main_process:
+            trained.save_pretrained(folder / "adapter")
+        trained.merge_and_unload()
     moved = weights_moved(model, before)
     processes.wait_for_everyone()
     if processes.is_main_process:
@@ -108,7 +124,7 @@ def train_stage(
             "seed": seed,
             "processes": processes.num_processes,
             "precision": precision.reason,
-            "performance": _performance(model, trainer, progress, run),
+            "performance": performance,
             "log": log,
             "moved": [asdict(m) for m in moved],
         }
@@ -124,9 +140,18 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _trainer(
-    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, split: datasets.Dataset, checkpoints: Path, seed: int, max_steps: int
+    model: PreTrainedModel,
+    trained: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    stage: Stage,
+    split: datasets.Dataset,
+    checkpoints: Path,
+    seed: int,
+    max_steps: int,
 ) -> SFTTrainer:
+    """`trained` is the model, or the adapters around it."""
     precision = choose_precision(model.device, training=True)
+    rhythm = "steps" if stage.every else "epoch"
     config = SFTConfig(
         output_dir=str(checkpoints),
         num_train_epochs=stage.epochs,
@@ -141,11 +166,13 @@ def _trainer(
         bf16=precision.autocast is torch.bfloat16,
         fp16=precision.autocast is torch.float16,
         use_cpu=model.device.type == "cpu",
-        save_strategy="epoch",
+        save_strategy=rhythm,
+        save_steps=stage.every or 500,
         save_total_limit=1,
-        eval_strategy="epoch" if stage.validation else "no",
+        eval_strategy=rhythm if stage.validation else "no",
+        eval_steps=stage.every or None,
         load_best_model_at_end=bool(stage.validation),
-        metric_for_best_model="item_f1" if stage.validation else None,
+        metric_for_best_model=("item_f1" if stage.fast else "loss") if stage.validation else None,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen
         report_to="none",
@@ -156,12 +183,19 @@ def _trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
         seed=seed,
     )
-    if not stage.fast:
-        if stage.validation or stage.augment:
-            raise ModelError(f"{stage.name}: validation and augmentation belong to the fast path: leave fast=False out")
-        rows, collator = as_conversations(split), Collator(processor)
-        return SFTTrainer(model, config, train_dataset=rows, processing_class=processor, data_collator=collator)
     held_out = validation_rows(split, stage.validation)
+    if not stage.fast:
+        if stage.augment or stage.whole_text or stage.target != "json":
+            raise ModelError(f"{stage.name}: augment, whole_text and target belong to the fast path: leave fast=False out")
+        seen = sorted(set(range(len(split))) - set(held_out))
+        return SFTTrainer(
+            trained,
+            config,
+            train_dataset=as_conversations(split.select(seen)),
+            eval_dataset=as_conversations(split.select(held_out)) if held_out else None,
+            processing_class=processor,
+            data_collator=Collator(processor),
+        )
     unseen = split.select(held_out)
     labels = [record_of(row) for row in unseen.remove_columns("image")]
 
@@ -171,7 +205,7 @@ def _trainer(
 
     prepared = _prepared(model, processor, stage, split, checkpoints, precision)
     return PreparedTrainer(
-        model, config, prepared=prepared, held_out=held_out, score=score if held_out else None, processing_class=processor
+        trained, config, prepared=prepared, held_out=held_out, score=score if held_out else None, processing_class=processor
     )
 
 
@@ -193,7 +227,9 @@ def _prepared(
 ) -> Prepared:
     """The rows, once for all stages; with what the vision tower makes of them if it is frozen and the disk has room for that."""
     with PartialState().main_process_first():
-        prepared = prepare(split, processor, checkpoints.parents[1])
+        prepared = prepare(split, processor, checkpoints.parents[1], stage.target)
+    if stage.whole_text:
+        prepared = whole_text(prepared)
     if stage.augment:
         if prepared.pixels.shape[1] > 1:
             raise ModelError("pictures of several tiles cannot be augmented, since their tiles must fit together: take 1 tile")
