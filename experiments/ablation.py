@@ -65,7 +65,7 @@ CHOICES = {
     REFERENCE: Choice(None),  # two stages, all weights, loss on the answer, JSON, one tile, fp32 master weights
     ONE_STAGE: Choice(REFERENCE, lambda stages: [replace(stages[0], epochs=sum(stage.epochs for stage in stages))]),
     "LoRA": Choice(ONE_STAGE, with_lora(1)),
-    "LoRA, ten times the rate": Choice(ONE_STAGE, with_lora(10)),
+    "LoRA at ten times the rate": Choice(ONE_STAGE, with_lora(10)),  # as is customary: a fair chance
     "prompt in the loss": Choice(REFERENCE, with_all(whole_text=True)),
     "bf16 weights in stage 2": Choice(REFERENCE, bf16_stage2=True),
     "Python repr as target": Choice(REFERENCE, with_all(target="repr")),

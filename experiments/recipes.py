@@ -11,7 +11,7 @@ import datasets
 from foodextract import dataset, evaluation, sources
 from foodextract.adapters import Lora
 from foodextract.profiles import VISION
-from foodextract.results import Row, read_results, write_results
+from foodextract.results import Row, make_row, read_results, write_results
 from foodextract.schema import FoodRecord
 from foodextract.training import Stage
 
@@ -63,6 +63,16 @@ def open_data(recipe: Recipe, folder: Path, seed: int = 42) -> datasets.DatasetD
 def score(experiment: str, labels: Sequence[FoodRecord], answers: Mapping[str, Sequence[str]]) -> list[Row]:
     """All figures of everybody who answered, as rows of `experiment`."""
     return [row for who, texts in answers.items() for row in evaluation.to_rows(experiment, who, evaluation.score(labels, texts), COMMAND)]
+
+
+def training_rows(experiment: str, logs: Mapping[str, Sequence[Mapping[str, float]]], seconds: Mapping[str, float]) -> list[Row]:
+    """What training itself told: the loss of each stage's first and last step, and how long the stage took."""
+    rows = []
+    for stage, log in logs.items():
+        for which, entry in (("loss_first", log[0]), ("loss_last", log[-1])):
+            rows.append(make_row(experiment, stage, which, entry["loss"], unit="nats a token", n=1, command=COMMAND))
+        rows.append(make_row(experiment, stage, "seconds", seconds[stage], unit="s", n=1, command=COMMAND))
+    return rows
 
 
 def keep(path: str | Path, rows: Sequence[Row]) -> None:
