@@ -1,13 +1,13 @@
 """Gemma-3n: loading it with the guards it needs, and a tiny model of the same architecture for machines without a GPU.
 
-The tiny one is built from the real configuration classes: a MobileNet-V5 tower with one or two blocks a stage, an audio tower, AltUp,
+The tiny one is built from the real configuration classes: a MobileNet-V5 tower with one to three blocks a stage, an audio tower, AltUp,
 LAuReL, per-layer embeddings, shared keys and values, sparse activations. Its weights are random, so it knows nothing.
 """
 
 from pathlib import Path
 
 import torch
-from timm.models._efficientnet_builder import decode_arch_def
+from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
@@ -83,8 +83,12 @@ def make_tiny(seed: int = 0) -> tuple[Gemma3nForConditionalGeneration, Gemma3nPr
         },
     )
     patches = (EDGE // 32) ** 2
-    blocks = [["er_r1_k3_s2_e4_c128"], ["uir_r1_a3_k5_s2_e6_c256"]]
-    blocks += [["uir_r1_a5_k5_s2_e6_c640", "mqa_r1_k3_h8_s2_d64_c640"], ["uir_r1_a5_k5_s2_e6_c1280", "mqa_r1_k3_h16_s1_d96_c1280"]]
+    blocks = [
+        ["er_r1_k3_s2_e4_c128"],
+        ["uir_r1_a3_k5_s2_e6_c256"],
+        ["uir_r1_a5_k5_s2_e6_c640", "mqa_r1_k3_h8_s2_d64_c640", "uir_r1_a0_k0_s1_e2_c640"],
+        ["uir_r1_a5_k5_s2_e6_c1280", "mqa_r1_k3_h16_s1_d96_c1280", "uir_r1_a0_k0_s1_e2_c1280"],
+    ]
     tower = {"channel_multiplier": 0.125, "block_args": decode_arch_def(blocks), "msfa_output_resolution": EDGE // 32}
     text = Gemma3nTextConfig(
         vocab_size=words.get_vocab_size(),
@@ -126,6 +130,7 @@ def make_tiny(seed: int = 0) -> tuple[Gemma3nForConditionalGeneration, Gemma3nPr
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Gemma3nForConditionalGeneration(config)
+        efficientnet_init_weights(model.model.vision_tower)  # which transformers leaves at zero, expecting a checkpoint
     model.generation_config.eos_token_id = token(TURN_END)
     pictures = SiglipImageProcessor(size={"height": EDGE, "width": EDGE}, do_normalize=False)
     processor = Gemma3nProcessor(Gemma3nAudioFeatureExtractor(), pictures, tokenizer, chat_template=TEMPLATE, image_seq_length=patches)

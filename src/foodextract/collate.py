@@ -41,7 +41,7 @@ class Collator:
             "input_ids": padded(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
             "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": padded(labels, batch_first=True, padding_value=IGNORED),
-            **{key: torch.as_tensor(value) for key, value in batch.items() if key.startswith("pixel")},
+            **{key: torch.stack([torch.as_tensor(one) for one in value]) for key, value in batch.items() if key.startswith("pixel")},
         }
 
     def answer_text(self, row: dict[str, Any], prompt: str) -> str:

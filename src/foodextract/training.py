@@ -11,7 +11,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from foodextract import evaluation
@@ -85,6 +85,7 @@ def train_stage(
         run = replace(stage, batch_size=stage.batch_size * stage.accumulation, accumulation=1)
     while True:
         try:
+            set_seed(seed)  # adapters start at random
             trained = attach(model, stage.lora) if stage.lora else model
             trainer = _trainer(model, trained, processor, run, split, checkpoints, seed, max_steps)
             trainer.remove_callback(PrinterCallback)
