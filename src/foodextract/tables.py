@@ -104,11 +104,12 @@ def difference_table(rows: Sequence[Row]) -> str:
 
 def effect_table(rows: Sequence[Row]) -> str:
     """Markdown: one line a choice, one column a metric: the mean over seeds, and below it the difference to what it is measured against."""
+    rows = [row for row in rows if " | " not in row.subject]  # single runs
     figures = {(row.metric, row.subject): row for row in rows}
-    against = dict(subject.split(" minus ") for subject in dict.fromkeys(row.subject for row in rows) if " minus " in subject)
-    subjects = [s for s in dict.fromkeys(row.subject for row in rows) if " minus " not in s and " | " not in s]
+    everything = dict.fromkeys(row.subject for row in rows)
+    against = dict(subject.split(" minus ") for subject in everything if " minus " in subject)
     lines = []
-    for subject in subjects:
+    for subject in [subject for subject in everything if " minus " not in subject]:
         changes = [figures.get((f"{metric}_difference", f"{subject} minus {against.get(subject)}")) for metric in EFFECTS]
         cells = [
             _cell(figures.get((metric, subject))) + (f"<br>{_change(row)}" if row else "")
