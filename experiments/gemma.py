@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     Gemma3nAudioConfig,
     Gemma3nAudioFeatureExtractor,
     Gemma3nConfig,
@@ -153,7 +154,7 @@ def largest_activations(model: PreTrainedModel, inputs: dict[str, torch.Tensor])
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     hooks = [module.register_forward_hook(look(name.removeprefix("model.").split(".")[0])) for name, module in leaves]
     try:
-        model(**{key: value.to(model.device) for key, value in inputs.items()})
+        model(**BatchFeature(inputs).to(model.device, model.dtype))
     finally:
         for hook in hooks:
             hook.remove()
