@@ -14,8 +14,7 @@ from transformers import (
 from captioning import TARGET
 from foodextract.models import TINY_BASE, load_model, load_processor
 from foodextract.scenes import FOODS
-
-TINY = "tiny"  # what a recipe calls the model that `make_tiny` makes
+from recipes import TINY
 
 
 def load(base: str, device: torch.device) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -36,7 +36,7 @@ ALIKE = 70  # rapidfuzz's ratio, 0 to 100, from which on a text counts as a clas
 class Captioning:
     """The recipe of one run: the vision tower stays frozen, the text decoder trains."""
 
-    base: str  # Hub id, or blip.TINY
+    base: str  # Hub id or folder, or recipes.TINY
     data: str  # Hub id of a data set with `image` and a `label` of named classes, or "scenes" for drawings
     learning_rate: float
     batch_size: int

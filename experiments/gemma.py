@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from foodextract.models import TINY_BASE, ModelError, choose_precision
+from recipes import TINY
 
-TINY = "tiny"  # what a recipe calls the model that `make_tiny` makes
 LARGEST_FP16 = 65_504.0
 EDGE = 192  # pixels of a picture; the tower halves it five times, to 6 x 6
 TURN_END = "<end_of_turn>"

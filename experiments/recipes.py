@@ -10,11 +10,13 @@ import datasets
 
 from foodextract import dataset, evaluation, sources
 from foodextract.adapters import Lora
+from foodextract.models import TINY_BASE
 from foodextract.profiles import VISION
 from foodextract.results import Row, make_row, read_results, write_results
 from foodextract.schema import FoodRecord
 from foodextract.training import Stage
 
+TINY = "tiny"  # what a recipe calls the tiny model of the same architecture
 COMMAND = os.environ.get("FOODEXTRACT_COMMAND", "a notebook of experiments/")
 
 
@@ -25,7 +27,7 @@ class Recipe:
     `learning_rates` has one value a stage. Of two stages the first leaves the vision tower alone; a single one is called `tuned`.
     """
 
-    base: str  # Hub id or folder of the base model
+    base: str  # Hub id or folder of the base model, or TINY
     data: str  # Hub id of the data set, or "scenes" for drawings
     learning_rates: Sequence[float]
     batch_size: int
@@ -37,6 +39,11 @@ class Recipe:
     fast: bool = True  # False: the plain SFTTrainer, for models that the fast path does not know
     schedule: str = "constant_with_warmup"
     scenes: Sequence[int] = (1600, 200)  # how many to draw for training and test
+
+    @property
+    def smolvlm(self) -> str:
+        """The base as `models.load_model` takes it, the tiny SmolVLM being the bundled one."""
+        return str(TINY_BASE) if self.base == TINY else self.base
 
     def stages(self) -> list[Stage]:
         """The stages to train, one after the other."""

@@ -149,7 +149,7 @@ def test_interrupted_adapters_end_like_uninterrupted_ones(processor, rows, tmp_p
 
 @pytest.fixture(scope="module")
 def tiny_gemma():
-    return gemma.load(gemma.TINY, CPU)
+    return gemma.load(recipes.TINY, CPU)
 
 
 def test_gemma_trains_on_the_answer_and_the_end_of_the_turn(tiny_gemma, rows):
@@ -171,7 +171,7 @@ def test_gemma_answers_alike_alone_and_in_a_batch(tiny_gemma, rows, monkeypatch)
 
 
 def test_gemma_learns_through_adapters_and_stops_at_nan(rows, tmp_path):
-    model, processor = gemma.load(gemma.TINY, CPU)
+    model, processor = gemma.load(recipes.TINY, CPU)
     stage = Stage("tuned", (), 1e-2, epochs=4, batch_size=8, accumulation=1, lora=adapters.Lora(16, 8), every=4, validation=4, fast=False)
     log, _ = training.train_stage(model, processor, stage, rows["train"].select(range(20)), tmp_path)
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
@@ -187,7 +187,7 @@ def test_gemma_refuses_a_gpu_that_has_only_fp16(monkeypatch):
     only_fp16 = models.Precision(torch.float32, torch.float16, "")
     monkeypatch.setattr(gemma, "choose_precision", lambda *_, **__: only_fp16)
     with pytest.raises(ModelError, match="overflows fp16"):
-        gemma.load(gemma.TINY, CPU)
+        gemma.load(recipes.TINY, CPU)
 
 
 def test_largest_activations_are_found(tiny_gemma, rows):
@@ -222,7 +222,7 @@ def test_captions_lead_back_to_classes(text, name):
     assert captioning.to_class(text, CLASSES) == name
 
 
-CAPTIONS = captioning.Captioning(blip.TINY, "scenes", 1e-3, batch_size=4, steps=6, save_every=2, buffer=1, augment=True, seed=1)
+CAPTIONS = captioning.Captioning(recipes.TINY, "scenes", 1e-3, batch_size=4, steps=6, save_every=2, buffer=1, augment=True, seed=1)
 
 
 def test_streamed_scenes_show_one_food_each_and_have_named_classes():
@@ -234,7 +234,7 @@ def test_streamed_scenes_show_one_food_each_and_have_named_classes():
 
 
 def test_captions_are_trained_as_they_are_written():
-    model, processor = blip.load(blip.TINY, CPU)
+    model, processor = blip.load(recipes.TINY, CPU)
     pictures = [row["image"] for row in islice(captioning.stream(CAPTIONS, "train", CLASSES[:2]), 2)]
     texts = [captioning.TARGET.format(name) for name in ("pizza", "french fries")]
     batch = captioning.make_batch(processor, pictures, texts, model.config.text_config.bos_token_id)
@@ -244,7 +244,7 @@ def test_captions_are_trained_as_they_are_written():
 
 
 def test_blip_sees_what_the_tiny_base_sees(base):
-    model, _ = blip.load(blip.TINY, CPU)
+    model, _ = blip.load(recipes.TINY, CPU)
     pixels = torch.randn(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
     theirs = base.model.vision_model(pixels).last_hidden_state.detach()
     ours = model.vision_model(pixels).last_hidden_state[:, 1:].detach()
@@ -253,7 +253,7 @@ def test_blip_sees_what_the_tiny_base_sees(base):
 
 def test_an_interrupted_loop_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
     def fresh():
-        return blip.load(blip.TINY, CPU), captioning.stream(CAPTIONS, "train", CLASSES[:2])
+        return blip.load(recipes.TINY, CPU), captioning.stream(CAPTIONS, "train", CLASSES[:2])
 
     (whole, processor), rows = fresh()
     before = {name: value.clone() for name, value in whole.state_dict().items()}
