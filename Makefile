@@ -10,7 +10,7 @@ export TRANSFORMERS_VERBOSITY ?= error
 export TQDM_MININTERVAL ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo space test lint unit smoke refresh tiny-base clean
+.PHONY: help install demo experiments space test lint unit smoke refresh tiny-base clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,14 @@ demo: install  ## The whole story on the offline profile: draw, train in two sta
 space: install  ## Start the Gradio demo on this machine: http://127.0.0.1:7860
 	$(BIN)/python demos/FoodExtract-Vision/app.py
 
+experiments: install  ## The four archived recipes on the offline profile, each a notebook; figures go to results/experiments.json.
+	@mkdir -p $(OUT)/experiments
+	@for notebook in experiments/*.ipynb; do \
+		FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make experiments" $(BIN)/papermill --no-progress-bar --log-output --cwd experiments \
+			$$notebook $(OUT)/experiments/$$(basename $$notebook) || exit 1; done
+	@$(BIN)/python -m foodextract.reports
+	@echo "notebooks with outputs: $(OUT)/experiments   figures: results/experiments.json"
+
 test: lint unit smoke  ## Lint, unit tests, notebook smoke run.
 
 lint: install
@@ -51,11 +59,11 @@ unit: install
 smoke: install
 	$(BIN)/python -m pytest -m notebooks
 
-refresh: demo  ## Maintainers: commit-ready notebooks, tuned tiny model and README from the last `make demo`.
+refresh: demo experiments  ## Maintainers: commit-ready notebooks, tuned tiny model and README from `make demo` and `make experiments`.
 	$(BIN)/python -m foodextract.reports --publish
 
 tiny-base: install  ## Maintainers: make the tiny base again from nothing (about an hour on 2 cores).
 	$(BIN)/python experiments/tiny_base/make_tiny_base.py
 
 clean:  ## Remove everything made here, .venv included.
-	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(OUT) experiments/$(OUT) .pytest_cache .ruff_cache src/*.egg-info

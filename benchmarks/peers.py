@@ -1,12 +1,14 @@
-"""Who answers the drawn test scenes how well: a majority, the nearest training picture, the base model and the tuned one.
+"""Who answers the drawn test scenes how well: a majority, the nearest training picture, the base and the tuned model, free and constrained.
 
-    python benchmarks/peers.py                       # the scenes of `make demo`; writes results/peers.json
+    python benchmarks/peers.py                                   # the scenes of `make demo`; writes results/peers.json
+    python benchmarks/peers.py --tuned outputs/offline/stage2    # the model that `make demo` has just made
 
 All of them answer the same pictures and are scored by the same evaluation, only strict answers counting; the tuned model is compared with
 each of the others, picture by picture. Breakdowns by number of items follow each subject behind a bar.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -60,18 +62,20 @@ def main(
     records = [record_of(plan_scene(seed, "train", index)[0]) for index in range(train)]
     seen = (scene.image for scene in tqdm(draw_scenes(seed, "train", train), total=train, desc="looking at training scenes", unit="scene"))
     held_out = list(tqdm(draw_scenes(seed, "test", test), total=test, desc="drawing test scenes", unit="scene"))
-    extractor = Extractor.from_pretrained(base)
+    extractor, ours = Extractor.from_pretrained(base), Extractor.from_pretrained(tuned)
     answerers = {
         "majority": evaluation.each(Majority.fit(records)),
         "nearest": evaluation.each(Nearest.fit(extractor, seen, records, neighbours)),
         "base": extractor.answer,
-        "tuned": Extractor.from_pretrained(tuned).answer,
+        "base constrained": partial(extractor.answer, constrained=True),
+        "tuned": ours.answer,
+        "tuned constrained": partial(ours.answer, constrained=True),
     }
     rows = measure(answerers, "tuned", [scene.image for scene in held_out], [scene.record for scene in held_out], batch, command)
     write_results(out, rows)
     for row in rows:
         if row.metric in BROKEN_DOWN and "|" not in row.subject:
-            print(f"{row.subject:>12} {row.metric:20} {row.value:.3f} ({row.low:.3f} to {row.high:.3f}), n = {row.n}")
+            print(f"{row.subject:>17} {row.metric:20} {row.value:.3f} ({row.low:.3f} to {row.high:.3f}), n = {row.n}")
 
 
 if __name__ == "__main__":

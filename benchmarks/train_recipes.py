@@ -11,7 +11,7 @@ from trl import SFTTrainer
 
 from foodextract.collate import IGNORED, Collator
 from foodextract.profiles import PROFILES
-from foodextract.training import Stage
+from foodextract.stage import Stage
 
 STAGES = {stage.name: stage for stage in (PROFILES["hub"].stage1, PROFILES["hub"].stage2)}
 SHARED, CACHED = "batches that share the system message", "frozen vision computed once"  # the last change, in stages 2 and 1

@@ -35,12 +35,13 @@ import typer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, SmolVLMConfig, TrainerCallback
 
-from foodextract import models, training
+from foodextract import models
 from foodextract.dataset import as_conversations
 from foodextract.performance import Step, flops_per_picture, matmul_rate, peak_memory, reset_peak_memory, wait_for
 from foodextract.prepared import prepare, vision_features
 from foodextract.results import commit, device_name, write_results
 from foodextract.scenes import draw_scenes
+from foodextract.stage import precision_of, training_config
 from foodextract.trainer import PreparedTrainer
 from foodextract.weights import freeze
 from train_recipes import STAGES, Recipe, SeedTrainer, ladder, seed_collator
@@ -90,10 +91,10 @@ def measure(
     freeze(model, stage.freeze)
     if recipe.checkpointing:
         model.activation_checkpointing_enable()
-    precision = training.precision_of(stage, device)
+    precision = precision_of(stage, device)
     dtype = (precision.autocast or precision.weights) if recipe.master else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
-        config = training.training_config(stage, precision, device, Path(folder) / "trainer", steps=warm + steps)
+        config = training_config(stage, precision, device, Path(folder) / "trainer", steps=warm + steps)
         config.save_strategy = "no"
         config.bf16, config.fp16 = (recipe.master and on for on in (config.bf16, config.fp16))
         once = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from foodextract import dataset, models, prepared, training, weights
 from foodextract.collate import Collator
 from foodextract.models import ModelError
-from foodextract.training import Stage
+from foodextract.stage import Stage
 
 STAGE1 = Stage("stage1", freeze=("model.vision_model",), learning_rate=1e-3, epochs=2, batch_size=4, accumulation=2)
 STAGE2 = Stage("stage2", freeze=(), learning_rate=1e-4, epochs=1, batch_size=4, accumulation=2)

@@ -92,7 +92,40 @@ def test_difference_table_has_interval_and_p():
 
 
 def test_places_say_so_while_there_is_nothing_to_show(tmp_path):
-    assert reports.peers_table(tmp_path).startswith("Not measured yet")
+    for places in reports.PAGES.values():
+        for text in [text for name, text in places.items() if name != reports.TABLE]:
+            assert text(tmp_path).startswith("Not measured yet")
+
+
+def test_peers_free_in_one_table_and_the_two_by_two_in_another(tmp_path):
+    subjects = ("majority", "base", "base constrained", "tuned", "tuned constrained")
+    (tmp_path / "results").mkdir()
+    write_results(tmp_path / "results" / "peers.json", [row(subject, "strict_json_rate", 0.5, 0.4, 0.6) for subject in subjects])
+    heads = [line for line in reports.peers_table(tmp_path).splitlines() if "base" in line]
+    assert heads == ["| n = 9 | majority | base | tuned |", "|  | base, free | base, constrained | tuned, free | tuned, constrained |"]
+
+
+def test_effects_stand_below_their_means():
+    rows = [
+        row("reference", "item_f1_micro", 0.5, 0.4, 0.6, n=3),
+        row("5 tiles", "item_f1_micro", 0.625, 0.5, 0.75, n=3),
+        row("5 tiles minus reference", "item_f1_micro_difference", 0.125, -0.05, 0.3, n=3),
+        row("5 tiles | seed 1", "item_f1_micro", 0.6, 0.5, 0.7),
+    ]
+    lines = reports.effect_table(rows).splitlines()
+    assert lines[0].startswith("| 3 seeds | against | strict JSON that fits the schema |")
+    assert lines[2] == "| reference |  | – | – | 0.500 (0.400–0.600) | – |"
+    assert lines[3] == "| 5 tiles | reference | – | – | 0.625 (0.500–0.750)<br>+0.125 (-0.050 to +0.300) | – |"
+    [axis] = reports.effects(rows, "item_f1_micro").axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["5 tiles minus reference"]
+
+
+def test_outcomes_have_a_line_for_everybody_who_answered():
+    rows = [row("base", "strict_json_rate", 0), row("tuned", "loss_first", 2), row("tuned", "loss_last", 0.25), row("tuned", "seconds", 9)]
+    rows += [row("tuned", "class_accuracy", 0.5, 0.4, 0.6)]
+    lines = reports.outcome_table(rows).splitlines()
+    assert lines[2] == "| `b` | base, n = 9 | – | 0.0 % | – | – | – | – |"
+    assert lines[3] == "| `b` | tuned, n = 9 | 2.000 → 0.250 | – | – | – | – | 50.0 % (40.0–60.0) |"
 
 
 def test_before_after_draws_what_there_is():

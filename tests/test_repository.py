@@ -13,7 +13,7 @@ from foodextract.profiles import OWNER, REPOSITORY
 from foodextract.results import read_results
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
+NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])
 OFFLINE = ROOT / "results" / "offline.json"
 
 
@@ -83,10 +83,11 @@ def test_bundled_base_does_not_speak_json(held_out):
 
 
 def test_readme_shows_the_measured_figures():
-    readme = (ROOT / "README.md").read_text()
-    assert reports.metric_table(read_metrics(OFFLINE)) in readme
-    for name, text in reports.PLACES.items():
-        assert f"<!-- {name} -->\n{text(ROOT)}\n<!-- /{name} -->" in readme, f"run `python -m foodextract.reports`: {name} is out of date"
+    assert reports.metric_table(read_metrics(OFFLINE)) in (ROOT / "README.md").read_text()
+    for page, places in reports.PAGES.items():
+        for name, text in places.items():
+            shown = f"<!-- {name} -->\n{text(ROOT)}\n<!-- /{name} -->"
+            assert shown in (ROOT / page).read_text(), f"run `python -m foodextract.reports`: {name} in {page} is out of date"
 
 
 def read_metrics(path):
@@ -97,9 +98,10 @@ def test_readme_names_the_two_commands_and_no_dead_links():
     text = (ROOT / "README.md").read_text()
     assert "make demo" in text
     assert "make test" in text
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"(?!http)([^\"]+)\"", text):
-        path = next(filter(None, target)).split("#")[0]
-        assert (ROOT / path).exists(), path
+    for page in reports.PAGES:
+        for target in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"(?!http)([^\"]+)\"", (ROOT / page).read_text()):
+            path = next(filter(None, target)).split("#")[0]
+            assert ((ROOT / page).parent / path).exists(), f"{page}: {path}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -110,7 +112,7 @@ def test_notebook_hygiene(path):
     first = "".join(cells[0]["source"])
     assert cells[0]["cell_type"] == "markdown"
     assert first.startswith("# ")
-    assert f"colab.research.google.com/github/{OWNER}/{REPOSITORY}/blob/main/{path.name}" in first
+    assert f"colab.research.google.com/github/{OWNER}/{REPOSITORY}/blob/main/{path.relative_to(ROOT)}" in first
     assert "profile `offline`" in first
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert not [out for cell in code for out in cell["outputs"] if out["output_type"] == "error"]

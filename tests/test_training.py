@@ -12,8 +12,8 @@ from foodextract import checkpoints, models, training, weights
 from foodextract.models import ModelError
 from foodextract.profiles import PROFILES
 from foodextract.results import read_results
+from foodextract.stage import Stage, training_config
 from foodextract.trainer import PreparedTrainer
-from foodextract.training import Stage
 
 Usage = namedtuple("Usage", "total used free")
 QUICK = {"epochs": 1, "batch_size": 8, "accumulation": 2}
@@ -288,7 +288,7 @@ def test_bf16_on_a_cpu_on_request(base, processor, rows, tmp_path):
 
 def test_compiling_is_left_to_transformers(tmp_path):
     for wanted in (True, False):
-        config = training.training_config(replace(STAGE1, compile=wanted), CPU, torch.device("cpu"), tmp_path)
+        config = training_config(replace(STAGE1, compile=wanted), CPU, torch.device("cpu"), tmp_path)
         assert config.torch_compile is wanted
 
 

@@ -124,7 +124,8 @@ def train(
     from foodextract.models import ModelError, choose_device, load_model, load_processor
     from foodextract.profiles import PROFILES
     from foodextract.samples import DatasetError
-    from foodextract.training import is_sharded, train_stage
+    from foodextract.stage import is_sharded
+    from foodextract.training import train_stage
 
     if profile not in PROFILES:
         _stop(f"there is no profile {profile!r}: take one of {', '.join(PROFILES)}")

@@ -27,7 +27,9 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
         texts = [self.processor.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows]
-        batch = self.processor(text=texts, images=[row["images"] for row in rows])
+        batch = self.processor(
+            text=texts, images=[row["images"] for row in rows], add_special_tokens=False
+        )  # the template has written them
         answers = tokenizer([self.answer_text(row, text) for row, text in zip(rows, texts, strict=True)], add_special_tokens=False)
         sequences = [
             (torch.tensor(prompt), torch.tensor(answer)) for prompt, answer in zip(batch["input_ids"], answers.input_ids, strict=True)
@@ -39,7 +41,7 @@ class Collator:
             "input_ids": padded(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
             "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": padded(labels, batch_first=True, padding_value=IGNORED),
-            **{key: torch.as_tensor(value) for key, value in batch.items() if key.startswith("pixel")},
+            **{key: torch.stack([torch.as_tensor(one) for one in value]) for key, value in batch.items() if key.startswith("pixel")},
         }
 
     def answer_text(self, row: dict[str, Any], prompt: str) -> str:

@@ -202,15 +202,18 @@ def record_of(row: dict[str, Any]) -> FoodRecord:
     return FoodRecord(**{key: row[key] for key in FoodRecord.model_fields})
 
 
-def as_conversations(split: datasets.Dataset) -> datasets.Dataset:
-    """The rows a trainer takes, made on access so that no picture is held in memory: `images`, `prompt`, `completion`."""
+def as_conversations(split: datasets.Dataset, target: str = "json") -> datasets.Dataset:
+    """The rows a trainer takes, made on access so that no picture is held in memory: `images`, `prompt`, `completion`.
+
+    `target` is what answers are written as; see `prompts.answer`.
+    """
 
     def conversations(batch: dict[str, list]) -> dict[str, list]:
         records = [record_of(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
         return {
             "images": [[open_picture(image)] for image in batch["image"]],
             "prompt": [prompts.conversation() for _ in records],
-            "completion": [prompts.answer(record) for record in records],
+            "completion": [prompts.answer(record, target) for record in records],
         }
 
     return split.with_transform(conversations)

@@ -30,7 +30,7 @@ class Evidence:
     """How a model came to be, and its figures.
 
     `weights` is the checksum of its tensors, `base_model` a Hub id or the name of a bundled model, `stages` the values of each
-    `training.Stage`, `rows` what `results/` had to say, the model's own under the name of its last stage.
+    `stage.Stage`, `rows` what `results/` had to say, the model's own under the name of its last stage.
     """
 
     weights: str
@@ -65,7 +65,7 @@ def weights_of(folder: str | os.PathLike) -> str:
 
 
 def write(folder: str | os.PathLike, base_model: str | os.PathLike, dataset: str, stages: Sequence[Any], rows: Sequence[Row]) -> Evidence:
-    """Bind figures to the weights saved in `folder`. `stages` are `training.Stage`s; of a base in a folder only its name is kept."""
+    """Bind figures to the weights saved in `folder`. `stages` are `stage.Stage`s; of a base in a folder only its name is kept."""
     base = Path(base_model).name if Path(base_model).is_dir() else str(base_model)
     made = Evidence(weights_of(folder), base, dataset, [asdict(stage) for stage in stages], list(rows))
     (Path(folder) / EVALUATION).write_text(json.dumps(asdict(made), indent=1), encoding="utf-8")

@@ -136,6 +136,7 @@ class Extractor:
         return self.processor(
             text=[self._prompt] * len(pictures),
             images=[[picture] for picture in pictures],
+            add_special_tokens=False,  # the template has written them
             padding=True,
             padding_side="left",
             return_tensors="pt",

@@ -16,7 +16,7 @@ from foodextract.calibration import Bin, calibration_error
 from foodextract.judging import FIELDS, Counts, try_read
 from foodextract.results import Row
 from foodextract.schema import FoodRecord
-from foodextract.tables import NAMES, SUBJECTS, subject_name
+from foodextract.tables import MORE_NAMES, NAMES, SUBJECTS, subject_name
 
 COLOURS = ("#bab0ac", "#9ecae9", "#4c78a8", "#f2b134", "#72b7b2", "#b279a2")  # before grey, after blue, then whoever else
 RIGHT, INVENTED, MISSED = "#2e7d32", "#c62828", "#b26a00"
@@ -88,6 +88,19 @@ def before_after(rows: Sequence[Row], names: Mapping[str, str] = NAMES) -> Figur
     axis.set_ylim(min([0, *(row.low - 0.03 for row in wanted if row.low < 0)]), 1.05)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, ncols=len(subjects), loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    return figure
+
+
+def effects(rows: Sequence[Row], metric: str) -> Figure:
+    """What each choice changes, with its 95 % interval: one line a `who minus whom`. An interval across the grey line may be nothing."""
+    mine = [row for row in rows if row.metric == f"{metric}_difference"][::-1]
+    figure, axis = plt.subplots(figsize=(8, 0.42 * len(mine) + 1), layout="constrained")
+    errors = [[row.value - row.low for row in mine], [row.high - row.value for row in mine]]
+    axis.errorbar([row.value for row in mine], range(len(mine)), xerr=errors, fmt="o", color=COLOURS[2], capsize=3)
+    axis.axvline(0, color="#888", linewidth=1)
+    axis.set_yticks(range(len(mine)), [row.subject for row in mine], fontsize=8)
+    axis.set(xlabel=f"difference in {({**NAMES, **MORE_NAMES})[metric]}", ylim=(-0.6, len(mine) - 0.4))
+    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

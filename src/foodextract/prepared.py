@@ -38,6 +38,7 @@ class Prepared:
     answers: np.ndarray  # (N, 2) int32: where in `tokens` the answer starts, and where the row ends
     pixels: np.ndarray  # (N, T, 3, P, P) uint8
     tiles: np.ndarray  # (N,) int32: how many of the T tiles are real
+    picture: int = -1  # the token id of a picture's placeholder, which is never a target
     features: torch.Tensor | None = None  # (N, T, patches, d): what a frozen vision tower makes of the pixels
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None  # changes a tile (3, P, P) uint8 at random
 
@@ -62,7 +63,7 @@ class Prepared:
         seen = torch.cat([torch.ones(len(rows), self.prefix.shape[1], dtype=torch.bool), place < end], 1)
         batch = {
             "input_ids": tokens,
-            "labels": tokens.masked_fill((place < start) | (place >= end), IGNORED),
+            "labels": tokens.masked_fill((place < start) | (place >= end) | (tokens == self.picture), IGNORED),
             "attention_mask": seen.long(),
             "tiles": torch.from_numpy(self.tiles[rows].astype(np.int64)),
         }
@@ -86,28 +87,37 @@ def real(tiles: torch.Tensor, most: int) -> torch.Tensor:
     return torch.arange(most, device=tiles.device) < tiles[:, None]
 
 
-def prepare(split: datasets.Dataset, processor: ProcessorMixin, folder: str | Path) -> Prepared:
+def prepare(split: datasets.Dataset, processor: ProcessorMixin, folder: str | Path, target: str = "json") -> Prepared:
     """Prepare a split of the data set below `folder`, or take up what an earlier run prepared there from the same rows and settings.
 
+    `target` is what answers are written as; see `prompts.answer`.
     Raises ModelError when the processor does more to a picture than resize, rescale and normalise it.
     """
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     tokenizer |= {"padding": None, "truncation": None}  # left over from its last call, and of no matter here
     settings = processor.to_json_string() + json.dumps(tokenizer) + str(processor.chat_template)
-    key = hashlib.sha256((split._fingerprint + settings).encode()).hexdigest()[:16]
+    key = hashlib.sha256((split._fingerprint + settings + target).encode()).hexdigest()[:16]
     home = Path(folder) / f"prepared-{key}"
     ready = home / "ready.json"  # written last
     if not ready.is_file():
         home.mkdir(parents=True, exist_ok=True)
-        ready.write_text(json.dumps(_prepare(split, processor, home)))
+        ready.write_text(json.dumps(_prepare(split, processor, home, target)))
     facts = json.loads(ready.read_text())
     arrays = {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "answers", "pixels", "tiles")}
-    return Prepared(prefix=torch.tensor([facts["prefix"]]), **arrays)
+    return Prepared(prefix=torch.tensor([facts["prefix"]]), picture=processor.image_token_id, **arrays)
 
 
-def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path) -> dict:
+def whole_text(prepared: Prepared) -> Prepared:
+    """The same rows with all text as target, prompt and tile markers too. Nothing is shared then: each row has the prefix to itself."""
+    rows = prepared.unshared()
+    answers = rows.answers.copy()
+    answers[:, 0] = 0
+    return replace(rows, answers=answers)
+
+
+def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path, target: str) -> dict:
     images, tokenizer = processor.image_processor, processor.tokenizer
-    rows, collator = as_conversations(split), Collator(processor)
+    rows, collator = as_conversations(split, target), Collator(processor)
     prompts: dict[tuple, list[int]] = {}  # token ids by text and tile layout: one or a few for a whole data set
     ids, starts = [None] * len(rows), np.zeros(len(rows), np.int32)
     tiles = np.zeros(len(rows), np.int32)
@@ -124,7 +134,7 @@ def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path) -> 
             raw = images([row["images"]], do_rescale=False, do_normalize=False, return_row_col_info=True, return_tensors="pt")
             layout = (text, raw["rows"][0][0], raw["cols"][0][0])
             if layout not in prompts:
-                whole = processor(text=[text], images=[row["images"]], return_tensors="pt")
+                whole = processor(text=[text], images=[row["images"]], add_special_tokens=False, return_tensors="pt")
                 ours = normalise(raw["pixel_values"].to(torch.uint8), torch.tensor([raw["pixel_values"].shape[1]]), images)
                 if not torch.allclose(ours, whole["pixel_values"], atol=1e-5):
                     raise ModelError(f"{type(images).__name__} does more than resize, rescale and normalise: train with fast=False")

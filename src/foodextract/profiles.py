@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from foodextract.models import HUB_BASE, TINY_BASE
 from foodextract.sources import HUB_DATASET
-from foodextract.training import Stage
+from foodextract.stage import Stage
 
 OWNER = "berkeruveyik"
 REPOSITORY = "FoodExtract-Vision"

@@ -28,6 +28,7 @@ def conversation() -> list[dict]:
     ]
 
 
-def answer(record: FoodRecord) -> list[dict]:
-    """The assistant's turn that training aims at."""
-    return [{"role": "assistant", "content": [{"type": "text", "text": record.to_json()}]}]
+def answer(record: FoodRecord, target: str = "json") -> list[dict]:
+    """The assistant's turn that training aims at: JSON, or "repr", the Python text of a dict, which is there to be measured against."""
+    text = {"json": record.to_json(), "repr": repr(record.model_dump())}[target]
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]

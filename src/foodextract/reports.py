@@ -10,14 +10,35 @@ from typing import Annotated
 import nbformat
 import typer
 
-from foodextract.figures import bars, before_after, class_heat_map, contact_sheet, loss_curves, reliability, token_colours, worst_cases
+from foodextract.figures import (
+    bars,
+    before_after,
+    class_heat_map,
+    contact_sheet,
+    effects,
+    loss_curves,
+    reliability,
+    token_colours,
+    worst_cases,
+)
 from foodextract.results import read_results
-from foodextract.tables import MORE_NAMES, NAMES, difference_table, group_table, item_table, markdown_table, metric_table, mode_table
+from foodextract.tables import (
+    MORE_NAMES,
+    NAMES,
+    difference_table,
+    effect_table,
+    group_table,
+    item_table,
+    markdown_table,
+    metric_table,
+    mode_table,
+    outcome_table,
+)
 
 __all__ = [
-    "MORE_NAMES", "NAMES", "bars", "before_after", "class_heat_map", "contact_sheet", "difference_table", "fill_in", "group_table",
-    "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table", "offline_table", "peers_table", "publish", "reliability",
-    "token_colours", "worst_cases",
+    "MORE_NAMES", "NAMES", "bars", "before_after", "class_heat_map", "contact_sheet", "difference_table", "effect_table", "effects",
+    "fill_in", "group_table", "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table", "offline_table",
+    "outcome_table", "peers_table", "publish", "reliability", "token_colours", "worst_cases",
 ]  # fmt: skip
 
 
@@ -51,16 +72,37 @@ def peers_table(root: Path) -> str:
     if not measured.exists():
         return "Not measured yet: `.venv/bin/python benchmarks/peers.py` does it."
     rows = read_results(measured)
-    return f"{metric_table(rows)}\n\n{difference_table(rows)}"
+    free = [row for row in rows if not row.subject.endswith(" constrained")]
+    return f"{metric_table(free)}\n\n{mode_table(rows, ('base', 'tuned'))}\n\n{difference_table(rows)}"
 
 
-PLACES: dict[str, Callable[[Path], str]] = {TABLE: offline_table, "peers": peers_table}  # in README.md, with what stands there
+def experiments_table(root: Path) -> str:
+    """What the archived recipes reach; before they have run, how to run them."""
+    measured = root / "results" / "experiments.json"
+    return outcome_table(read_results(measured)) if measured.exists() else "Not measured yet: `make experiments` does it."
+
+
+def ablation_table(root: Path) -> str:
+    """What each choice of the recipe is worth; before it is measured, how to do it."""
+    measured = root / "results" / "ablation.json"
+    return (
+        effect_table(read_results(measured))
+        if measured.exists()
+        else "Not measured yet: `.venv/bin/python experiments/ablation.py` does it."
+    )
+
+
+Places = dict[str, Callable[[Path], str]]
+PLACES: Places = {TABLE: offline_table, "peers": peers_table}  # in README.md, with what stands there
+PAGES: dict[str, Places] = {"README.md": PLACES, "experiments/README.md": {"experiments": experiments_table, "ablation": ablation_table}}
 
 
 def publish(root: Path) -> None:
-    """Take what the last `make demo` made into the repository: executed notebooks, the tuned tiny model, README's pictures."""
+    """Take what `make demo` and `make experiments` made into the repository: notebooks, the tuned tiny model, README's pictures."""
     made = root / "outputs"
-    for executed in sorted((made / "notebooks").glob("*.ipynb")):
+    for executed in sorted(made.glob("*/*.ipynb")):
+        archived = executed.parent.name == "experiments"
+        home, results = (root / "experiments", "experiments.json") if archived else (root, "offline.json")
         notebook = nbformat.read(executed, as_version=4)
         for cell in notebook.cells:
             if "showcase" in cell.metadata.get("tags", []):
@@ -70,10 +112,10 @@ def publish(root: Path) -> None:
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # progress bars
         notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
-        nbformat.write(notebook, root / executed.name)
-        row = read_results(root / "results" / "offline.json")[0]
+        nbformat.write(notebook, home / executed.name)
+        row = next(row for row in read_results(root / "results" / results) if not archived or row.benchmark == executed.stem)
         where = f"The outputs below come from one run of `{row.command}`: profile `offline`, on {row.device}, at commit {row.commit}."
-        _fill_first_cell(root / executed.name, "run", where)
+        _fill_first_cell(home / executed.name, "run", where)
     _fill_first_cell(root / "01_fine_tune_vlm_v3_smolVLM_500m.ipynb", TABLE, offline_table(root))
     tuned = Path(__file__).parent / "bundled" / "tiny-tuned"
     shutil.rmtree(tuned, ignore_errors=True)
@@ -89,10 +131,11 @@ def _fill_first_cell(path: Path, name: str, text: str) -> None:
 def main(
     publish_too: Annotated[bool, typer.Option("--publish", help="Also take executed notebooks and the tuned model into the tree.")] = False,
 ) -> None:
-    """Print the before/after table of results/offline.json and bring README.md up to date with results/."""
+    """Print the before/after table of results/offline.json and bring both README files up to date with results/."""
     root = Path.cwd()
-    for name, text in PLACES.items():
-        fill_in(root / "README.md", name, text(root))
+    for page, places in PAGES.items():
+        for name, text in places.items():
+            fill_in(root / page, name, text(root))
     if publish_too:
         publish(root)
     print(offline_table(root))

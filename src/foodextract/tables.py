@@ -18,12 +18,16 @@ MORE_NAMES = {  # the others, but precision, recall and F1 of the items, which `
     "is_food_f1": "`is_food` F1",
     "is_food_mcc": "`is_food` correlation (MCC)",
     "item_f1_micro_soft": "item F1 (names spelled alike count)",
+    "item_f1_micro_lenient": "item F1 (of whatever can be read)",
     "item_f1_macro": "item F1 (mean over pictures)",
     "title_similarity": "title similarity",
     "repetition_rate": "answers that repeat themselves (lower is better)",
     "truncation_rate": "answers cut off (lower is better)",
     "answer_characters": "characters an answer",
 }
+OUTCOMES = ("strict_json_rate", "is_food_accuracy", "item_f1_micro")  # of an experiment that answers in JSON
+CLASSES = {"template_rate": "captions in the trained form", "class_accuracy": "right class named"}  # of one that captions
+EFFECTS = ("strict_json_rate", "is_food_accuracy", "item_f1_micro", "item_f1_micro_lenient")
 SUBJECTS = {"base": "base", "stage1": "after stage 1", "stage2": "after stage 2", "nearest": "nearest picture"}
 MODES = ("free", "constrained")  # free is the plain subject, such as `base`; constrained is `base constrained`
 
@@ -98,6 +102,38 @@ def difference_table(rows: Sequence[Row]) -> str:
     return markdown_table(["", *(" minus ".join(map(subject_name, subject.split(" minus "))) for subject in subjects)], lines)
 
 
+def effect_table(rows: Sequence[Row]) -> str:
+    """Markdown: one line a choice, one column a metric: the mean over seeds, and below it the difference to what it is measured against."""
+    rows = [row for row in rows if " | " not in row.subject]  # single runs
+    figures = {(row.metric, row.subject): row for row in rows}
+    everything = dict.fromkeys(row.subject for row in rows)
+    against = dict(subject.split(" minus ") for subject in everything if " minus " in subject)
+    lines = []
+    for subject in [subject for subject in everything if " minus " not in subject]:
+        changes = [figures.get((f"{metric}_difference", f"{subject} minus {against.get(subject)}")) for metric in EFFECTS]
+        cells = [
+            _cell(figures.get((metric, subject))) + (f"<br>{_change(row)}" if row else "")
+            for metric, row in zip(EFFECTS, changes, strict=True)
+        ]
+        lines.append([subject, against.get(subject, ""), *cells])
+    n = max(row.n for row in rows)
+    return markdown_table([f"{n} seeds", "against", *({**NAMES, **MORE_NAMES}[metric] for metric in EFFECTS)], lines)
+
+
+def outcome_table(rows: Sequence[Row]) -> str:
+    """Markdown: one line for everybody who answered in an experiment. What an experiment does not measure is a dash."""
+    figures = {(row.benchmark, row.subject, row.metric): row for row in rows}
+    names = {metric: NAMES[metric] for metric in OUTCOMES} | CLASSES
+    lines = []
+    for experiment, subject in dict.fromkeys((row.benchmark, row.subject) for row in rows if row.metric in names):
+        answered = [figures.get((experiment, subject, metric)) for metric in names]
+        losses = [figures.get((experiment, subject, metric)) for metric in ("loss_first", "loss_last")]
+        loss = " → ".join(f"{row.value:.3f}" for row in losses) if all(losses) else "–"
+        n = max(row.n for row in answered if row)
+        lines.append([f"`{experiment}`", f"{subject_name(subject)}, n = {n}", loss, *map(_cell, answered)])
+    return markdown_table(["experiment", "who", "training loss, first and last step", *names.values()], lines)
+
+
 def _cell(row: Row | None) -> str:
     if row is None:
         return "–"
@@ -108,8 +144,12 @@ def _cell(row: Row | None) -> str:
 def _difference_cell(row: Row | None, p: Row | None) -> str:
     if row is None or p is None:
         return "–"
+    return f"{_change(row)}, p {'< 0.001' if p.value < 0.001 else f'= {p.value:.3f}'}"
+
+
+def _change(row: Row) -> str:
     value, low, high = (_number(row, v, "+") for v in (row.value, row.low, row.high))
-    return f"{value}{' points' if _in_percent(row) else ''} ({low} to {high}), p {'< 0.001' if p.value < 0.001 else f'= {p.value:.3f}'}"
+    return f"{value}{' points' if _in_percent(row) else ''} ({low} to {high})"
 
 
 def _in_percent(row: Row) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, TrainerCallback
@@ -87,6 +88,7 @@ class PreparedTrainer(SFTTrainer):
         """Logits (K, vocabulary) at the K positions before an answer token, and those tokens (K,)."""
         ids, labels, tiles = inputs["input_ids"], inputs["labels"], inputs["tiles"]
         inner = self.accelerator.unwrap_model(model)
+        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
         cache = DynamicCache(config=inner.config)
         if self.prefix.shape[1]:
             model(input_ids=self.prefix.to(ids.device), past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -4,48 +4,32 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
+from peft import PeftModel
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from foodextract import evaluation
+from foodextract.adapters import attach, untie
 from foodextract.checkpoints import full_disk_named, last_checkpoint
 from foodextract.collate import Collator
 from foodextract.dataset import as_conversations, record_of
 from foodextract.extractor import Extractor
-from foodextract.models import FINISHED, ModelError, Precision, choose_precision, load_model
+from foodextract.models import FINISHED, ModelError, Precision, load_model
 from foodextract.performance import performance_rows, reset_peak_memory
-from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features
+from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features, whole_text
 from foodextract.results import write_results
+from foodextract.stage import Stage, is_sharded, precision_of, training_config
 from foodextract.trainer import PreparedTrainer, Progress
 from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole_state
 
 PERFORMANCE = "performance.json"  # how fast a stage went, in the format of results/, beside its weights
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One run of training: the recipe is these values and nothing else."""
-
-    name: str
-    freeze: tuple[str, ...]  # prefixes of parameter names that stay as they are
-    learning_rate: float
-    epochs: float = 2
-    batch_size: int = 8  # pictures on the device at once
-    accumulation: int = 4  # such batches an optimizer step
-    warmup: float = 0.03  # share of the steps
-    schedule: str = "constant_with_warmup"  # of the learning rate, by its name in transformers; plain "constant" would ignore the warm-up
-    validation: int = 0  # pictures to choose the best epoch by; 0: train on all, keep the last
-    augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
-    fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
-    bf16: bool = False  # autocast to bf16 where `choose_precision` would not: pays for large models on a CPU with units for it (AMX)
-    compile: bool = False  # torch.compile: the first step takes minutes, the later ones less than without
 
 
 def train_stage(
@@ -76,6 +60,8 @@ def train_stage(
     checkpoints = folder / "checkpoints"
     processes = PartialState()
     freeze(model, stage.freeze)
+    if stage.lora and stage.lora.also:
+        untie(model)
     before = snapshot(model)
     start = {"weights": checksum(before), "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
     recipe = json.dumps({**asdict(stage), **start})
@@ -97,8 +83,10 @@ def train_stage(
     while True:
         try:
             with full_disk_named(stage.name, checkpoints):
+                set_seed(seed)  # adapters start at random
+                trained = attach(model, stage.lora) if stage.lora else model
                 config = training_config(run, precision, model.device, checkpoints, seed, max_steps, report_to)
-                trainer = _trainer(model, processor, run, split, config, precision)
+                trainer = _trainer(model, trained, processor, run, split, config, precision)
                 trainer.remove_callback(PrinterCallback)
                 trainer.add_callback(progress)
                 trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -111,9 +99,16 @@ def train_stage(
             fewer = 1 if run.batch_size % 2 else run.batch_size // 2
             run = replace(run, batch_size=fewer, accumulation=run.accumulation * run.batch_size // fewer)
             print(f"out of memory: going on with batches of {run.batch_size} x {run.accumulation}")
+            if stage.lora:
+                trained.unload()
             model.load_state_dict(before, strict=False)
             torch.cuda.empty_cache()
-    log = [entry for entry in trainer.state.log_history if {"loss", "eval_item_f1"} & entry.keys()]
+    log = [entry for entry in trainer.state.log_history if {"loss", "eval_loss", "eval_item_f1"} & entry.keys()]
+    step = trainer.step_of(model, run.batch_size) if stage.fast else None
+    if stage.lora:
+        if processes.is_main_process:
+            trained.save_pretrained(folder / "adapter")
+        trained.merge_and_unload()
     moved = weights_moved(model, before)
     processes.wait_for_everyone()
     state = whole_state(model)
@@ -130,8 +125,8 @@ def train_stage(
             "log": log,
             "moved": [asdict(m) for m in moved],
         }
-        if stage.fast and progress.seconds:
-            step, dtype = trainer.step_of(model, run.batch_size), precision.autocast or precision.weights
+        if step and progress.seconds:
+            dtype = precision.autocast or precision.weights
             done = progress.pictures // processes.num_processes, progress.seconds, processes.num_processes
             rows = performance_rows(stage.name, model.config, step, *done, model.device, dtype)
             write_results(folder / PERFORMANCE, rows)
@@ -141,67 +136,34 @@ def train_stage(
     return [entry for entry in log if "loss" in entry], moved
 
 
-def is_sharded() -> bool:
-    """Does accelerate spread the weights over processes? Parts of the model then cannot run alone, nor a forward in two parts."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def precision_of(stage: Stage, device: torch.device) -> Precision:
-    """What suits the device, or bf16 autocast where the stage asks for it."""
-    chosen = choose_precision(device, training=True)
-    if not stage.bf16 or chosen.autocast is torch.bfloat16:
-        return chosen
-    return replace(chosen, autocast=torch.bfloat16, reason="fp32 weights, bf16 autocast: the stage asks for it")
-
-
-def training_config(
-    stage: Stage, precision: Precision, device: torch.device, checkpoints: Path, seed: int = 42, steps: int = -1, report_to: str = "none"
-) -> SFTConfig:
-    """A stage in the words of transformers and TRL."""
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        num_train_epochs=stage.epochs,
-        max_steps=steps,
-        per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=stage.accumulation,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule,
-        warmup_steps=stage.warmup,
-        max_length=None,  # the default of 1024 cuts image tokens off
-        activation_checkpointing=False,  # on by default in TRL, and not needed with one tile a picture
-        bf16=precision.autocast is torch.bfloat16,
-        fp16=precision.autocast is torch.float16,
-        use_cpu=device.type == "cpu",
-        save_strategy="epoch",
-        save_total_limit=1,
-        eval_strategy="epoch" if stage.validation else "no",
-        load_best_model_at_end=bool(stage.validation),
-        metric_for_best_model="item_f1" if stage.validation else None,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a NaN must be seen
-        report_to=report_to,
-        torch_compile=stage.compile,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        ddp_find_unused_parameters=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        seed=seed,
-    )
-
-
 def _trainer(
-    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, split: datasets.Dataset, config: SFTConfig, precision: Precision
+    model: PreTrainedModel,
+    trained: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    stage: Stage,
+    split: datasets.Dataset,
+    config: SFTConfig,
+    precision: Precision,
 ) -> SFTTrainer:
-    """The trainer of a stage, with its rows prepared next to the folder of `config`'s checkpoints."""
-    if not stage.fast:
-        if stage.validation or stage.augment:
-            raise ModelError(f"{stage.name}: validation and augmentation belong to the fast path: leave fast=False out")
-        rows, collator = as_conversations(split), Collator(processor)
-        return SFTTrainer(model, config, train_dataset=rows, processing_class=processor, data_collator=collator)
+    """The trainer of a stage, with its rows prepared next to the folder of `config`'s checkpoints.
+
+    `trained` is the model, or the adapters around it.
+    """
     if stage.validation and is_sharded():
         raise ModelError(f"{stage.name}: validation generates answers, which takes whole weights: leave it out, or use configs/ddp.yaml")
     held_out = validation_rows(split, stage.validation)
+    if not stage.fast:
+        if stage.augment or stage.whole_text or stage.target != "json":
+            raise ModelError(f"{stage.name}: augment, whole_text and target belong to the fast path: leave fast=False out")
+        seen = sorted(set(range(len(split))) - set(held_out))
+        return SFTTrainer(
+            trained,
+            config,
+            train_dataset=as_conversations(split.select(seen)),
+            eval_dataset=as_conversations(split.select(held_out)) if held_out else None,
+            processing_class=processor,
+            data_collator=Collator(processor),
+        )
     unseen = split.select(held_out)
     labels = [record_of(row) for row in unseen.remove_columns("image")]
 
@@ -211,7 +173,7 @@ def _trainer(
 
     prepared = _prepared(model, processor, stage, split, Path(config.output_dir), precision)
     return PreparedTrainer(
-        model, config, prepared=prepared, held_out=held_out, score=score if held_out else None, processing_class=processor
+        trained, config, prepared=prepared, held_out=held_out, score=score if held_out else None, processing_class=processor
     )
 
 
@@ -233,9 +195,11 @@ def _prepared(
 ) -> Prepared:
     """The rows, once for all stages; with what the vision tower makes of them if it is frozen and the disk has room for that."""
     with PartialState().main_process_first():
-        prepared = prepare(split, processor, checkpoints.parents[1])
+        prepared = prepare(split, processor, checkpoints.parents[1], stage.target)
     if is_sharded():
         prepared = prepared.unshared()
+    if stage.whole_text:
+        prepared = whole_text(prepared)
     if stage.augment:
         if prepared.pixels.shape[1] > 1:
             raise ModelError("pictures of several tiles cannot be augmented, since their tiles must fit together: take 1 tile")

@@ -1,0 +1,86 @@
+"""What one run of training is: its values, its precision, and how TRL is told."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from trl import SFTConfig
+
+from foodextract.adapters import Lora
+from foodextract.models import Precision, choose_precision
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of training: the recipe is these values and nothing else."""
+
+    name: str
+    freeze: tuple[str, ...]  # prefixes of parameter names that stay as they are
+    learning_rate: float
+    epochs: float = 2
+    batch_size: int = 8  # pictures on the device at once
+    accumulation: int = 4  # such batches an optimizer step
+    warmup: float = 0.03  # share of the steps
+    schedule: str = "constant_with_warmup"  # of the learning rate, by its name in transformers; plain "constant" would ignore the warm-up
+    validation: int = 0  # pictures to choose the best checkpoint by; 0: train on all, keep the last
+    every: int = 0  # steps between checkpoints; 0: one an epoch
+    lora: Lora | None = None  # adapters instead of the weights themselves; merged into them at the end, and saved in `adapter` as well
+    target: str = "json"  # what the answer is written as: "json", or "repr" as the projects this one grew from did it
+    whole_text: bool = False  # loss on prompt and tile markers too, as they did it
+    augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
+    fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
+    bf16: bool = False  # autocast to bf16 where `choose_precision` would not: pays for large models on a CPU with units for it (AMX)
+    compile: bool = False  # torch.compile: the first step takes minutes, the later ones less than without
+
+
+def is_sharded() -> bool:
+    """Does accelerate spread the weights over processes? Parts of the model then cannot run alone, nor a forward in two parts."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def precision_of(stage: Stage, device: torch.device) -> Precision:
+    """What suits the device, or bf16 autocast where the stage asks for it."""
+    chosen = choose_precision(device, training=True)
+    if not stage.bf16 or chosen.autocast is torch.bfloat16:
+        return chosen
+    return replace(chosen, autocast=torch.bfloat16, reason="fp32 weights, bf16 autocast: the stage asks for it")
+
+
+def training_config(
+    stage: Stage, precision: Precision, device: torch.device, checkpoints: Path, seed: int = 42, steps: int = -1, report_to: str = "none"
+) -> SFTConfig:
+    """A stage in the words of transformers and TRL."""
+    rhythm = "steps" if stage.every else "epoch"
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        num_train_epochs=stage.epochs,
+        max_steps=steps,
+        per_device_train_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=stage.warmup,
+        max_length=None,  # the default of 1024 cuts image tokens off
+        activation_checkpointing=False,  # on by default in TRL, and not needed with one tile a picture
+        bf16=precision.autocast is torch.bfloat16,
+        fp16=precision.autocast is torch.float16,
+        use_cpu=device.type == "cpu",
+        save_strategy=rhythm,
+        save_steps=stage.every or 500,
+        save_total_limit=1,
+        eval_strategy=rhythm if stage.validation else "no",
+        eval_steps=stage.every or None,
+        load_best_model_at_end=bool(stage.validation),
+        metric_for_best_model=("item_f1" if stage.fast else "loss") if stage.validation else None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN must be seen
+        report_to=report_to,
+        torch_compile=stage.compile,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        seed=seed,
+    )

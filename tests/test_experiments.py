@@ -1,0 +1,376 @@
+"""The archived recipes: their values, their adapters, their captions, and the ablation's arithmetic."""
+
+import json
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import papermill
+import peft
+import pytest
+import torch
+
+import ablation
+import blip
+import captioning
+import gemma
+import recipes
+from foodextract import adapters, evaluation, models, training
+from foodextract.collate import IGNORED, Collator, audit
+from foodextract.dataset import as_conversations
+from foodextract.extractor import Extractor
+from foodextract.models import ModelError
+from foodextract.prepared import prepare, whole_text
+from foodextract.profiles import VISION
+from foodextract.results import make_row, read_results
+from foodextract.sources import FOOD101, HUB_DATASET
+from foodextract.stage import Stage
+
+EXPERIMENTS = Path(recipes.__file__).parent
+SMALL_256M = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
+CPU = torch.device("cpu")
+
+
+def parameters(name, profile, monkeypatch):
+    """What the notebook's parameters cell says in that profile."""
+    monkeypatch.setenv("FOODEXTRACT_PROFILE", profile)
+    cells = json.loads((EXPERIMENTS / f"{name}.ipynb").read_text())["cells"]
+    [cell] = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    found = {}
+    exec("import os\n" + "".join(cell["source"]), found)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "rates", "batches", "lora"),
+    [
+        ("gemma_3n_lora", "google/gemma-3n-E2B-it", [2e-5], (8, 8), (16, 8, 0.05)),
+        ("smolvlm2_256m_lora", SMALL_256M, [2e-4], (4, 4), (16, 16, 0.05)),
+        ("smolvlm2_256m_two_stage", SMALL_256M, [2e-4, 2e-6], (4, 4), None),
+    ],
+)
+def test_recipes_are_those_of_the_originals(name, base, rates, batches, lora, monkeypatch):
+    recipe = recipes.Recipe(**parameters(name, "hub", monkeypatch)["hub"])
+    stages = recipe.stages()
+    assert (recipe.base, recipe.data) == (base, HUB_DATASET)
+    assert [stage.learning_rate for stage in stages] == rates
+    assert {(stage.batch_size, stage.accumulation) for stage in stages} == {batches}
+    assert {stage.epochs for stage in stages} == {1}
+    assert {stage.lora and (stage.lora.rank, stage.lora.alpha, stage.lora.dropout) for stage in stages} == {lora}
+
+
+def test_what_is_special_in_each_recipe(monkeypatch):
+    [tuned] = recipes.Recipe(**parameters("gemma_3n_lora", "hub", monkeypatch)["hub"]).stages()
+    assert tuned.every == 5
+    assert tuned.validation > 0
+    assert (tuned.lora.exclude, tuned.lora.also) == (None, ())
+    [tuned] = recipes.Recipe(**parameters("smolvlm2_256m_lora", "hub", monkeypatch)["hub"]).stages()
+    assert tuned.freeze == (VISION,)
+    assert list(tuned.lora.also) == ["lm_head", "embed_tokens"]
+    first, second = recipes.Recipe(**parameters("smolvlm2_256m_two_stage", "hub", monkeypatch)["hub"]).stages()
+    assert (first.freeze, second.freeze) == ((VISION,), ())
+    captions = captioning.Captioning(**parameters("blip_partial", "hub", monkeypatch)["hub"])
+    assert (captions.base, captions.data) == ("Salesforce/blip-image-captioning-base", FOOD101)
+    assert captioning.TARGET == "a photo of delicious {}"
+
+
+def test_an_experiment_replaces_its_own_rows_only(tmp_path):
+    def row(experiment, value):
+        return make_row(experiment, "base", "strict_json_rate", value, n=1, command="c")
+
+    recipes.keep(tmp_path / "r.json", [row("b", 0.1)])
+    recipes.keep(tmp_path / "r.json", [row("a", 0.2)])
+    recipes.keep(tmp_path / "r.json", [row("b", 0.3)])
+    assert [(r.benchmark, r.value) for r in read_results(tmp_path / "r.json")] == [("a", 0.2), ("b", 0.3)]
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- adapters
+
+
+LORA = adapters.Lora(rank=4, alpha=8, dropout=0.0, exclude=r".*vision_model.*", also=("lm_head", "embed_tokens"))
+TUNE = Stage("tuned", (VISION,), 5e-3, epochs=1, batch_size=8, accumulation=1, lora=LORA)
+
+
+def test_only_excluding_keeps_adapters_out_of_the_vision_tower(base):
+    frozen = models.load_model(models.TINY_BASE, CPU, training=True)
+    inside = [name for name in adapters.adapted_modules(adapters.attach(frozen, replace(LORA, exclude=None))) if "vision_model" in name]
+    assert len(inside) == 6 * base.config.vision_config.num_hidden_layers
+    names = adapters.adapted_modules(adapters.attach(base, LORA))
+    assert "model.text_model.layers.0.self_attn.q_proj" in names
+    assert not [name for name in names if "vision_model" in name]
+    assert not [name for name, p in base.named_parameters() if p.requires_grad and "vision_model" in name]
+
+
+def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tmp_path):
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    log, moved = training.train_stage(base, processor, replace(TUNE, epochs=4), rows["train"], tmp_path)
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    by_module = {m.module: m for m in moved}
+    assert by_module["vision_model"].weights_moved == 0
+    assert by_module["lm_head"].weights_moved > 0
+    merged = dict(base.named_parameters())
+    assert not torch.equal(merged["lm_head.weight"], merged["model.text_model.embed_tokens.weight"])  # trained apart, and saved so
+    assert set(before) <= set(merged)
+    fresh = models.load_model(models.TINY_BASE, CPU)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "tuned" / "adapter").get_base_model()
+    saved = models.load_model(tmp_path / "tuned", CPU)
+    pictures = [row["image"].convert("RGB") for row in rows["test"].select(range(8))]
+    answers = [Extractor(model, processor).answer(pictures) for model in (base, saved, loaded)]
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] != Extractor(models.load_model(models.TINY_BASE, CPU), processor).answer(pictures)
+
+
+def test_interrupted_adapters_end_like_uninterrupted_ones(processor, rows, tmp_path, monkeypatch):
+    stage = replace(TUNE, lora=replace(LORA, dropout=0.05), epochs=2)
+    whole, broken, again = (models.load_model(models.TINY_BASE, CPU, training=True) for _ in range(3))
+    training.train_stage(whole, processor, stage, rows["train"], tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def die(self, args, state, control, **_):
+        if state.epoch > 1.3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Progress, "on_step_end", die)
+        with pytest.raises(Killed):
+            training.train_stage(broken, processor, stage, rows["train"], tmp_path / "broken")
+    training.train_stage(again, processor, stage, rows["train"], tmp_path / "broken")
+    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- Gemma
+
+
+@pytest.fixture(scope="module")
+def tiny_gemma():
+    return gemma.load(recipes.TINY, CPU)
+
+
+def test_gemma_trains_on_the_answer_and_the_end_of_the_turn(tiny_gemma, rows):
+    model, processor = tiny_gemma
+    row = as_conversations(rows["train"])[0]
+    batch = Collator(processor)([row])
+    tokens = audit(processor, batch)
+    assert "".join(text for text, seen in tokens if seen) == row["completion"][0]["content"][0]["text"] + "<end_of_turn>"
+    assert [text for text, _ in tokens].count("<bos>") == 1
+    assert [text for text, _ in tokens].count("<image_soft_token>") == model.config.vision_soft_tokens_per_image
+    assert torch.isfinite(model(**batch).loss)
+
+
+def test_gemma_answers_alike_alone_and_in_a_batch(tiny_gemma, rows, monkeypatch):
+    monkeypatch.setattr("foodextract.extractor.MAX_NEW_TOKENS", 12)
+    extractor = Extractor(*tiny_gemma)
+    pictures = [row["image"].convert("RGB") for row in rows["test"].select(range(3))]
+    assert extractor.answer(pictures) == [extractor.answer([picture])[0] for picture in pictures]
+
+
+def test_gemma_learns_through_adapters_and_stops_at_nan(rows, tmp_path):
+    model, processor = gemma.load(recipes.TINY, CPU)
+    stage = Stage("tuned", (), 1e-2, epochs=4, batch_size=8, accumulation=1, lora=adapters.Lora(16, 8), every=4, validation=4, fast=False)
+    log, _ = training.train_stage(model, processor, stage, rows["train"].select(range(20)), tmp_path)
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    written = json.loads((tmp_path / "tuned" / models.FINISHED).read_text())
+    assert [entry["step"] for entry in written["log"] if "eval_loss" in entry] == [4, 8]
+    with torch.no_grad():
+        model.model.embed_vision.embedding_projection.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="the loss became NaN at step 1"):
+        training.train_stage(model, processor, replace(stage, validation=0), rows["train"].select(range(8)), tmp_path / "nan")
+
+
+def test_gemma_refuses_a_gpu_that_has_only_fp16(monkeypatch):
+    only_fp16 = models.Precision(torch.float32, torch.float16, "")
+    monkeypatch.setattr(gemma, "choose_precision", lambda *_, **__: only_fp16)
+    with pytest.raises(ModelError, match="overflows fp16"):
+        gemma.load(recipes.TINY, CPU)
+
+
+def test_largest_activations_are_found(tiny_gemma, rows):
+    model, processor = tiny_gemma
+    batch = Collator(processor)([as_conversations(rows["train"])[0]])
+    found = gemma.largest_activations(model, batch)
+    assert {"vision_tower", "embed_vision", "language_model", "lm_head"} <= set(found)
+    with torch.no_grad():
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    assert found["lm_head"] >= logits.abs().max() * 0.99  # softcapping comes behind the head
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- BLIP
+
+
+CLASSES = ("pizza", "banana", "apple pie")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("a photo of delicious pizza", "pizza"),
+        ("A photo of delicious pizzas", "pizza"),
+        ("a photo of delicious apple pies", "apple pie"),
+        ("apple pie", "apple pie"),
+        ("a photo of delicious 6", None),
+        ("a man on a horse", None),
+        ("", None),
+    ],
+)
+def test_captions_lead_back_to_classes(text, name):
+    assert captioning.to_class(text, CLASSES) == name
+
+
+CAPTIONS = captioning.Captioning(recipes.TINY, "scenes", 1e-3, batch_size=4, steps=6, save_every=2, buffer=1, augment=True, seed=1)
+
+
+def test_streamed_scenes_show_one_food_each_and_have_named_classes():
+    rows = captioning.stream(CAPTIONS, "train", CLASSES[:2])
+    first = list(islice(rows, 4))
+    assert captioning.class_names(rows) == ["pizza", "banana"]
+    assert {row["image"].size for row in first} == {(256, 256)}
+    assert [row["label"] for row in first] == [row["label"] for row in islice(captioning.stream(CAPTIONS, "train", CLASSES[:2]), 4)]
+
+
+def test_captions_are_trained_as_they_are_written():
+    model, processor = blip.load(recipes.TINY, CPU)
+    pictures = [row["image"] for row in islice(captioning.stream(CAPTIONS, "train", CLASSES[:2]), 2)]
+    texts = [captioning.TARGET.format(name) for name in ("pizza", "french fries")]
+    batch = captioning.make_batch(processor, pictures, texts, model.config.text_config.bos_token_id)
+    assert set(batch["input_ids"][:, 0].tolist()) == {model.decoder_input_ids}  # what `generate` starts with
+    assert (batch["labels"] == IGNORED).equal(batch["attention_mask"] == 0)
+    assert processor.batch_decode(batch["input_ids"], skip_special_tokens=True) == texts
+
+
+def test_blip_sees_what_the_tiny_base_sees(base):
+    model, _ = blip.load(recipes.TINY, CPU)
+    pixels = torch.randn(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    theirs = base.model.vision_model(pixels).last_hidden_state.detach()
+    ours = model.vision_model(pixels).last_hidden_state[:, 1:].detach()
+    assert torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).mean() > 0.9  # the class token takes a little attention
+
+
+def test_an_interrupted_loop_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
+    def fresh():
+        return blip.load(recipes.TINY, CPU), captioning.stream(CAPTIONS, "train", CLASSES[:2])
+
+    (whole, processor), rows = fresh()
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    log = captioning.train(whole, processor, CAPTIONS, rows, tmp_path / "whole")
+    assert log[-1]["loss"] < log[0]["loss"]
+    for name, value in whole.state_dict().items():
+        assert not name.startswith("vision_model") or torch.equal(value, before[name]), name
+
+    class Killed(Exception):
+        pass
+
+    def die(*args):
+        real(*args)
+        if len(args[-1]) == 4:
+            raise Killed
+
+    real = captioning.checkpoint
+    (broken, _), rows = fresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(captioning, "checkpoint", die)
+        with pytest.raises(Killed):
+            captioning.train(broken, processor, CAPTIONS, rows, tmp_path / "broken")
+    (again, _), rows = fresh()
+    assert captioning.train(again, processor, CAPTIONS, rows, tmp_path / "broken") == log
+    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- ablation
+
+
+def test_each_row_of_the_ablation_has_one_change():
+    reference = [Stage("stage1", (VISION,), 5e-4, 1), Stage("stage2", (), 1e-4, 0.5)]
+    assert ablation.stages_of("reference", reference) == reference
+    [only] = ablation.stages_of("one stage", reference)
+    assert only == replace(reference[0], epochs=1.5)  # as many pictures in all
+    [lora] = ablation.stages_of("LoRA", reference)
+    assert replace(lora, lora=None) == only
+    for name, choice in ablation.CHOICES.items():
+        if choice.against == "reference" and name != "one stage":
+            mine = ablation.stages_of(name, reference)
+            changed = [key for key, value in asdict(mine[0]).items() if value != asdict(reference[0])[key]]
+            assert len(changed) + (choice.tiles != 1) + choice.bf16_stage2 == 1, name
+
+
+def test_ablation_pairs_by_seed_and_has_students_interval():
+    def row(name, seed, value):
+        return make_row("ablation", f"{name} | seed {seed}", "item_f1_micro", value, n=9, command="c")
+
+    runs = [row("reference", s, v) for s, v in ((1, 0.5), (2, 0.7), (3, 0.6))] + [
+        row("5 tiles", s, v) for s, v in ((1, 0.6), (2, 0.7), (3, 0.8))
+    ]
+    found = {(r.subject, r.metric): r for r in ablation.summary(runs)}
+    change = found["5 tiles minus reference", "item_f1_micro_difference"]
+    assert (change.value, change.n) == (pytest.approx(0.1), 3)  # of 0.1, 0.0 and 0.2
+    assert change.high - change.value == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # t for 2 degrees of freedom, s = 0.1
+    assert found["reference", "item_f1_micro"].value == pytest.approx(0.6)
+
+
+def test_loss_on_all_text_leaves_out_pictures_and_padding_only(rows, processor, tmp_path):
+    split = rows["train"].select(range(4))
+    prepared = prepare(split, processor, tmp_path)
+    batch = whole_text(prepared).gather([0, 1, 2, 3])
+    kept = (batch["attention_mask"] == 1) & (batch["input_ids"] != processor.image_token_id)
+    assert (batch["labels"] != IGNORED).equal(kept)
+    plain = Collator(processor)([as_conversations(split)[n] for n in range(4)])
+    for mine, theirs in zip(batch["input_ids"], plain["input_ids"], strict=True):
+        assert mine[: len(theirs)].equal(theirs[: len(mine)])
+    text = processor.tokenizer.decode(prepare(split, processor, tmp_path, "repr").gather([0])["input_ids"][0])
+    assert "{'is_food': " in text
+
+
+def test_ablation_is_taken_up_where_it_was(tmp_path, monkeypatch):
+    asked = []
+
+    def run(name, seed, *_, **__):
+        asked.append((name, seed))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        metrics = [evaluation.Metric("item_f1_micro", seed / 10, 0, 1, 9)]
+        return evaluation.to_rows("ablation", f"{name} | seed {seed}", metrics, "c")
+
+    monkeypatch.setattr(ablation, "run", run)
+    settings = {"pictures": 48, "test": 4, "seeds": 2, "only": ["reference", "5 tiles"], "work": tmp_path / "w", "out": tmp_path / "a.json"}
+    with pytest.raises(KeyboardInterrupt):
+        ablation.main(**settings)
+    ablation.main(**settings)
+    assert asked == [("reference", 1), ("5 tiles", 1), ("reference", 2), ("reference", 2), ("5 tiles", 2)]
+    assert (tmp_path / "a.png").stat().st_size > 0
+    assert {row.n for row in read_results(tmp_path / "a.json") if " minus " in row.subject} == {2}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ notebooks
+
+
+TINY_RUN = {"scenes": [32, 8], "every": 0, "validation": 0, "epochs": 1}
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize(
+    ("name", "changes", "more"),
+    [
+        ("gemma_3n_lora", {**TINY_RUN, "every": 2, "validation": 4}, {"eval_pictures": 4}),
+        ("smolvlm2_256m_lora", TINY_RUN, {}),
+        ("smolvlm2_256m_two_stage", TINY_RUN, {}),
+        ("blip_partial", {"steps": 4, "batch_size": 4}, {"eval_pictures": 8}),
+    ],
+)
+def test_notebooks_run_from_top_to_bottom(name, changes, more, tmp_path, monkeypatch):
+    monkeypatch.setenv("FOODEXTRACT_PROFILE", "offline")
+    monkeypatch.setenv("PYTHONPATH", f"{EXPERIMENTS}:{EXPERIMENTS.parent / 'src'}")
+    where = {"output": str(tmp_path / name), "results": str(tmp_path / "results.json")}
+    source, executed = EXPERIMENTS / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
+    papermill.execute_notebook(
+        source, executed, parameters={"changes": changes, **where, **more}, cwd=tmp_path, progress_bar=False, kernel_name="python3"
+    )
+    rows = read_results(tmp_path / "results.json")
+    assert {row.benchmark for row in rows} == {name}
+    assert {"loss_first", "loss_last", "seconds"} <= {row.metric for row in rows}
+    assert "base" in {row.subject for row in rows}
