@@ -168,9 +168,10 @@ def test_on_a_phone_nothing_sticks_out(opened, drawing, request):
 
 
 def test_error_messages_are_friendly(opened, tmp_path):
-    problem = opened.get_by_role("alert").locator("visible=true").first
+    problem = opened.locator(".problem")
     opened.get_by_role("button", name="What is in it?").click()
     expect(problem).to_contain_text("There is no picture yet", timeout=WAIT)
+    expect(problem).to_have_attribute("role", "alert")
     (tmp_path / "text.png").write_text("this is no picture")
     drop(opened, tmp_path / "text.png")
     expect(problem).to_contain_text("Not a picture in a format we read", timeout=WAIT)
