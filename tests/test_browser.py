@@ -109,7 +109,7 @@ def test_a_batch_of_five_with_a_broken_one(opened, tmp_path, tuned):
     drop(opened, files, "Pictures")
     expect(opened.get_by_text("e.png").or_(opened.get_by_text("e", exact=True)).first).to_be_visible(timeout=WAIT)
     opened.get_by_role("button", name="What is in them?").click()
-    expect(opened.get_by_text("not a picture in a format we read").first).to_be_visible(timeout=WAIT)
+    expect(opened.get_by_text("not a picture in a format we read").filter(visible=True).first).to_be_visible(timeout=WAIT)
     shot(opened, "batch")
     with opened.expect_download() as download:
         opened.get_by_role("button", name="Download JSON lines").or_(opened.get_by_role("link", name="Download JSON lines")).first.click()
