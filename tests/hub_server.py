@@ -3,7 +3,7 @@
 Written from what `huggingface_hub` sends: whoami, repositories, commits of regular and large (LFS) files, trees, files by revision and
 range, Space variables. Files of more than LARGE bytes are large; everything is kept in memory.
 
-`python tests/hub_server.py COMMAND…` runs a command with a Hub of its own: so `make demo` publishes without a connection.
+`python tests/hub_server.py COMMAND…` runs a command with a Hub of its own, a notebook that publishes for example.
 """
 
 import base64

@@ -109,7 +109,7 @@ def test_a_batch_of_five_with_a_broken_one(opened, tmp_path, tuned):
     drop(opened, files, "Pictures")
     expect(opened.get_by_text("e.png").or_(opened.get_by_text("e", exact=True)).first).to_be_visible(timeout=WAIT)
     opened.get_by_role("button", name="What is in them?").click()
-    expect(opened.get_by_text("not a picture in a format we read").first).to_be_visible(timeout=WAIT)
+    expect(opened.get_by_text("not a picture in a format we read").filter(visible=True).first).to_be_visible(timeout=WAIT)
     shot(opened, "batch")
     with opened.expect_download() as download:
         opened.get_by_role("button", name="Download JSON lines").or_(opened.get_by_role("link", name="Download JSON lines")).first.click()
@@ -168,9 +168,10 @@ def test_on_a_phone_nothing_sticks_out(opened, drawing, request):
 
 
 def test_error_messages_are_friendly(opened, tmp_path):
-    problem = opened.get_by_role("alert").locator("visible=true").first
+    problem = opened.locator(".problem")
     opened.get_by_role("button", name="What is in it?").click()
     expect(problem).to_contain_text("There is no picture yet", timeout=WAIT)
+    expect(problem).to_have_attribute("role", "alert")
     (tmp_path / "text.png").write_text("this is no picture")
     drop(opened, tmp_path / "text.png")
     expect(problem).to_contain_text("Not a picture in a format we read", timeout=WAIT)

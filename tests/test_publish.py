@@ -200,7 +200,6 @@ def test_private_things_do_not_go_where_everybody_reads(hub, model_folder):
 
 FAULTS = [
     (Fault("GET", "whoami", 401), "hf auth login"),
-    (Fault("POST", "repos/create", 403), "may not write there"),
     (Fault("POST", "/commit/", 401), "hf auth login"),
     (Fault("POST", "/commit/", 403), "may not write there"),
     (Fault("POST", "/commit/", 409), "somebody else is changing it"),
@@ -227,6 +226,13 @@ def test_a_fault_is_explained_and_loses_nothing(hub, model_folder, fault, messag
     hub.faults = []
     send(plan, hub)
     assert hub.files("model", MODEL) == content(plan)
+
+
+def test_an_owner_that_the_token_may_not_write_for(hub, model_folder):
+    hub.faults = [Fault("POST", "repos/create", 403)]
+    with pytest.raises(PublishError, match="may not write there"):
+        send(publish.model_plan(model_folder, MODEL), hub)
+    assert hub.repositories == {}
 
 
 def _put(hub, plan):

@@ -5,6 +5,7 @@ one commit, so readers see the old state or the new one and never half of it. Wh
 run is taken up by the same command. At the end what was published is fetched, compared byte for byte, loaded and asked about a picture.
 """
 
+import filecmp
 import json
 import math
 import os
@@ -149,7 +150,9 @@ def _tried(plan: Plan, folder: Path, model: str | None) -> str:
     """What the fetched files answer about one picture, after they were compared with what was sent. Raises PublishError."""
     for name, what in plan.files.items():
         fetched = folder / name
-        if not fetched.is_file() or fetched.read_bytes() != (what if isinstance(what, bytes) else what.read_bytes()):
+        if not fetched.is_file() or not (
+            fetched.read_bytes() == what if isinstance(what, bytes) else filecmp.cmp(fetched, what, shallow=False)
+        ):
             raise PublishError(f"{plan.repo_id}: {name} came back different from what was sent: run this again")
     scene = draw_scene(7, "test", 0)
     try:
