@@ -13,6 +13,7 @@ import signal
 import time
 from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -106,13 +107,17 @@ async def attack(served: Served, count: int, picture: bytes) -> Counter[tuple[st
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(kind: str, request: bytes) -> None:
-        async with gate:
-            outcomes[kind, await send(served.port, kind, request)] += 1
+        outcomes[kind, await send(served.port, kind, request)] += 1
+        gate.release()
 
     async with httpx.AsyncClient(base_url=served.address, timeout=60, trust_env=False) as client:
         expected = (await client.post("/predict", content=picture)).json()["record"]
+        supply = hostile(count)
         for _ in range(4):
-            waiting = [asyncio.create_task(one(kind, request)) for kind, request in hostile(count // 4, seed=len(outcomes))]
+            waiting = []
+            for kind, request in islice(supply, count // 4):
+                await gate.acquire()
+                waiting.append(asyncio.create_task(one(kind, request)))
             honest = await client.post("/predict", content=picture)
             outcomes["honest", "as before" if honest.status_code == 200 and honest.json()["record"] == expected else "spoilt"] += 1
             await asyncio.gather(*waiting)
@@ -122,7 +127,7 @@ async def attack(served: Served, count: int, picture: bytes) -> Counter[tuple[st
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the model.")] = models.TINY_TUNED,
     rounds: Annotated[int, typer.Option(min=1, help="How often SIGTERM and SIGKILL are sent.")] = 5,
-    uploads: Annotated[int, typer.Option("--hostile", min=32, help="Hostile uploads.")] = 1000,
+    uploads: Annotated[int, typer.Option("--hostile", min=64, help="Hostile uploads.")] = 1000,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:
     """Measure, print and write down."""

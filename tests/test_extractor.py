@@ -78,6 +78,17 @@ def test_pixels_and_prompt_are_those_of_the_processor(tuned, pictures):
         assert torch.equal(own[key], theirs[key]), key
 
 
+def test_who_is_not_waited_for_any_more_leaves_the_batch_and_changes_no_other_answer(tuned, pictures):
+    read = [tuned.read(picture) for picture in pictures[:4]]
+    whole = [record for record, _ in tuned.answer_read(read)]
+    assert whole == list(tuned.extract_many(pictures[:4]))
+    gone, asked = next(number for number, record in enumerate(whole) if record.is_food), []
+    left = [record for record, _ in tuned.answer_read(read, lambda number: asked.append(number) or number != gone)]
+    assert left.pop(gone).image_title == ""
+    assert left == whole[:gone] + whole[gone + 1 :]
+    assert asked.count(gone) == 1
+
+
 def test_an_endless_stream_is_read_only_a_little_ahead(tuned, pictures):
     read = count()
     results = tuned.extract_many((pictures[next(read) % 2] for _ in count()), batch_size=2)
