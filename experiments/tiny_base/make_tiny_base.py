@@ -7,11 +7,10 @@ the same kind, from nothing, on a CPU, in two steps:
    learns next to nothing from the language loss alone.
 2. talk: everything, on short conversations about the scenes. No braces, no keys, no JSON anywhere in them.
 
-Four habits that a base has from reading the web must be given to this one on purpose, or fine-tuning spends its steps on them:
+Three habits that a base has from reading the web must be given to this one on purpose, or fine-tuning spends its steps on them:
 every token has been written now and then (nonsense to repeat; a token that never was has sunk by 14 nats), a long text before the picture
-does not blind it (nonsense as system message), a word is the same word behind a space and behind a quotation mark (a tokenizer that
-gives spaces tokens of their own), and what has been named is not named again (lists in any order as often as in the alphabet's: while
-they always were in the alphabet's, the base named a thing twice wherever it had overlooked another).
+does not blind it (nonsense as system message), and a word is the same word behind a space and behind a quotation mark (a tokenizer that
+gives spaces tokens of their own).
 
     python experiments/tiny_base/make_tiny_base.py            # about 50 minutes on 2 cores; writes the model and results/tiny_base.json
 
@@ -72,16 +71,13 @@ def _series(things: list[str]) -> str:
 
 
 def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Every question the base learns to answer, in random order, with its answer in a plain sentence; half of the time names are quoted."""
-    mark = rng.choice(["", '"'])
+    """Every question the base learns to answer, in random order, with its answer in a plain sentence; now and then names are quoted."""
+    mark = rng.choice(["", "", "", '"'])
     wish = " Use quotation marks." if mark else ""
     foods, drinks = ([f"{mark}{name}{mark}" for name in names] for names in (scene.record.food_items, scene.record.drink_items))
     kinds = sorted({placed.kind for placed in scene.objects if placed.name is None})
     others = [f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" for kind in kinds]
     seen = sorted(foods + drinks) + others
-    if rng.random() < 0.5:
-        for things in (foods, drinks, seen):
-            rng.shuffle(things)
     edible = [word for word, items in (("food", foods), ("a drink", drinks)) if items]
     pairs = [
         (
