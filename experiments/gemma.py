@@ -4,6 +4,7 @@ The tiny one is built from the real configuration classes: a MobileNet-V5 tower 
 LAuReL, per-layer embeddings, shared keys and values, sparse activations. Its weights are random, so it knows nothing.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -130,7 +131,9 @@ def make_tiny(seed: int = 0) -> tuple[Gemma3nForConditionalGeneration, Gemma3nPr
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        given = copy.deepcopy(tower)  # timm writes layer classes into it, which no config.json can hold
         model = Gemma3nForConditionalGeneration(config)
+        model.config.vision_config.model_args.update(given)
         efficientnet_init_weights(model.model.vision_tower)  # which transformers leaves at zero, expecting a checkpoint
     model.generation_config.eos_token_id = token(TURN_END)
     pictures = SiglipImageProcessor(size={"height": EDGE, "width": EDGE}, do_normalize=False)

@@ -230,8 +230,9 @@ def test_augmentation_changes_pictures_and_leaves_no_features(base, processor, r
 
 
 def test_the_plain_path_refuses_what_only_the_fast_one_has(base, processor, rows, tmp_path):
-    with pytest.raises(ModelError, match="validation and augmentation belong to the fast path"):
-        training.train_stage(base, processor, replace(STAGE1, fast=False, validation=4), rows["train"], tmp_path)
+    for only in ({"augment": True}, {"whole_text": True}, {"target": "repr"}):
+        with pytest.raises(ModelError, match="belong to the fast path"):
+            training.train_stage(base, processor, replace(STAGE1, fast=False, **only), rows["train"], tmp_path)
 
 
 def _config(tmp_path):

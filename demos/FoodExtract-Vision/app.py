@@ -28,7 +28,8 @@ CSS = """
 .pair section { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 1rem; min-width: 0; }
 .pair pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; font-size: .9rem; }
 .right { color: #137333; } .wrong { color: #b3261e; } .dark .right { color: #7bd88f; } .dark .wrong { color: #ff9d94; }
-.prose table { display: block; overflow-x: auto; border: 0 !important; } .prose td, .prose th { white-space: nowrap; }
+.prose table { display: block; max-width: calc(100vw - 4rem); overflow-x: auto; border: 0 !important; }
+.prose td, .prose th { white-space: nowrap; }
 .prose td:first-child { white-space: normal; min-width: 9rem; overflow-wrap: normal; }
 .prose pre, .prose pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 """

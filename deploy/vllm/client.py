@@ -12,9 +12,9 @@ import openai
 import typer
 
 from foodextract import schema
+from foodextract.endpoint import Teacher, as_data_url, question
 from foodextract.pictures import PictureError
 from foodextract.schema import AnswerError, FoodRecord
-from foodextract.teacher import Teacher, as_data_url, question
 
 ANSWER_TOKENS = 256  # the export leaves room for no more
 

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from foodextract import schema
+from foodextract.endpoint import Teacher, as_data_url, question
 from foodextract.pictures import PictureError, find_pictures
 from foodextract.schema import AnswerError, FoodRecord
-from foodextract.teacher import Teacher, as_data_url, question
 
 ANSWER_TOKENS = 256
 Answer = Callable[[list[list[dict]]], list[str]]  # conversations → texts
