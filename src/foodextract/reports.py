@@ -110,7 +110,7 @@ def publish(root: Path) -> None:
                 (root / "results" / "before_after.png").write_bytes(base64.b64decode(png))
             cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
             if cell.cell_type == "code":
-                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # progress bars
+                cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
         notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
         nbformat.write(notebook, home / executed.name)
         row = next(row for row in read_results(root / "results" / results) if not archived or row.benchmark == executed.stem)
@@ -120,6 +120,11 @@ def publish(root: Path) -> None:
     tuned = Path(__file__).parent / "bundled" / "tiny-tuned"
     shutil.rmtree(tuned, ignore_errors=True)
     shutil.copytree(made / "offline" / "stage2", tuned, ignore=shutil.ignore_patterns("training.json", "performance.json", "README.md"))
+
+
+def _is_progress(output: nbformat.NotebookNode) -> bool:
+    """A progress bar, as text or as a widget (which GitHub refuses to render)."""
+    return output.get("name") == "stderr" or any("jupyter.widget" in kind for kind in output.get("data", {}))
 
 
 def _fill_first_cell(path: Path, name: str, text: str) -> None:
