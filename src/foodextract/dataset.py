@@ -39,7 +39,7 @@ from foodextract.schema import FoodRecord
 from foodextract.selection import SPLITS, TEST_SHARE, Judged, judge
 from foodextract.sources import hub
 
-STRINGS = ("category", "group", "source", "licence", "pixels_sha256")
+STRINGS = ("category", "group", "source", "licence", "label_scope", "pixels_sha256")
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(),

@@ -17,11 +17,11 @@ from PIL import Image
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from foodextract.judging import EXHAUSTIVE, FIELDS, Columns, Counts, Reader, count_items, is_complete, judge, try_read
+from foodextract.judging import FIELDS, Columns, Counts, Reader, count_items, is_complete, judge, try_read
 from foodextract.metrics import MEASURES, Measure, f1, ratio
 from foodextract.pictures import open_picture
 from foodextract.results import Row, make_row
-from foodextract.schema import FoodRecord
+from foodextract.schema import EXHAUSTIVE, FoodRecord
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
