@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -124,15 +124,15 @@ def train(
     from foodextract.models import ModelError, choose_device, load_model, load_processor
     from foodextract.profiles import PROFILES
     from foodextract.samples import DatasetError
-    from foodextract.stage import is_sharded
+    from foodextract.stage import changed, is_sharded
     from foodextract.training import train_stage
 
     if profile not in PROFILES:
         _stop(f"there is no profile {profile!r}: take one of {', '.join(PROFILES)}")
     settings = PROFILES[profile]
     try:
-        stages = [replace(settings.stage1, **json.loads(stage1)), replace(settings.stage2, **json.loads(stage2))]
-    except (TypeError, json.JSONDecodeError) as error:
+        stages = [changed(settings.stage1, json.loads(stage1)), changed(settings.stage2, json.loads(stage2))]
+    except (TypeError, ModelError, json.JSONDecodeError) as error:
         _stop(f"--stage1 and --stage2 take JSON with values of a stage, such as '{{\"epochs\": 1}}' ({error})")
     processes = PartialState()
     try:
