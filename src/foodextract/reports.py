@@ -26,6 +26,7 @@ from foodextract.tables import (
     MORE_NAMES,
     NAMES,
     difference_table,
+    effect_sentences,
     effect_table,
     group_table,
     item_table,
@@ -36,9 +37,9 @@ from foodextract.tables import (
 )
 
 __all__ = [
-    "MORE_NAMES", "NAMES", "bars", "before_after", "class_heat_map", "contact_sheet", "difference_table", "effect_table", "effects",
-    "fill_in", "group_table", "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table", "offline_table",
-    "outcome_table", "peers_table", "publish", "reliability", "token_colours", "worst_cases",
+    "MORE_NAMES", "NAMES", "bars", "before_after", "class_heat_map", "contact_sheet", "difference_table", "effect_sentences",
+    "effect_table", "effects", "fill_in", "group_table", "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table",
+    "offline_table", "outcome_table", "peers_table", "publish", "reliability", "token_colours", "worst_cases",
 ]  # fmt: skip
 
 
@@ -92,14 +93,19 @@ def _peers_in_full(rows: list[Row]) -> str:
     return "\n\n".join([metric_table(rows, MORE_NAMES), item_table(rows, "tuned"), *groups])
 
 
+ABLATION = "ablation.json", ".venv/bin/python experiments/ablation.py"
 peers_table = _shown("peers.json", ".venv/bin/python benchmarks/peers.py", _peers)
 Places = dict[str, Callable[[Path], str]]
-PLACES: Places = {TABLE: offline_table, "peers": peers_table}  # in README.md, with what stands there
+PLACES: Places = {
+    TABLE: offline_table,
+    "peers": peers_table,
+    "why": _shown(*ABLATION, effect_sentences),
+}  # in README.md, with what stands there
 PAGES: dict[str, Places] = {
     "README.md": PLACES,
     "experiments/README.md": {
         "experiments": _shown("experiments.json", "make experiments", outcome_table),
-        "ablation": _shown("ablation.json", ".venv/bin/python experiments/ablation.py", effect_table),
+        "ablation": _shown(*ABLATION, effect_table),
     },
     "results/README.md": {
         "offline in full": _shown("offline.json", "make demo", _offline_in_full),
