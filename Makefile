@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := outputs
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal  # a worker takes about 1.5 GiB
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -48,17 +49,18 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 	@$(BIN)/python -m foodextract.reports
 	@echo "notebooks with outputs: $(OUT)/experiments   figures: results/experiments.json"
 
-test: lint unit smoke  ## Lint, unit tests, notebook smoke run.
+test: lint  ## Lint, unit tests and notebooks in small, spread over the cores.
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 unit: install
-	$(BIN)/python -m pytest -m "not notebooks"
+	$(PYTEST) -m "not notebooks"
 
 smoke: install
-	$(BIN)/python -m pytest -m notebooks
+	$(PYTEST) -m notebooks
 
 refresh: demo experiments  ## Maintainers: commit-ready notebooks, tuned tiny model and README from `make demo` and `make experiments`.
 	$(BIN)/python -m foodextract.reports --publish

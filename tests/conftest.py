@@ -11,11 +11,18 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MPLBACKEND"] = "agg"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core: threads of several workers would only wait for one another
 
 import pytest
 
-from foodextract import dataset, models, sources
+from foodextract import dataset, models, sources, training
 from foodextract.extractor import Extractor
+
+
+def pytest_collection_modifyitems(items):
+    """Whole notebooks first: with the longest tests at the end one worker would go on alone."""
+    items.sort(key=lambda item: item.get_closest_marker("notebooks") is None)
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +47,26 @@ def processor():
 def base():
     """The tiny base, fresh for every test, since training changes it in place."""
     return models.load_model(models.TINY_BASE, models.choose_device("cpu"), training=True)
+
+
+@pytest.fixture
+def die_in_second_epoch(monkeypatch):
+    """Run a training that is killed a third into its second epoch."""
+
+    class Killed(Exception):
+        pass
+
+    def die(self, args, state, control, **_):
+        if state.epoch > 1.3:
+            raise Killed
+
+    def run(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Progress, "on_step_end", die)
+            with pytest.raises(Killed):
+                training.train_stage(*arguments)
+
+    return run
 
 
 @pytest.fixture(scope="session")

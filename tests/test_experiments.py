@@ -123,22 +123,12 @@ def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tm
     assert answers[0] != Extractor(models.load_model(models.TINY_BASE, CPU), processor).answer(pictures)
 
 
-def test_interrupted_adapters_end_like_uninterrupted_ones(processor, rows, tmp_path, monkeypatch):
+def test_interrupted_adapters_end_like_uninterrupted_ones(processor, rows, tmp_path, die_in_second_epoch):
     stage = replace(TUNE, lora=replace(LORA, dropout=0.05), epochs=2)
     whole, broken, again = (models.load_model(models.TINY_BASE, CPU, training=True) for _ in range(3))
     training.train_stage(whole, processor, stage, rows["train"], tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def die(self, args, state, control, **_):
-        if state.epoch > 1.3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Progress, "on_step_end", die)
-        with pytest.raises(Killed):
-            training.train_stage(broken, processor, stage, rows["train"], tmp_path / "broken")
+    die_in_second_epoch(broken, processor, stage, rows["train"], tmp_path / "broken")
     training.train_stage(again, processor, stage, rows["train"], tmp_path / "broken")
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
@@ -347,6 +337,13 @@ def test_ablation_is_taken_up_where_it_was(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ notebooks
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_say_what_they_are_an_archive_of(path):
+    first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    for told in ("Question.", "Recipe.", "Outcome of the original.", "Its known defects.", "What superseded it."):
+        assert f"**{told}**" in first
 
 
 TINY_RUN = {"scenes": [32, 8], "every": 0, "validation": 0, "epochs": 1}

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+import peers as benchmark
+from foodextract import evaluation
 from foodextract.dataset import record_of
 from foodextract.peers import Majority, Nearest, vision_features
 from foodextract.pictures import open_picture
@@ -51,3 +53,33 @@ def test_mistakes_are_named(tuned, pictures, records):
         Nearest.fit(tuned, pictures[:2], records)
     with pytest.raises(ValueError, match="3 nearest of 2 pictures"):
         Nearest.fit(tuned, pictures[:2], records[:2], k=3)
+
+
+def test_everybody_answers_the_same_pictures_and_is_compared(rows):
+    held_out = rows["test"].select(range(8))
+    labels = [record_of(row) for row in held_out.remove_columns("image")]
+    right = iter([label.to_json() for label in labels])
+    answerers = {"majority": evaluation.each(Majority.fit([PIE])), "tuned": evaluation.each(lambda _: next(right))}
+    sources = ["a"] * 3 + ["b"] * 5
+    held_out = held_out.remove_columns("source").add_column("source", sources)
+    found = {(row.subject, row.metric): row for row in benchmark.measure(answerers, "tuned", held_out, 4, "c")}
+    assert found["tuned", "item_f1_micro"].value == 1
+    assert found["majority", "strict_json_rate"].n == 8
+    assert found["tuned minus majority", "item_f1_micro_difference"].value > 0
+    assert found["tuned minus majority", "item_f1_micro_p"].value < 0.05
+    assert (found["tuned | from a", "is_food_accuracy"].n, found["tuned | from b", "is_food_accuracy"].n) == (3, 5)
+    by_items = [row.n for (subject, metric), row in found.items() if subject.startswith("tuned | ") and metric == "is_food_accuracy"]
+    assert sum(by_items) == 2 * 8  # by number of items, and by source
+
+
+def test_peers_honour_labels_that_name_only_the_main_item(rows):
+    held_out = rows["test"].filter(lambda row: row["is_food"]).select(range(4))
+    labels = [record_of(row) for row in held_out.remove_columns("image")]
+    more = iter([label.model_copy(update={"food_items": [*label.food_items, "nothing like it"]}).to_json() for label in labels] * 2)
+    answerers = {"tuned": evaluation.each(lambda _: next(more))}
+    for scope, metrics in (("exhaustive", {"item_recall_micro", "item_f1_micro"}), ("primary", {"item_recall_micro"})):
+        told = held_out.remove_columns("label_scope") if "label_scope" in held_out.column_names else held_out
+        found = benchmark.measure(answerers, "tuned", told.add_column("label_scope", [scope] * 4), 4, "c")
+        of = {row.metric: row.value for row in found if row.subject == "tuned"}
+        assert {metric for metric in ("item_recall_micro", "item_f1_micro") if metric in of} == metrics
+        assert of["item_recall_micro"] == 1

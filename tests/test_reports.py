@@ -1,6 +1,8 @@
 """Tables and figures, from rows and answers whose right rendering is known."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -105,6 +107,23 @@ def test_peers_free_in_one_table_and_the_two_by_two_in_another(tmp_path):
     assert heads == ["| n = 9 | majority | base | tuned |", "|  | base, free | base, constrained | tuned, free | tuned, constrained |"]
 
 
+def test_every_metric_of_an_evaluation_is_shown_somewhere(tmp_path):
+    subjects = ("base", "stage2", "tuned")
+    metrics = evaluation.score([PIE, TEA, NOTHING], [PIE.to_json(), PIE.to_json(), NOTHING.to_json()])
+    rows = [r for subject in subjects for r in evaluation.to_rows("b", subject, metrics, "c")]
+    rows += [replace(r, subject="tuned | 1 item") for r in rows if r.subject == "tuned"]
+    (tmp_path / "results").mkdir()
+    for name in ("offline", "peers"):
+        write_results(tmp_path / "results" / f"{name}.json", rows)
+    for name, place in (("offline", reports.TABLE), ("peers", "peers")):
+        text = reports.PLACES[place](tmp_path) + reports.PAGES["results/README.md"][f"{name} in full"](tmp_path)
+        for metric in metrics:
+            if not re.match("(item|food|drink)_(precision|recall|f1)", metric.name):  # those have a table of their own
+                assert {**reports.NAMES, **reports.MORE_NAMES}[metric.name] in text, metric.name
+        assert "| drink, spelled alike |" in text
+    assert "| 1 item, n = 3 |" in text
+
+
 def test_effects_stand_below_their_means():
     rows = [
         row("reference", "item_f1_micro", 0.5, 0.4, 0.6, n=3),
@@ -118,6 +137,18 @@ def test_effects_stand_below_their_means():
     assert lines[3] == "| 5 tiles | reference | – | – | 0.625 (0.500–0.750)<br>+0.125 (-0.050 to +0.300) | – |"
     [axis] = reports.effects(rows, "item_f1_micro").axes
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["5 tiles minus reference"]
+
+
+def test_sentences_claim_no_more_than_their_intervals():
+    def change(metric, value, low, high):
+        return row("LoRA minus one stage", f"{metric}_difference", value, low, high, n=3)
+
+    rows = [row("LoRA", "strict_json_rate", 0.5, 0.4, 0.6, n=3), change("strict_json_rate", -0.25, -0.5, 0.0)]
+    assert reports.effect_sentences([*rows, change("item_f1_micro_lenient", -0.2, -0.3, -0.1)]) == (
+        "- **LoRA** instead of *one stage*: strict JSON -25.0 points (-50.0 to +0.0), no difference shown; "
+        "item F1, however written -0.200 (-0.300 to -0.100), worse."
+    )
+    assert reports.effect_sentences([*rows, change("item_f1_micro_lenient", 0.2, 0.1, 0.3)]).endswith(", better.")
 
 
 def test_outcomes_have_a_line_for_everybody_who_answered():

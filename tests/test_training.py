@@ -48,23 +48,13 @@ def test_the_loss_falls(base, processor, rows, tmp_path):
     assert written["log"] == log
 
 
-def test_an_interrupted_stage_ends_like_an_uninterrupted_one(processor, rows, tmp_path, monkeypatch):
+def test_an_interrupted_stage_ends_like_an_uninterrupted_one(processor, rows, tmp_path, die_in_second_epoch):
     stage = replace(STAGE1, epochs=2)
     whole = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
     training.train_stage(whole, processor, stage, rows["train"], tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def die(self, args, state, control, **_):
-        if state.epoch > 1.3:
-            raise Killed
-
     broken = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Progress, "on_step_end", die)
-        with pytest.raises(Killed):
-            training.train_stage(broken, processor, stage, rows["train"], tmp_path / "broken")
+    die_in_second_epoch(broken, processor, stage, rows["train"], tmp_path / "broken")
     assert not (tmp_path / "broken" / "stage1" / models.FINISHED).exists()
     again = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
     training.train_stage(again, processor, stage, rows["train"], tmp_path / "broken")

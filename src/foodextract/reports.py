@@ -21,11 +21,12 @@ from foodextract.figures import (
     token_colours,
     worst_cases,
 )
-from foodextract.results import read_results
+from foodextract.results import Row, read_results
 from foodextract.tables import (
     MORE_NAMES,
     NAMES,
     difference_table,
+    effect_sentences,
     effect_table,
     group_table,
     item_table,
@@ -36,9 +37,9 @@ from foodextract.tables import (
 )
 
 __all__ = [
-    "MORE_NAMES", "NAMES", "bars", "before_after", "class_heat_map", "contact_sheet", "difference_table", "effect_table", "effects",
-    "fill_in", "group_table", "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table", "offline_table",
-    "outcome_table", "peers_table", "publish", "reliability", "token_colours", "worst_cases",
+    "MORE_NAMES", "NAMES", "bars", "before_after", "class_heat_map", "contact_sheet", "difference_table", "effect_sentences",
+    "effect_table", "effects", "fill_in", "group_table", "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table",
+    "offline_table", "outcome_table", "peers_table", "publish", "reliability", "token_colours", "worst_cases",
 ]  # fmt: skip
 
 
@@ -66,35 +67,51 @@ def offline_table(root: Path) -> str:
     return metric_table([row for row in read_results(root / "results" / "offline.json") if row.low is not None])
 
 
-def peers_table(root: Path) -> str:
-    """Everybody's figures on the drawn test scenes, and how far the tuned model is ahead; before they are measured, how to do it."""
-    measured = root / "results" / "peers.json"
-    if not measured.exists():
-        return "Not measured yet: `.venv/bin/python benchmarks/peers.py` does it."
-    rows = read_results(measured)
+def _shown(file: str, command: str, render: Callable[[list[Row]], str]) -> Callable[[Path], str]:
+    """What a place shows: a results file rendered, or, before that is measured, how to do it."""
+
+    def text(root: Path) -> str:
+        measured = root / "results" / file
+        return render(read_results(measured)) if measured.exists() else f"Not measured yet: `{command}` does it."
+
+    return text
+
+
+def _offline_in_full(rows: list[Row]) -> str:
+    return f"{metric_table([row for row in rows if row.low is not None], MORE_NAMES)}\n\n{item_table(rows, 'stage2')}"
+
+
+def _peers(rows: list[Row]) -> str:
+    """Everybody's figures, base and tuned model free and constrained, and how far the tuned model is ahead."""
     free = [row for row in rows if not row.subject.endswith(" constrained")]
     return f"{metric_table(free)}\n\n{mode_table(rows, ('base', 'tuned'))}\n\n{difference_table(rows)}"
 
 
-def experiments_table(root: Path) -> str:
-    """What the archived recipes reach; before they have run, how to run them."""
-    measured = root / "results" / "experiments.json"
-    return outcome_table(read_results(measured)) if measured.exists() else "Not measured yet: `make experiments` does it."
+def _peers_in_full(rows: list[Row]) -> str:
+    """The figures that `_peers` leaves out, and breakdowns by number of items and source."""
+    groups = [group_table(rows, metric) for metric in ("is_food_accuracy", "item_f1_micro")]
+    return "\n\n".join([metric_table(rows, MORE_NAMES), item_table(rows, "tuned"), *groups])
 
 
-def ablation_table(root: Path) -> str:
-    """What each choice of the recipe is worth; before it is measured, how to do it."""
-    measured = root / "results" / "ablation.json"
-    return (
-        effect_table(read_results(measured))
-        if measured.exists()
-        else "Not measured yet: `.venv/bin/python experiments/ablation.py` does it."
-    )
-
-
+ABLATION = "ablation.json", ".venv/bin/python experiments/ablation.py"
+peers_table = _shown("peers.json", ".venv/bin/python benchmarks/peers.py", _peers)
 Places = dict[str, Callable[[Path], str]]
-PLACES: Places = {TABLE: offline_table, "peers": peers_table}  # in README.md, with what stands there
-PAGES: dict[str, Places] = {"README.md": PLACES, "experiments/README.md": {"experiments": experiments_table, "ablation": ablation_table}}
+PLACES: Places = {
+    TABLE: offline_table,
+    "peers": peers_table,
+    "why": _shown(*ABLATION, effect_sentences),
+}  # in README.md, with what stands there
+PAGES: dict[str, Places] = {
+    "README.md": PLACES,
+    "experiments/README.md": {
+        "experiments": _shown("experiments.json", "make experiments", outcome_table),
+        "ablation": _shown(*ABLATION, effect_table),
+    },
+    "results/README.md": {
+        "offline in full": _shown("offline.json", "make demo", _offline_in_full),
+        "peers in full": _shown("peers.json", ".venv/bin/python benchmarks/peers.py", _peers_in_full),
+    },
+}
 
 
 def publish(root: Path) -> None:
@@ -136,7 +153,7 @@ def _fill_first_cell(path: Path, name: str, text: str) -> None:
 def main(
     publish_too: Annotated[bool, typer.Option("--publish", help="Also take executed notebooks and the tuned model into the tree.")] = False,
 ) -> None:
-    """Print the before/after table of results/offline.json and bring both README files up to date with results/."""
+    """Print the before/after table of results/offline.json and bring the README files up to date with results/."""
     root = Path.cwd()
     for page, places in PAGES.items():
         for name, text in places.items():

@@ -120,6 +120,21 @@ def effect_table(rows: Sequence[Row]) -> str:
     return markdown_table([f"{n} seeds", "against", *({**NAMES, **MORE_NAMES}[metric] for metric in EFFECTS)], lines)
 
 
+def effect_sentences(rows: Sequence[Row]) -> str:
+    """Markdown: one line a choice, with what its interval allows to say of form (strict JSON) and of content (items, read leniently)."""
+    figures = {(row.metric, row.subject): row for row in rows if " minus " in row.subject}
+    lines = []
+    for subject in dict.fromkeys(subject for _, subject in figures):
+        told = []
+        for metric, name in (("strict_json_rate", "strict JSON"), ("item_f1_micro_lenient", "item F1, however written")):
+            row = figures[f"{metric}_difference", subject]
+            verdict = "better" if row.low > 0 else "worse" if row.high < 0 else "no difference shown"
+            told.append(f"{name} {_change(row)}, {verdict}")
+        choice, against = subject.split(" minus ")
+        lines.append(f"- **{choice}** instead of *{against}*: {'; '.join(told)}.")
+    return "\n".join(lines)
+
+
 def outcome_table(rows: Sequence[Row]) -> str:
     """Markdown: one line for everybody who answered in an experiment. What an experiment does not measure is a dash."""
     figures = {(row.benchmark, row.subject, row.metric): row for row in rows}
