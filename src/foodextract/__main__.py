@@ -254,6 +254,27 @@ def export_vllm(
     print(f"sh {out / 'serve.sh'}   # {command}")
 
 
+@export.command("onnx")
+def export_onnx(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one).")
+    ] = None,
+    tiles: Annotated[int | None, typer.Option(help="Another image budget than the model came with: 1, 5 or 17 tiles a picture.")] = None,
+) -> None:
+    """Vision and text as ONNX graphs, fp32 and int8: a folder that `foodextract extract --model OUT` takes. Needs the extra `onnx`."""
+    from foodextract.graphs import export_onnx as write
+    from foodextract.models import ModelError, newest_tuned
+
+    try:
+        sizes = write(model or newest_tuned(), out, tiles)
+    except (ModelError, OSError) as error:
+        _stop(str(error))
+    for name, megabytes in sizes.items():
+        print(f"{megabytes:8.1f} MB  {name}")
+    print(f"foodextract extract --model {out} --precision int8 …")
+
+
 def _stop(message: str) -> None:
     print(f"foodextract: {message}", file=sys.stderr)
     raise typer.Exit(2)
