@@ -18,12 +18,14 @@ help:  ## Show what can be made.
 
 install: $(VENV)/.installed  ## Create .venv with everything pinned (once; a second time takes no time).
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml deploy/requirements-checkov.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
 	@echo "installing into $(VENV) (a minute or two, once) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt -r requirements-dev.txt -e .
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)/checkov
+	@$(BIN)/uv pip install --quiet --python $(VENV)/checkov/bin/python -r deploy/requirements-checkov.txt
 	@touch $@
 
 # The Hub that the tuned model is published to is one on this machine, which ends with the notebook.

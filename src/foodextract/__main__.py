@@ -212,11 +212,12 @@ def serve(
 ) -> None:
     """Answer pictures over HTTP: POST /predict and /predict/batch, GET /docs, /health, /ready, /metrics.
 
+    A BLIP that captions pictures with their class is served too: it answers the same records, by the names in its config's id2label.
     FOODEXTRACT_API_KEY, when set, is the key that callers must send. SIGTERM stops it once all that was accepted is answered.
     """
     from foodextract.api import Settings
     from foodextract.batching import Limits
-    from foodextract.extractor import Extractor
+    from foodextract.captioner import load
     from foodextract.intake import MEGABYTE, Upload
     from foodextract.models import ModelError, newest_tuned
     from foodextract.server import run
@@ -230,7 +231,7 @@ def serve(
         origins=tuple(origin or ()),
     )
     try:
-        run(lambda: Extractor.from_pretrained(source, device, precision), name, settings, host, port)
+        run(lambda: load(source, device, precision), name, settings, host, port)
     except ModelError as error:
         _stop(str(error))
 
