@@ -18,14 +18,18 @@ help:  ## Show what can be made.
 
 install: $(VENV)/.installed  ## Create .venv with everything pinned (once; a second time takes no time).
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml deploy/requirements-checkov.txt
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
 	@echo "installing into $(VENV) (a minute or two, once) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt -r requirements-dev.txt -e .
+	@touch $@
+
+$(VENV)/checkov/.installed: deploy/requirements-checkov.txt $(VENV)/.installed
+	@echo "installing the policy linter into $(VENV)/checkov (once) …"
 	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)/checkov
-	@$(BIN)/uv pip install --quiet --python $(VENV)/checkov/bin/python -r deploy/requirements-checkov.txt
+	@$(BIN)/uv pip install --quiet --python $(VENV)/checkov/bin/python -r $<
 	@touch $@
 
 # The Hub that the tuned model is published to is one on this machine, which ends with the notebook.
@@ -51,14 +55,14 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 	@$(BIN)/python -m foodextract.reports
 	@echo "notebooks with outputs: $(OUT)/experiments   figures: results/experiments.json"
 
-test: lint  ## Lint, unit tests and notebooks in small, spread over the cores.
+test: lint $(VENV)/checkov/.installed  ## Lint, unit tests and notebooks in small, spread over the cores.
 	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-unit: install
+unit: install $(VENV)/checkov/.installed
 	$(PYTEST) -m "not notebooks"
 
 smoke: install
