@@ -26,7 +26,7 @@ from foodextract.extractor import Extractor
 from foodextract.scenes import draw_scenes
 
 SHAPES = ((256, 256), (2000, 300), (90, 1200), (33, 47))  # pixels of the pictures that are asked about
-PATIENCE = 600  # seconds until vLLM has started: it imports a great deal
+PATIENCE = 900  # seconds until vLLM has started: it imports a great deal
 
 
 def render_command(folder: Path, vllm: str, port: int) -> list[str]:
