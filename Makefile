@@ -26,6 +26,12 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt -r requirements-dev.txt -e .
 	@touch $@
 
+$(VENV)/checkov/.installed: deploy/requirements-checkov.txt $(VENV)/.installed
+	@echo "installing the policy linter into $(VENV)/checkov (once) …"
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)/checkov
+	@$(BIN)/uv pip install --quiet --python $(VENV)/checkov/bin/python -r $<
+	@touch $@
+
 # The Hub that the tuned model is published to is one on this machine, which ends with the notebook.
 demo: install  ## The whole story on the offline profile: draw, train in two stages, measure, publish, extract.
 	@mkdir -p $(OUT)/notebooks
@@ -49,14 +55,14 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 	@$(BIN)/python -m foodextract.reports
 	@echo "notebooks with outputs: $(OUT)/experiments   figures: results/experiments.json"
 
-test: lint  ## Lint, unit tests and notebooks in small, spread over the cores.
+test: lint $(VENV)/checkov/.installed  ## Lint, unit tests and notebooks in small, spread over the cores.
 	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-unit: install
+unit: install $(VENV)/checkov/.installed
 	$(PYTEST) -m "not notebooks"
 
 smoke: install

@@ -20,14 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin, pipeline
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, pipeline
 
+from extract_report import PHASES, SEED, render
 from foodextract import models, prompts
 from foodextract.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract.graphs import GraphModel
 from foodextract.pictures import open_picture
 from foodextract.results import Row, make_row, write_results
 from foodextract.scenes import draw_scenes
@@ -36,18 +37,23 @@ from true_size import as_photograph, build, interval, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER = FoodRecord(is_food=1, image_title="beer and pretzel", food_items=["pretzel"], drink_items=["beer"])
-SEED = "seed: pipeline, 17 tiles, bf16"
-PHASES = ("open", "preprocess", "vision", "prefill", "tokens")
 
 
-def dictate(model: PreTrainedModel, answer: list[int], prompt_length: Callable[[], int]) -> None:
-    """Make the model write `answer` behind a prompt of so many tokens."""
+class Dictation:
+    """Makes models write one answer, behind a prompt of `prompt_length` tokens."""
 
-    def add(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        for row, place in enumerate(kwargs["position_ids"][:, -1].tolist()):
-            output.logits[row, -1, answer[min(place + 1 - prompt_length(), len(answer) - 1)]] += 10_000
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokens = tokenizer(" " + ANSWER.to_json() + tokenizer.eos_token, add_special_tokens=False).input_ids
+        self.prompt_length = 0
 
-    model.register_forward_hook(add, with_kwargs=True)
+    def to(self, model: torch.nn.Module) -> None:
+        """From now on this model writes it."""
+
+        def add(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            for row, place in enumerate(kwargs["position_ids"][:, -1].tolist()):
+                output.logits[row, -1, self.tokens[min(place + 1 - self.prompt_length, len(self.tokens) - 1)]] += 10_000
+
+        model.register_forward_hook(add, with_kwargs=True)
 
 
 class Clock:
@@ -56,8 +62,8 @@ class Clock:
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
 
-    def watch(self, model: PreTrainedModel) -> None:
-        """Time the vision tower, the first forward of an answer without it, and the later ones."""
+    def watch(self, model: torch.nn.Module) -> None:
+        """Time the vision tower, and the first forward of an answer with it."""
         started = {}
 
         def start(name: str, *_: Any) -> None:
@@ -70,8 +76,9 @@ class Clock:
             if kwargs.get("pixel_values") is not None:
                 self.spent["prefill"] += time.process_time() - started["all"]
 
-        model.model.vision_model.register_forward_pre_hook(partial(start, "vision"))
-        model.model.vision_model.register_forward_hook(end_vision)
+        vision = model.vision if isinstance(model, GraphModel) else model.model.vision_model
+        vision.register_forward_pre_hook(partial(start, "vision"))
+        vision.register_forward_hook(end_vision)
         model.register_forward_pre_hook(lambda *_: start("all"))
         model.register_forward_hook(end, with_kwargs=True)
 
@@ -96,11 +103,19 @@ class Clock:
 class Subject:
     """One way to answer encoded pictures, and what it cost."""
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, tiles: int, constrained: bool = False, piped: bool = False):
-        self.processor = copy.deepcopy(processor)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: ProcessorMixin,
+        dictation: Dictation,
+        tiles: int = 1,
+        constrained: bool = True,
+        piped: bool = False,
+    ) -> None:
+        self.processor, self.dictation = copy.deepcopy(processor), dictation
         models.set_image_budget(self.processor, tiles)
         self.extractor = Extractor(model, self.processor, constrained)
-        self.clock, self.seconds = Clock(), []
+        self.clock = Clock()
         self.clock.watch(model)
         self.pipe = pipeline("image-text-to-text", model=model, processor=self.processor) if piped else None
         self.prompt_length = self.extractor.prepare([Image.new("RGB", (256, 256))])["input_ids"].shape[1]
@@ -108,6 +123,7 @@ class Subject:
     def answer(self, files: list[bytes]) -> list[str]:
         """The texts for one batch; the pipeline takes one picture at a time, as the seeds do."""
         self.clock.spent.clear()
+        self.dictation.prompt_length = self.prompt_length
         with self.clock.measure("total"):
             with self.clock.measure("open"):
                 pictures = [open_picture(file) for file in files]
@@ -135,58 +151,78 @@ class Subject:
         return [written[0]["generated_text"].removeprefix(" ")]
 
 
+def alternately(subjects: dict[str, Subject], pictures: list[bytes]) -> dict[str, list[dict[str, float]]]:
+    """CPU-seconds by phase, and in `total`, of every subject for every picture, one subject after the other; they warm up on the first."""
+    spent = defaultdict(list)
+    for number, file in enumerate([pictures[0], *pictures]):
+        for name, subject in subjects.items():
+            [text] = subject.answer([file])
+            if text != ANSWER.to_json():
+                raise SystemExit(f"{name} did not write the dictated answer, so its cost says nothing: {text!r}")
+            if number:
+                spent[name].append({**subject.clock.phases(), "total": subject.clock.spent["total"]})
+                print(f"{name:45} {spent[name][-1]['total']:8.3f} CPU-s", flush=True)
+    return spent
+
+
+def cost_rows(
+    size: str, subjects: dict[str, Subject], spent: dict[str, list[dict[str, float]]], speedup: str, row: Callable[..., Row]
+) -> list[Row]:
+    """What `alternately` found; `speedup` is the name for how many times a subject's cost the first one's is."""
+    totals = {name: [phases["total"] for phases in spent[name]] for name in subjects}
+    first, rows = next(iter(totals.values())), []
+    for name, subject in subjects.items():
+        add = partial(row, f"{size}, {name}", n=len(totals[name]))
+        rows.append(add("cpu_seconds_per_image", unit="s", **interval(totals[name])))
+        rows.append(add(speedup, unit="x", **interval(first, ratio, totals[name])))
+        rows.append(add("prompt_tokens", subject.prompt_length, unit="tokens"))
+        rows += [add(f"{phase}_cpu_seconds", unit="s", **interval([p[phase] for p in spent[name]])) for phase in PHASES]
+    return rows
+
+
+def batch_rows(label: str, subject: Subject, pictures: list[bytes], batches: list[int], row: Callable[..., Row]) -> list[Row]:
+    """Tokens and pictures a CPU-second by size of the batch, measured three times, one size after the other."""
+    tokens, whole = defaultdict(list), defaultdict(list)
+    for batch in [*batches] * 3:
+        subject.answer((pictures * batch)[:batch])
+        tokens[batch].append(batch * len(subject.dictation.tokens) / subject.clock.phases()["tokens"])
+        whole[batch].append(batch / subject.clock.spent["total"])
+        print(f"{label}, batch {batch}: {tokens[batch][-1]:8.1f} tokens, {whole[batch][-1]:8.3f} pictures a CPU-second", flush=True)
+    rows = []
+    for batch in batches:
+        add = partial(row, f"{label}, batch {batch}", n=3)
+        rows.append(add("decoded_tokens_per_cpu_second", unit="1/s", **interval(tokens[batch])))
+        rows.append(add("images_per_cpu_second", unit="1/s", **interval(whole[batch])))
+    add = partial(row, f"{label}, batch {batches[-1]}", unit="x", n=3)
+    rows.append(add("batch_decode_speedup", **interval(tokens[batches[-1]], ratio, tokens[batches[0]])))
+    return [*rows, add("batch_image_speedup", **interval(whole[batches[-1]], ratio, whole[batches[0]]))]
+
+
 def measure(size: str, pictures: list[bytes], batches: list[int], processor_from: Path, command: str) -> list[Row]:
     """All figures of one size."""
     bf16, processor = build(size, processor_from)
     fp32 = copy.deepcopy(bf16).float()
     int8 = copy.deepcopy(fp32)
     models.quantise(int8)
-    current: list[Subject] = []
-    answer = processor.tokenizer(" " + ANSWER.to_json() + processor.tokenizer.eos_token, add_special_tokens=False).input_ids
+    dictation = Dictation(processor.tokenizer)
     for model in (bf16, fp32, int8):
-        dictate(model, answer, lambda: current[-1].prompt_length)
+        dictation.to(model)
     subjects = {
-        SEED: Subject(bf16, processor, 17, piped=True),
-        "one tile": Subject(bf16, processor, 1, piped=True),
-        "one tile, our loop": Subject(bf16, processor, 1),
-        "ours bf16: grammar, forced tokens": Subject(bf16, processor, 1, constrained=True),
-        "ours fp32": Subject(fp32, processor, 1, constrained=True),
-        "ours int8": Subject(int8, processor, 1, constrained=True),
+        SEED: Subject(bf16, processor, dictation, tiles=17, constrained=False, piped=True),
+        "one tile": Subject(bf16, processor, dictation, constrained=False, piped=True),
+        "one tile, our loop": Subject(bf16, processor, dictation, constrained=False),
+        "ours bf16: grammar, forced tokens": Subject(bf16, processor, dictation),
+        "ours fp32": Subject(fp32, processor, dictation),
+        "ours int8": Subject(int8, processor, dictation),
     }
-    costs, split = defaultdict(list), defaultdict(list)
-    for number, file in enumerate([pictures[0], *pictures]):  # the first is for warming up
-        for name, subject in subjects.items():
-            current.append(subject)
-            [text] = subject.answer([file])
-            if text != ANSWER.to_json():
-                raise SystemExit(f"{size} {name} did not write the dictated answer, so its cost says nothing: {text!r}")
-            if number:
-                costs[name].append(subject.clock.spent["total"])
-                split[name].append(subject.clock.phases())
     row = partial(make_row, "extract_cpu", command=command)
-    rows = []
-    for name, subject in subjects.items():
-        label, n = f"{size}, {name}", len(costs[name])
-        rows.append(row(label, "cpu_seconds_per_image", unit="s", n=n, **interval(costs[name])))
-        rows.append(row(label, "speedup_vs_seed", unit="x", n=n, **interval(costs[SEED], ratio, costs[name])))
-        rows.append(row(label, "prompt_tokens", subject.prompt_length, unit="tokens", n=n))
-        rows += [row(label, f"{phase}_cpu_seconds", unit="s", n=n, **interval([s[phase] for s in split[name]])) for phase in PHASES]
-        print(f"{label:45} {np.mean(costs[name]):8.3f} CPU-s  {ratio(costs[SEED], costs[name]):6.1f} x", flush=True)
-    free, forced = ([s["tokens"] for s in split[name]] for name in ("one tile, our loop", "ours bf16: grammar, forced tokens"))
+    spent = alternately(subjects, pictures)
+    rows = cost_rows(size, subjects, spent, "speedup_vs_seed", row)
+    free, forced = ([phases["tokens"] for phases in spent[name]] for name in ("one tile, our loop", "ours bf16: grammar, forced tokens"))
     rows.append(row(f"{size}, forced tokens alone", "decode_speedup", unit="x", n=len(free), **interval(free, ratio, forced)))
-    rows.append(row(f"{size}, answer", "answer_tokens", len(answer), unit="tokens", n=1))
-    for name in ("ours bf16: grammar, forced tokens", "ours int8"):
-        current.append(subjects[name])
-        for batch in batches:
-            files = (pictures * batch)[:batch]
-            subjects[name].answer(files)
-            repeats = [(subjects[name].answer(files), subjects[name].clock.spent["total"], subjects[name].clock.phases()) for _ in range(3)]
-            label = f"{size}, {name}, batch {batch}"
-            tokens = batch * len(answer) / np.array([phases["tokens"] for _, _, phases in repeats])
-            whole = batch / np.array([total for _, total, _ in repeats])
-            rows.append(row(label, "decoded_tokens_per_cpu_second", unit="1/s", n=3, **interval(list(tokens))))
-            rows.append(row(label, "images_per_cpu_second", unit="1/s", n=3, **interval(list(whole))))
-            print(f"{label:55} {tokens.mean():8.1f} tokens/CPU-s {whole.mean():8.3f} pictures/CPU-s", flush=True)
+    rows.append(row(f"{size}, answer", "answer_tokens", len(dictation.tokens), unit="tokens", n=1))
+    for name, label in (("ours bf16: grammar, forced tokens", "ours bf16"), ("ours int8", "ours int8")):
+        rows += batch_rows(f"{size}, {label}", subjects[name], pictures, batches, row)
     return rows
 
 
@@ -201,12 +237,13 @@ def main(
     """Measure, print and write down."""
     torch.set_num_threads(threads)
     files = [as_photograph(scene) for scene in draw_scenes(11, "test", pictures)]
-    command = f"python benchmarks/extract.py --threads {threads}"
+    command = f"python benchmarks/extract.py --pictures {pictures} --threads {threads}"
     rows = []
     for one in size or ["500m", "256m"]:
         rows += measure(one, files, batch or [1, 2, 4, 8], processor, command)
+        write_results(results, rows)
         gc.collect()
-    write_results(results, rows)
+    render(results)
 
 
 if __name__ == "__main__":

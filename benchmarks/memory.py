@@ -16,6 +16,7 @@ import numpy as np
 import typer
 from tqdm import tqdm
 
+from extract_report import render
 from foodextract import models
 from foodextract.extractor import Extractor
 from foodextract.results import make_row, write_results
@@ -47,6 +48,7 @@ def main(
     axis.set(xlabel="pictures answered", ylabel="resident memory, GiB", ylim=(0, None))
     axis.grid(alpha=0.3)
     figure.savefig(results.with_suffix(".png"), dpi=120)
+    render(results)
     print(f"peak {memory.max():.2f} GiB, growth {growth:+.1%}: {'flat' if growth <= 0.02 else 'NOT FLAT'}")
 
 

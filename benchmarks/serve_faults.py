@@ -1,16 +1,21 @@
 """What happens to the HTTP server, and to its callers, when things go wrong.
 
-    python benchmarks/serve_faults.py                        # some three minutes; adds to results/serving.json
+    python benchmarks/serve_faults.py                        # adds to results/serving.json
     python benchmarks/serve_faults.py --hostile 64 --rounds 1 --results /tmp/serving.json      # does it run?
 
 SIGTERM while callers keep it busy: every request that it had accepted must be answered, and it must end with status 0. SIGKILL: started
 again, it must come back ready and give the same answers. Hostile uploads (`hostile.py`): each must be told 4xx, or be hung up on where its
-head never comes; the server must live on, answer honest pictures as before, and not grow.
+head never comes; the server must live on, answer honest pictures as before, and not grow. Last, schemathesis makes up requests from the
+OpenAPI page, fitting and not, and looks for answers that the page does not announce.
 """
 
 import asyncio
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -28,6 +33,7 @@ from served import RESULTS, Served, drawn_pictures, growth, serving, write_part
 CALLERS = 24
 SLOW = 2.0  # seconds between two bytes of a slow caller: the 10 s that the server waits are soon over
 AT_ONCE = 16
+NO_PICTURE = "positive_data_acceptance"  # a schema can say that a body is a file, not that it is a picture
 
 
 def sigterm(model: Path, pictures: list[bytes]) -> Counter[str]:
@@ -124,15 +130,39 @@ async def attack(served: Served, count: int, picture: bytes) -> Counter[tuple[st
     return outcomes
 
 
+def contract(served: Served, examples: int) -> tuple[int, int]:
+    """What schemathesis finds against the server's own description, and how many requests it made."""
+    before = _requests(served)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command = [Path(sys.executable).with_name("schemathesis"), "run", f"{served.address}/openapi.json", "--seed", "0"]
+        command += ["--max-examples", str(examples), "--exclude-checks", NO_PICTURE, "--report", "junit", "--report-junit-path", report]
+        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)  # noqa: S603
+        suites = ElementTree.parse(report).getroot().iter("testsuite")  # noqa: S314 - written just now
+        findings = sum(int(suite.get(kind, 0)) for suite in suites for kind in ("failures", "errors"))
+    if findings or told.returncode:
+        print(told.stdout)
+    return max(findings, told.returncode), _requests(served) - before
+
+
+def _requests(served: Served) -> int:
+    """All that the server has counted."""
+    lines = httpx.get(f"{served.address}/metrics", timeout=60, trust_env=False).text.splitlines()
+    return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("foodextract_requests_total{")))
+
+
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the model.")] = models.TINY_TUNED,
     rounds: Annotated[int, typer.Option(min=1, help="How often SIGTERM and SIGKILL are sent.")] = 5,
     uploads: Annotated[int, typer.Option("--hostile", min=64, help="Hostile uploads.")] = 1000,
+    examples: Annotated[int, typer.Option(min=1, help="Made-up requests of schemathesis, for each kind of test and path.")] = 100,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:
     """Measure, print and write down."""
     pictures = drawn_pictures(4)
-    row = partial(make_row, "serve_faults", command=f"python benchmarks/serve_faults.py --rounds {rounds} --hostile {uploads}")
+    row = partial(
+        make_row, "serve_faults", command=f"python benchmarks/serve_faults.py --rounds {rounds} --hostile {uploads} --examples {examples}"
+    )
     rows: list[Row] = []
     drained: Counter[str] = Counter()
     for _ in range(rounds):
@@ -152,12 +182,15 @@ def main(
         outcomes = asyncio.run(attack(served, uploads, pictures[0]))
         grown, alive = growth(served.memory[-int(2 * (time.monotonic() - begun)) :]), served.process.poll() is None
         print(f"hostile: {before:.2f} GiB before, {served.resident():.2f} after; growth {grown:+.1%}")
+        findings, requests = contract(served, examples)
+        print(f"schemathesis: {findings} findings in {requests} requests")
     sent = {pair: count for pair, count in outcomes.items() if pair[0] != "honest"}
     n = sum(sent.values())
     right = sum(count for (kind, told), count in sent.items() if told.startswith("4") or (kind == "slow head" and told == "hung up"))
     rows += [row("hostile uploads", "refused_share", right / n, n=n), row("hostile uploads", "crashes", 1 - alive, unit="processes", n=1)]
     rows.append(row("hostile uploads", "memory_growth_share", grown, n=n))
     rows.append(row("honest among them", "spoilt", outcomes["honest", "spoilt"], unit="answers", n=4))
+    rows.append(row("schemathesis", "findings", findings, unit="findings", n=requests))
     for (kind, told), count in sorted(outcomes.items()):
         print(f"  {kind:22} {told:16} {count:5}")
     write_part(results, rows)

@@ -1,19 +1,19 @@
 """What the HTTP server does under load, beside a Flask server that answers one request at a time with the same weights.
 
-    python benchmarks/serve_load.py                          # some five minutes; adds to results/serving.json, and draws serving.png
+    python benchmarks/serve_load.py                          # adds to results/serving.json, and draws serving.png
     python benchmarks/serve_load.py --seconds 5 --overload-seconds 5 --results /tmp/serving.json      # does it run?
 
-First both servers are kept busy by as many callers as our batch holds twice (throughput). Then requests arrive at our server by the clock,
-whether or not it keeps up, at several multiples of that throughput: the last, twice as many as it can answer, is the overload. All over
-the loopback, with callers and server on the same cores.
+First both servers are kept busy in turn, several times, by twice as many callers as our batch holds (throughput); the other one waits
+meanwhile. Then requests arrive at our server by the clock, whether or not it keeps up, at several multiples of that throughput: the last,
+twice as many as it can answer, is the overload. All over the loopback, with callers and server on the same cores.
 """
 
 import asyncio
-import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -23,12 +23,17 @@ import httpx
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
+from matplotlib.figure import Figure
 
 from foodextract import models
-from foodextract.results import make_row
-from served import RESULTS, drawn_pictures, growth, serving, started, write_part
+from foodextract.evaluation import rate
+from foodextract.results import Row, make_row
+from served import RESULTS, Served, drawn_pictures, free_port, growth, serving, started, write_part
+from true_size import interval, ratio
 
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # multiples of the throughput
+PERCENTILES = (50, 95, 99)
+METRICS = (*(f"p{p}_seconds" for p in PERCENTILES), *(f"status_{code}_share" for code in (200, 429, 504)))
 BATCH = 8
 FLASK = Path(__file__).with_name("flask_server.py")
 Outcome = tuple[int, float]  # status, 0 where no answer came, and seconds
@@ -72,65 +77,99 @@ async def by_the_clock(pictures: list[bytes], rate: float, seconds: float, clien
     return await asyncio.gather(*asked)
 
 
-def throughput(address: str, pictures: list[bytes], seconds: float, callers: int) -> tuple[float, int]:
+def throughput(address: str, pictures: list[bytes], seconds: float) -> tuple[float, int]:
     """Pictures answered a second, and how many."""
-    asyncio.run(with_client(address, partial(busy, pictures, callers, seconds / 4)))  # warm-up
     start = time.monotonic()
-    outcomes = asyncio.run(with_client(address, partial(busy, pictures, callers, seconds)))
+    outcomes = asyncio.run(with_client(address, partial(busy, pictures, 2 * BATCH, seconds)))
     answered = sum(status == 200 for status, _ in outcomes)
     return answered / (time.monotonic() - start), answered
 
 
-def flask_throughput(model: Path, pictures: list[bytes], seconds: float) -> tuple[float, int]:
-    """The same of the Flask server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with started([sys.executable, str(FLASK), str(model), str(port)], port) as flask:
-        return throughput(flask.address, pictures, seconds, 2 * BATCH)
+def compared(addresses: Sequence[str], pictures: list[bytes], seconds: float, rounds: int) -> list[list[tuple[float, int]]]:
+    """The throughput of each address, round by round, after a warm-up."""
+    for address in addresses:
+        throughput(address, pictures, seconds / 2)
+    return list(zip(*([throughput(address, pictures, seconds) for address in addresses] for _ in range(rounds)), strict=True))
+
+
+def flask(model: Path) -> AbstractContextManager[Served]:
+    """The Flask server, started."""
+    port = free_port()
+    return started([sys.executable, str(FLASK), str(model), str(port)], port)
+
+
+def described(load: float, outcomes: list[Outcome], row: Callable[..., Row]) -> list[Row]:
+    """Latencies of what was answered, with intervals, and the share of each status."""
+    latencies = [spent for status, spent in outcomes if status == 200]
+    statuses, subject = Counter(status for status, _ in outcomes), f"ours, {load:g} x load"
+    row = partial(row, subject)
+    rows = [row(f"p{p}_seconds", unit="s", n=len(latencies), **interval(latencies, partial(np.percentile, q=p))) for p in PERCENTILES]
+    for code in (200, 429, 504):
+        share = rate(f"status_{code}_share", [status == code for status, _ in outcomes])
+        rows.append(row(share.name, share.value, low=share.low, high=share.high, n=share.n))
+    unexpected = len(outcomes) - statuses[200] - statuses[429] - statuses[504]
+    rows.append(row("lost_or_unexpected", unexpected, unit="requests", n=len(outcomes)))
+    print(f"{subject:16} " + ", ".join(f"p{p} {one.value:.2f} s" for p, one in zip(PERCENTILES, rows, strict=False)), dict(statuses))
+    return rows
 
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the model that both serve.")] = models.TINY_TUNED,
-    seconds: Annotated[float, typer.Option(min=1, help="For each throughput and each load but the last.")] = 20,
+    seconds: Annotated[float, typer.Option(min=1, help="For each round of each throughput.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the two servers take turns.")] = 6,
+    load_seconds: Annotated[float, typer.Option(min=1, help="For each load but the last.")] = 20,
     overload_seconds: Annotated[float, typer.Option(min=1, help="For the last load, twice the throughput.")] = 60,
     results: Annotated[Path, typer.Option(help="Where the figures go; the plot goes beside it.")] = RESULTS,
 ) -> None:
     """Measure, print, draw and write down."""
     pictures = drawn_pictures(16)
-    command = f"python benchmarks/serve_load.py --seconds {seconds:g} --overload-seconds {overload_seconds:g}"
-    row = partial(make_row, "serve_load", command=command)
-    flask, flask_n = flask_throughput(model, pictures, seconds)
-    rows, curve = [row("flask, one at a time", "images_per_second", flask, unit="1/s", n=flask_n)], []
+    options = f"--seconds {seconds:g} --rounds {rounds} --load-seconds {load_seconds:g} --overload-seconds {overload_seconds:g}"
+    row = partial(make_row, "serve_load", command=f"python benchmarks/serve_load.py {options}")
     with serving(model, "--batch-size", str(BATCH)) as server:
-        rate, n = throughput(server.address, pictures, seconds, 2 * BATCH)
-        rows.append(row("ours", "images_per_second", rate, unit="1/s", n=n))
-        rows.append(row("ours", "speedup_vs_flask", rate / flask, unit="x", n=n))
-        print(f"ours {rate:.2f} pictures/s, flask {flask:.2f}: {rate / flask:.2f} x")
+        with flask(model) as other:
+            theirs, ours = compared((other.address, server.address), pictures, seconds, rounds)
+        rows = []
+        for name, rates in (("flask, one at a time", theirs), ("ours", ours)):
+            n = sum(count for _, count in rates)
+            rows.append(row(name, "images_per_second", unit="1/s", n=n, **interval([value for value, _ in rates])))
+        rates = [np.array([value for value, _ in one]) for one in (ours, theirs)]
+        rows.append(row("ours", "speedup_vs_flask", unit="x", n=rounds, **interval(rates[0], ratio, rates[1])))
+        capacity = rows[1].value
+        print(f"ours {capacity:.2f} pictures/s, flask {rows[0].value:.2f}: {rows[2].value:.2f} x ({rows[2].low} to {rows[2].high})")
         for load in LOADS:
             before = len(server.memory)
-            duration = overload_seconds if load == LOADS[-1] else seconds
-            outcomes = asyncio.run(with_client(server.address, partial(by_the_clock, pictures, load * rate, duration)))
-            statuses, label = Counter(status for status, _ in outcomes), f"ours, {load:g} x load"
-            latencies = [spent for status, spent in outcomes if status == 200]
-            curve.append(np.percentile(latencies, (50, 95, 99)))
-            rows += [row(label, f"p{p}_seconds", v, unit="s", n=len(latencies)) for p, v in zip((50, 95, 99), curve[-1], strict=True)]
-            rows += [row(label, f"status_{code}_share", statuses[code] / len(outcomes), n=len(outcomes)) for code in (200, 429, 504)]
-            unexpected = len(outcomes) - statuses[200] - statuses[429] - statuses[504]
-            rows.append(row(label, "lost_or_unexpected", unexpected, unit="requests", n=len(outcomes)))
-            print(f"{label:16} p50 {curve[-1][0]:.2f} s, p95 {curve[-1][1]:.2f} s, p99 {curve[-1][2]:.2f} s, statuses {dict(statuses)}")
+            duration = overload_seconds if load == LOADS[-1] else load_seconds
+            outcomes = asyncio.run(with_client(server.address, partial(by_the_clock, pictures, load * capacity, duration)))
+            rows += described(load, outcomes, row)
         memory = server.memory[before:]
-        rows.append(row("ours, 2 x load", "peak_memory_gib", max(memory), unit="GiB", n=len(memory)))
-        rows.append(row("ours, 2 x load", "memory_growth_share", growth(memory), n=len(memory)))
-        print(f"memory under overload: peak {max(memory):.2f} GiB, growth {growth(memory):+.1%}")
+    rows.append(row("ours, 2 x load", "peak_memory_gib", max(memory), unit="GiB", n=len(memory)))
+    rows.append(row("ours, 2 x load", "memory_growth_share", growth(memory), n=len(memory)))
+    print(f"memory under overload: peak {max(memory):.2f} GiB, growth {growth(memory):+.1%}")
     write_part(results, rows)
-    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for name, values, colour in zip(("p50", "p95", "p99"), np.array(curve).T, ("#4c78a8", "#f2b134", "#c62828"), strict=True):
-        axis.plot(LOADS, values, marker="o", color=colour, label=name)
-    axis.set(xlabel=f"arrivals, multiples of {rate:.1f} pictures/s", ylabel="seconds to an answer (200)", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    figure.savefig(results.with_suffix(".png"), dpi=120)
+    draw(rows, capacity).savefig(results.with_suffix(".png"), dpi=120)
+
+
+def draw(rows: list[Row], capacity: float) -> Figure:
+    """Latencies, and the shares of the statuses, by load."""
+    figures = {(one.subject, one.metric): one for one in rows}
+    of = [{metric: figures[f"ours, {load:g} x load", metric] for metric in METRICS} for load in LOADS]
+    figure, (times, shares) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for p, colour in zip(PERCENTILES, ("#4c78a8", "#f2b134", "#c62828"), strict=True):
+        chosen = [one[f"p{p}_seconds"] for one in of]
+        times.plot(LOADS, [one.value for one in chosen], marker="o", color=colour, label=f"p{p}")
+        times.fill_between(LOADS, [one.low for one in chosen], [one.high for one in chosen], color=colour, alpha=0.15, lw=0)
+    times.set(ylabel="seconds to an answer (200)", ylim=(0, None))
+    bottom = np.zeros(len(LOADS))
+    for code, colour in ((200, "#59a14f"), (429, "#f2b134"), (504, "#c62828")):
+        values = np.array([one[f"status_{code}_share"].value for one in of])
+        shares.bar([f"{load:g}" for load in LOADS], values, bottom=bottom, color=colour, label=str(code))
+        bottom += values
+    shares.set(ylabel="share of requests", ylim=(0, 1))
+    for axis in (times, shares):
+        axis.set_xlabel(f"arrivals, multiples of {capacity:.1f} pictures/s")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

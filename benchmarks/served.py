@@ -17,8 +17,10 @@ import psutil
 
 from foodextract.results import Row, read_results, write_results
 from foodextract.scenes import draw_scenes
+from serve_report import render
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "serving.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "serving.json"
 
 
 @dataclass
@@ -52,11 +54,16 @@ class Served:
 @contextmanager
 def serving(model: Path, *options: str) -> Iterator[Served]:
     """Start, wait until it is ready, and kill it at the end if nobody has stopped it. Raises RuntimeError with its last words."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with started([sys.executable, "-m", "foodextract", "serve", "--model", str(model), "--port", str(port), *options], port) as served:
         yield served
+
+
+def free_port() -> int:
+    """One that nobody listens on just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextmanager
@@ -99,6 +106,8 @@ def growth(memory: list[float]) -> float:
 
 
 def write_part(path: Path, rows: list[Row]) -> None:
-    """Put the rows of one benchmark into a file that several share, in place of its earlier ones."""
+    """Put the rows of one benchmark into a file that several share, in place of its earlier ones; the README's tables follow."""
     others = [row for row in (read_results(path) if path.exists() else []) if row.benchmark != rows[0].benchmark]
     write_results(path, others + rows)
+    if path.resolve() == RESULTS:
+        render(ROOT)

@@ -1,4 +1,4 @@
-"""Is every answer a record, whatever weights and picture? Does the grammar, or the batch, or int8 change an answer?
+"""Is every answer a record, whatever weights and picture? Does the grammar, the batch or the precision change an answer?
 
     python benchmarks/valid.py                  # 2,000 pictures each for three sets of weights; writes results/extract_valid.json
 
@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import SmolVLMForConditionalGeneration
 
+from extract_report import render
 from foodextract import models
 from foodextract.evaluation import rate
 from foodextract.extractor import Extractor
@@ -45,10 +46,9 @@ def main(
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "extract_valid.json",
 ) -> None:
     """Measure, print and write down."""
-    tuned, untuned = Extractor.from_pretrained(model, "cpu"), Extractor.from_pretrained(base, "cpu")
+    tuned, untuned = (Extractor.from_pretrained(folder, "cpu", precision="fp32") for folder in (model, base))
     torch.manual_seed(0)
     nobody = Extractor(SmolVLMForConditionalGeneration(untuned.model.config).eval(), untuned.processor)
-    int8 = Extractor.from_pretrained(model, "cpu", precision="int8")
     rows: list[Row] = []
 
     def note(subject: str, metric: str, hits: list[bool]) -> None:
@@ -56,6 +56,10 @@ def main(
         command = f"python benchmarks/valid.py --pictures {pictures} --compared {compared}"
         rows.append(make_row("extract_valid", subject, metric, share.value, low=share.low, high=share.high, n=share.n, command=command))
         print(f"{subject:28} {metric:24} {share.value:8.2%}  n = {share.n}", flush=True)
+
+    def compare(subject: str, pairs: list[tuple[str, str]]) -> None:
+        note(subject, "same_answer_rate", [a == b for a, b in pairs])
+        print(*(f"  {a}\n  {b}\n" for a, b in pairs if a != b), sep="", end="")
 
     def ask(extractor: Extractor, stream: Iterable[Image.Image], count: int, constrained: bool) -> list[str]:
         stream, texts = iter(stream), []
@@ -69,20 +73,20 @@ def main(
         note(subject, "schema_valid_rate", [is_record(text) for text in ask(extractor, odd_pictures(pictures), pictures, True)])
     scenes = [scene.image for scene in draw_scenes(91, "test", compared)]
     free, strict = (ask(tuned, scenes, compared, constrained) for constrained in (False, True))
-    alone = [tuned.answer([scene], True)[0] for scene in tqdm(scenes, leave=False)]
-    rounded = ask(int8, scenes, compared, True)
     allowed = [(a, b) for a, b in zip(free, strict, strict=True) if is_record(a)]
     note("tuned, without the grammar", "schema_valid_rate", [is_record(text) for text in free])
-    for subject, pairs in (
-        ("grammar or none, where valid", allowed),
-        (f"batch of {batch_size} or 1", list(zip(strict, alone, strict=True))),
-        ("int8 or fp32", list(zip(rounded, strict, strict=True))),
-    ):
-        note(subject, "same_answer_rate", [a == b for a, b in pairs])
-        print(*(f"  {a}\n  {b}\n" for a, b in pairs if a != b), sep="", end="")
-    pairs = [(FoodRecord.parse(a).is_food, FoodRecord.parse(b).is_food) for a, b in zip(rounded, strict, strict=True)]
-    note("int8 or fp32", "same_is_food_rate", [a == b for a, b in pairs])
+    compare("grammar or none, where valid", allowed)
+    for precision in ("fp32", "bf16", "int8"):
+        extractor = Extractor.from_pretrained(model, "cpu", precision=precision)
+        together = ask(extractor, scenes, compared, True)
+        alone = [extractor.answer([scene], True)[0] for scene in tqdm(scenes, leave=False)]
+        compare(f"{precision}, batch of {batch_size} or 1", list(zip(together, alone, strict=True)))
+        if precision != "fp32":
+            compare(f"{precision} or fp32", list(zip(together, strict, strict=True)))
+            pairs = [(FoodRecord.parse(a).is_food, FoodRecord.parse(b).is_food) for a, b in zip(together, strict, strict=True)]
+            note(f"{precision} or fp32", "same_is_food_rate", [a == b for a, b in pairs])
     write_results(results, rows)
+    render(results)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from typing import Any
 import datasets
 import torch
 from PIL import Image
-from rapidfuzz import fuzz, process
 from torch.nn.utils import clip_grad_norm_
 from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from foodextract.captioner import TARGET, to_class
 from foodextract.collate import IGNORED
 from foodextract.models import ModelError, choose_precision
 from foodextract.pictures import open_picture
@@ -28,8 +28,7 @@ from foodextract.prepared import augmentation
 from foodextract.scenes import Split, draw_scene, plan_scene
 from foodextract.weights import freeze
 
-TARGET = "a photo of delicious {}"
-ALIKE = 70  # rapidfuzz's ratio, 0 to 100, from which on a text counts as a class name: "sushis" is sushi (91)
+__all__ = ["TARGET", "Captioning", "caption", "class_names", "stream", "to_class", "train"]
 
 
 @dataclass(frozen=True)
@@ -195,10 +194,3 @@ def caption(model: PreTrainedModel, processor: ProcessorMixin, pictures: Sequenc
         pixels = processor(images=part, return_tensors="pt").to(model.device)
         texts += processor.batch_decode(model.generate(**pixels, max_new_tokens=20, do_sample=False), skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def to_class(text: str, names: Sequence[str]) -> str | None:
-    """The class that a caption names: what stands behind the target's words, or the nearest name to it; None when nothing is near."""
-    said = text.lower().removeprefix(TARGET.format("")).strip()
-    found = process.extractOne(said, names, scorer=fuzz.ratio, score_cutoff=ALIKE)
-    return found[0] if found else None

@@ -70,6 +70,16 @@ def test_every_row_is_accounted_for(tmp_path):
     assert "empty" in rejects["031.png"]
 
 
+def test_what_a_label_names_goes_with_its_picture(tmp_path, drawn):
+    beer = {"is_food": 1, "image_title": "", "food_items": [], "drink_items": ["beer"]}
+    dataset.build([sample(n, label=beer, label_scope="primary" if n % 2 else "exhaustive") for n in range(30)], tmp_path / "out")
+    for split in dataset.load(tmp_path / "out").values():
+        assert dataset.scopes_of(split) == ["primary" if int(name[:3]) % 2 else "exhaustive" for name in split["name"]]
+        assert set(split["image_title"]) == {"beer"}  # what nobody named is named after its items
+    older = dataset.load(drawn)["test"].remove_columns("label_scope")
+    assert dataset.scopes_of(older) == ["exhaustive"] * 16
+
+
 def test_same_content_same_bytes_whatever_the_order(tmp_path):
     given = [sample(n, category=f"kind {n % 3}") for n in range(40)]
     one = dataset.build(given, tmp_path / "one")

@@ -1,19 +1,21 @@
 """The Space as a program: its functions, its doors for other programs, ten users at once. What people see is in test_browser.py."""
 
+import asyncio
 import base64
 import csv
+import io
 import json
 import re
 import subprocess
 import sys
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
+import httpx
 import pytest
 import yaml
-from gradio_client import Client, handle_file
+from gradio_client import Client
 
 from foodextract import models, profiles, scenes
 from foodextract.results import read_results
@@ -109,18 +111,34 @@ def test_the_page_shows_the_figures_of_its_model(demo, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------------- other programs
 
 
-def test_ten_users_at_once_all_get_their_own_answers(page, tuned, tmp_path):
+def test_ten_users_at_once_all_get_their_own_answers_in_the_order_in_which_they_asked(page, tuned):
     made = list(scenes.draw_scenes(9, "test", 10))
-    for number, scene in enumerate(made):
-        scene.image.save(tmp_path / f"{number}.png")
 
-    def user(number):
-        client = Client(page, verbose=False, download_files=False)
-        return client.predict(handle_file(tmp_path / f"{number}.png"), api_name="/extract")
+    async def ask(user, file):
+        """Upload, and stand in the queue; the number that the queue gave."""
+        [path] = (await user.post("upload", files={"files": ("a.png", file)})).json()
+        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        return (await user.post("call/extract", json={"data": [picture]})).json()["event_id"]
 
-    with ThreadPoolExecutor(10) as users:
-        texts = list(users.map(user, range(10)))
+    async def answer(user, event, done):
+        async with user.stream("GET", f"call/extract/{event}") as lines:
+            [data] = [line async for line in lines.aiter_lines() if line.startswith("data: ")]
+        done.append(event)
+        return json.loads(data.removeprefix("data: "))[0]
+
+    async def story():
+        done, files = [], []
+        for scene in made:
+            scene.image.save(file := io.BytesIO(), "PNG")
+            files.append(file.getvalue())
+        users = [httpx.AsyncClient(base_url=f"{page}gradio_api/", timeout=120, trust_env=False) for _ in made]
+        events = [await ask(user, file) for user, file in zip(users, files, strict=True)]
+        texts = await asyncio.gather(*(answer(user, event, done) for user, event in zip(users, events, strict=True)))
+        return texts, events, done
+
+    texts, events, done = asyncio.run(story())
     assert [FoodRecord.parse(text) for text in texts] == list(tuned.extract_many([scene.image for scene in made]))
+    assert done == events
 
 
 def test_only_extract_is_for_programs(page):

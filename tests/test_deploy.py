@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import kubernetes_validate
 import pytest
 import yaml
 
+from foodextract import models, scenes
 from foodextract.api import Settings, create_app
 from foodextract.batching import Limits
+from foodextract.schema import FoodRecord
+from test_server import encoded
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -101,6 +105,31 @@ def test_pods_keep_to_the_policy(overlay):
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
 
+def checkov(folder):
+    """What the policy linter finds in the manifests of a folder: failed and passed checks, as `CKV_… resource`."""
+    command = [Path(sys.prefix) / "checkov" / "bin" / "checkov", "--config-file", DEPLOY / "checkov.yaml", "-d", folder, "-o", "json"]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["results"]
+    return [
+        {f"{check['check_id']} {check['resource']}" for check in told[f"{verdict}_checks"]} for verdict in ("failed", "passed", "skipped")
+    ]
+
+
+def test_the_policy_linter_finds_nothing(tmp_path):
+    for overlay in OVERLAYS:
+        (tmp_path / f"{overlay}.yaml").write_text(yaml.safe_dump_all(rendered(overlay).values()))
+    failed, passed, skipped = checkov(tmp_path)
+    assert failed == set()
+    assert len(passed) > 70
+    assert skipped == {"CKV_K8S_38 Deployment.foodextract.foodextract"}  # GKE's
+
+
+def test_the_policy_linter_would_notice(tmp_path):
+    [_, deployment] = documents((KUBERNETES / "base/deployment.yaml").read_text())
+    deployment["spec"]["template"]["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
+    (tmp_path / "worse.yaml").write_text(yaml.safe_dump(deployment))
+    assert checkov(tmp_path)[0] == {"CKV_K8S_20 Deployment.foodextract.foodextract"}
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_points_at_the_pods_finds_them(overlay):
     everything = rendered(overlay)
@@ -150,6 +179,51 @@ def test_the_image_starts_the_command_that_is_there_and_keeps_no_root():
         for name in copied.split():
             assert f"!{name}" in ignored
             assert (DEPLOY.parent / name).exists()
+
+
+def test_the_image_s_own_steps_give_a_server_that_answers(tmp_path):
+    """What the build stage runs, run here: from the files that it copies, by uv from its cache, into a folder in place of /app."""
+    context, app, tuned = tmp_path / "src", tmp_path / "app", models.TINY_TUNED
+    build = (DEPLOY / "Dockerfile").read_text().split("FROM ")[1]
+    for names, to in re.findall(r"^COPY (.+) (\S+)$", build, re.M):
+        for name in names.split():
+            source, target = DEPLOY.parent / name, context / to / ("" if name == to else Path(name).name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+    steps = [step for step in re.findall(r"^RUN ((?:.*\\\n)*.*)$", build, re.M) if step.startswith("uv ")]
+    assert len(steps) == 2
+    here = {
+        "/app": str(app),
+        ' --torch-backend "${TORCH_BACKEND}"': "",  # an index of its own
+        "--no-cache": "--offline",
+        "python3.12": f"python3.{sys.version_info.minor}",
+        "uv venv": f"uv venv --python {sys.executable}",
+        "uv ": f"{Path(sys.executable).with_name('uv')} ",
+    }
+    for step in steps:
+        for old, new in here.items():
+            step = step.replace(old, new)
+        done = subprocess.run(["sh", "-ec", step], cwd=context, capture_output=True, text=True)
+        if "Network connectivity is disabled" in done.stderr:
+            pytest.skip("uv's cache has lost what `make install` put there")
+        assert done.returncode == 0, done.stderr
+    environment = {"PATH": f"{app}/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [app / "bin" / "foodextract", "serve", "--port", "0", "--model", tuned]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as served:
+        try:
+            said = []
+            while not said or said[-1]["event"] != "ready":
+                said.append(json.loads(served.stderr.readline()))
+            port = next(re.search(r":(\d+) ", line["event"])[1] for line in said if "running on" in line["event"])
+            picture = encoded(scenes.draw_scene(7, "test", 0).image)
+            answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=picture, timeout=60, trust_env=False)
+            assert FoodRecord.model_validate(answer.json()["record"])
+        finally:
+            served.terminate()
+            served.stderr.read()
+    assert served.returncode == 0
+    installed = {path.name.split("-")[0].lower() for path in app.glob("lib/*/site-packages/*.dist-info")}
+    assert installed.isdisjoint({"gradio", "trl", "datasets", "jupyter", "pip"})
 
 
 def test_the_image_installs_pinned_packages_only():

@@ -172,6 +172,23 @@ def test_groups_are_scored_apart():
 
 def test_worst_cases_are_the_worst():
     assert evaluation.worst(LABELS, ANSWERS, 2) == [4, 0]
+    more = food("pie", "egg", "jam", "rice").to_json()
+    assert evaluation.worst([food("pie"), food("egg")], [more, food("pie").to_json()], 1) == [0]
+    assert evaluation.worst([food("pie"), food("egg")], [more, food("pie").to_json()], 1, ["primary"] * 2) == [1]
+
+
+def test_models_can_be_compared_on_labels_of_any_scope():
+    assert evaluation.f1_of_named(LABELS, ANSWERS) == by_name()["item_f1_micro"].value
+    scopes = ["primary", "primary", "exhaustive", "primary", "primary"]  # jam and taco are forgiven; what shows no food has no air either
+    assert evaluation.f1_of_named(LABELS, ANSWERS, scopes) == pytest.approx(2 * 2 / (2 * 2 + 1 + 3))
+
+
+def test_recall_of_names_that_a_model_has_met():
+    found = evaluation.recall_of(LABELS, ANSWERS, {"pie", "taco", "tea", "air"})
+    assert (found.name, found.n, found.value) == ("known_item_recall", 3, pytest.approx(2 / 3))  # pie and tea; taco is on the wrong shelf
+    assert found.low < found.value < found.high
+    assert evaluation.recall_of(LABELS, ANSWERS, {"egg"}).n == 2
+    assert evaluation.recall_of(LABELS, ANSWERS, {"rice"}) is None
 
 
 # --------------------------------------------------------------------------------------------------- against scikit-learn, scipy and tables

@@ -102,6 +102,23 @@ def test_vllm_will_read_our_prompt(tmp_path, tiles, tuned, picture):
     assert theirs == ours
 
 
+def test_vllm_itself_can_be_asked(exported, tuned, picture, monkeypatch):
+    """`check_export.py` starts vLLM's renderer with the options of serve.sh, and tells a right reading from wrong ones."""
+    monkeypatch.syspath_prepend(str(VLLM))
+    check = runpy.run_path(str(VLLM / "check_export.py"))
+    started = check["render_command"](exported, "/there/vllm", 9)
+    assert started == ["/there/vllm", "launch", "render", *command(exported)[1:-2], "--host", "127.0.0.1", "--port", "9"]
+    asked = client["request"](picture.read_bytes(), "m")
+    tokens = tuned.read(picture)["input_ids"][0].tolist()
+    params = {"temperature": 0.0, "max_tokens": MAX_NEW_TOKENS, "structured_outputs": {"json": schema.guided_schema()}}
+    assert check["differences"](asked, {"token_ids": tokens, "sampling_params": params}, tokens) == []
+    wrong = {
+        "token_ids": tokens[1:],
+        "sampling_params": params | {"temperature": 1.0, "structured_outputs": {"json": schema.json_schema()}},
+    }
+    assert len(check["differences"](asked, wrong, tokens)) == 3
+
+
 def test_the_schema_allows_the_canonical_text_and_no_other_spacing():
     tokenizer = from_tokenizer(models.load_processor(models.TINY_TUNED).tokenizer)
     guided = LLMatcher.grammar_from_json_schema(

@@ -42,6 +42,21 @@ def test_precision_keeps_master_weights_in_fp32(monkeypatch):
         assert models.choose_precision(gpu, training=False).weights is autocast
 
 
+def test_a_cpu_with_matrix_units_trains_large_models_in_bf16(monkeypatch):
+    cpu = torch.device("cpu")
+    for units, training, parameters, autocast in (
+        ({"amx_bf16": True}, True, 256_484_928, torch.bfloat16),  # SmolVLM2-256M
+        ({"amx_bf16": True}, True, 2_886_560, None),  # the tiny one
+        ({"amx_bf16": True}, False, 256_484_928, None),  # answering
+        ({"amx_bf16": False}, True, 256_484_928, None),
+        ({"neon": True}, True, 256_484_928, None),  # a processor of another kind
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
+        chosen = models.choose_precision(cpu, training, parameters)
+        assert (chosen.weights, chosen.autocast) == (torch.float32, autocast)
+        assert ("bf16 autocast" in chosen.reason) == (autocast is not None)
+
+
 def test_what_is_no_smolvlm_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         models.load_model(tmp_path)

@@ -37,6 +37,20 @@ def test_gathered_rows_are_what_the_plain_collator_makes(rows, tmp_path, tiles):
     assert ready.prefix.shape[1] > 20  # the system message is shared
 
 
+def test_a_batch_is_as_wide_as_its_longest_row(rows, processor, tmp_path):
+    ready = prepared.prepare(rows["train"], processor, tmp_path)
+    ends = ready.answers[:, 1]
+    short, long = int(ends.argmin()), int(ends.argmax())
+    alone, together = ready.gather([short]), ready.gather([short, long])
+    width = alone["input_ids"].shape[1]
+    assert ends[short] <= width < ends[short] + prepared.ROUND
+    assert width < together["input_ids"].shape[1] == ready.tokens.shape[1]
+    assert alone["attention_mask"].shape[1] == ready.prefix.shape[1] + width
+    for name in ("input_ids", "labels"):
+        assert torch.equal(alone[name][0], together[name][0, :width])
+    assert (together["labels"][0, width:] < 0).all()
+
+
 def test_prepared_once(rows, processor, tmp_path, monkeypatch):
     first = prepared.prepare(rows["test"], processor, tmp_path)
     processor.tokenizer(["a", "a b"], padding=True)  # as the plain path and inference do; the tokenizer remembers it

@@ -46,6 +46,19 @@ def test_metadata_in_either_form(tmp_path, kind):
     assert sample.read() == (tmp_path / "a.png").read_bytes()
 
 
+def test_a_folder_may_hold_links_do_without_titles_and_say_what_its_labels_name(tmp_path):
+    picture(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "images").symlink_to(tmp_path / "elsewhere")
+    row = {"file_name": "images/a.png", "is_food": 1, "food_items": ["pie"], "drink_items": []}
+    lines = [row | {"label_scope": "primary"}, row | {"image_title": None}]
+    (tmp_path / "mine" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = sources.labelled_folder(tmp_path / "mine")
+    assert first.label == second.label == {"is_food": 1, "image_title": "", "food_items": ["pie"], "drink_items": []}
+    assert (first.label_scope, second.label_scope) == ("primary", "exhaustive")
+    assert open_picture(first.read()).size == (8, 8)
+
+
 def test_class_named_folders(tmp_path):
     for name in ("apple_pie/1.png", "apple_pie/2.png", "not_food/3.png"):
         picture(tmp_path / name)

@@ -9,10 +9,12 @@ from safetensors import SafetensorError
 from trl import SFTConfig
 
 from foodextract import checkpoints, models, training, weights
+from foodextract.adapters import Lora
+from foodextract.dataset import record_of
 from foodextract.models import ModelError
 from foodextract.profiles import PROFILES
 from foodextract.results import read_results
-from foodextract.stage import Stage, training_config
+from foodextract.stage import Stage, changed, training_config
 from foodextract.trainer import PreparedTrainer
 
 Usage = namedtuple("Usage", "total used free")
@@ -125,6 +127,31 @@ def test_validation_scores_generated_answers(base, processor, rows, tmp_path):
     training.train_stage(base, processor, stage, rows["train"], tmp_path)
     log = json.loads((tmp_path / "stage1" / models.FINISHED).read_text())["log"]
     assert [0 <= entry["eval_item_f1"] <= 1 for entry in log if "eval_item_f1" in entry] == [True]
+
+
+def test_validation_forgives_what_a_label_does_not_claim_to_name(base, processor, rows, tmp_path, monkeypatch):
+    """Answers that name every item and one more: perfect where labels name only the main item, and not so where they name all."""
+    split = rows["train"].map(lambda row: {"food_items": row["food_items"] or ["pie"], "is_food": 1})
+    found = {}
+    for scope in ("primary", "exhaustive"):
+        scoped = split.map(lambda row, scope=scope: {"label_scope": scope})
+        held = scoped.select(training.validation_rows(scoped, 8)).remove_columns("image")
+        generous = [record.model_copy(update={"drink_items": [*record.drink_items, "air"]}).to_json() for record in map(record_of, held)]
+        monkeypatch.setattr(training.evaluation, "ask", lambda *_, generous=generous: generous)
+        training.train_stage(base, processor, replace(STAGE1, validation=8), scoped, tmp_path / scope, max_steps=1)
+        log = json.loads((tmp_path / scope / "stage1" / models.FINISHED).read_text())["log"]
+        found[scope] = next(entry["eval_item_f1"] for entry in log if "eval_item_f1" in entry)
+    assert found["primary"] == 1
+    assert found["exhaustive"] < 0.9
+
+
+def test_values_of_a_stage_may_come_as_yaml_spells_them():
+    given = {"learning_rate": "2e-5", "epochs": 3, "freeze": ["model.connector"], "lora": {"rank": 4}}  # 2e-5 is a text in YAML
+    stage = changed(STAGE1, given)
+    assert stage == replace(STAGE1, learning_rate=2e-5, epochs=3, freeze=("model.connector",), lora=Lora(rank=4))
+    for wrong, message in (({"rate": 1}, "rate: unexpected keyword"), ({"batch_size": 1.5}, "batch_size"), ({"lora": {"r": 4}}, "lora.*r: ")):
+        with pytest.raises(ModelError, match=f"stage1: .*{message}"):
+            changed(STAGE1, wrong)
 
 
 def test_validation_rows_do_not_depend_on_order_and_keep_groups_whole(rows):

@@ -19,7 +19,10 @@ INSIDE = {"api_visibility": "private", **MODEL}  # events of the page; `extract`
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
 .answer h3, .pair h3, .problem h3 { margin: 0; font-size: 1.25rem; } .answer p, .pair p { margin: .2rem 0 .8rem; }
-.answer h4 { margin: 0 0 .3rem; } .problem { border-left: 4px solid #b3261e; padding: .2rem 0 .2rem 1rem; } #json { flex-grow: 0; }
+.answer h4 { margin: 0 0 .3rem; } .problem { border-left: 4px solid #b3261e; padding: .2rem 0 .2rem 1rem; }
+#json { flex-grow: 0; } #json .empty { min-height: 4rem; } body:not(.dark) #json .cm-line * { color: #7c2d12 !important; }
+.dark { --color-accent: var(--primary-400); --link-text-color: var(--primary-300); }
+body:not(.dark) { --link-text-color: var(--primary-800); }
 .chips { display: flex; flex-wrap: wrap; gap: .4rem; list-style: none; padding: 0; margin: 0 0 .8rem; }
 .chip { border-radius: 999px; padding: .2rem .75rem; margin: 0 !important; font-weight: 600; } .chip small { font-weight: 400; }
 .chip.food_items { background: #fde9b8; color: #5b3400; } .chip.drink_items { background: #cfe6fb; color: #06345f; }
@@ -29,7 +32,10 @@ CSS = """
 .pair pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; font-size: .9rem; }
 .right { color: #137333; } .wrong { color: #b3261e; } .dark .right { color: #7bd88f; } .dark .wrong { color: #ff9d94; }
 .prose table { display: block; max-width: calc(100vw - 4rem); overflow-x: auto; border: 0 !important; }
-.prose td, .prose th { white-space: nowrap; }
+.prose td, .prose th { white-space: nowrap; border-color: var(--border-color-primary) !important; }
+.batch { max-width: calc(100vw - 4rem); overflow-x: auto; } .batch table { width: 100%; border-collapse: collapse; }
+.batch tr { border-bottom: 1px solid var(--border-color-primary); }
+.batch td, .batch th { text-align: left; vertical-align: top; padding: .5rem .8rem .5rem 0; }
 .prose td:first-child { white-space: normal; min-width: 9rem; overflow-wrap: normal; }
 .prose pre, .prose pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 """
@@ -81,9 +87,12 @@ def compare(picture: str | None) -> str:
 
 
 def many(pictures: list[str] | None) -> tuple:
-    """A table, and the buttons that download it."""
-    table, csv, jsonl = asking.batch(pictures)
-    return table, gr.DownloadButton(value=csv, interactive=True), gr.DownloadButton(value=jsonl, interactive=True)
+    """A table and the buttons that download it, or what went wrong."""
+    try:
+        rows, *paths = asking.batch(pictures)
+    except gr.Error as error:
+        return asking.problem_as_html(error), *[gr.DownloadButton(interactive=False)] * 2
+    return asking.table_as_html(rows), *(gr.DownloadButton(value=path, interactive=True) for path in paths)
 
 
 def picture_input(label: str) -> gr.Image:
@@ -138,8 +147,7 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
         gr.Markdown(f"Up to {asking.MAX_PICTURES} at once. One that cannot be read gets a line that says why; the others are answered.")
         files = gr.File(file_count="multiple", label="Pictures", height=180)
         files_ask = gr.Button("What is in them?", variant="primary")
-        head = ["file", "food or drink", "title", "foods", "drinks", "problem"]
-        table = gr.Dataframe(headers=head, interactive=False, wrap=True, label="Answers", buttons=[])
+        table = gr.HTML("<p>The answers will stand here.</p>", padding=False)
         with gr.Row():
             csv, jsonl = (gr.DownloadButton(f"Download {form}", interactive=False) for form in ("CSV", "JSON lines"))
     with gr.Tab("How good is it?"):
@@ -160,11 +168,18 @@ if __name__ == "__main__":
     font = ["system-ui", "sans-serif"]  # the reader's own: nothing is fetched from elsewhere
     theme = gr.themes.Soft(primary_hue="amber", neutral_hue="stone", font=font, font_mono=["ui-monospace", "monospace"])
     dark_on_light = dict.fromkeys(("block_label_text_color", "block_title_text_color", "color_accent"), "*primary_800")
-    light_on_dark = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "*primary_800")
+    fill = "button_primary_background_fill"
+    light_on_dark = {
+        fill: "*primary_800",
+        f"{fill}_dark": "*primary_800",
+        f"{fill}_hover": "*primary_900",
+        f"{fill}_hover_dark": "*primary_700",
+    }
+    boxes = {"block_border_width": "1px", "body_background_fill": "*neutral_50"}
     demo.launch(
         max_file_size=asking.MAX_BYTES,
         mcp_server=find_spec("mcp") is not None,
         ssr_mode=False,
         css=CSS,
-        theme=theme.set(**dark_on_light, **light_on_dark),
+        theme=theme.set(**dark_on_light, **light_on_dark, **boxes),
     )

@@ -138,6 +138,16 @@ def as_html(record: FoodRecord, confidence: Confidence, seconds: float) -> str:
     return f'<div class="answer" role="status"><h3>{escape(record.image_title)}</h3><p>{facts}</p>{"".join(shelves)}</div>'
 
 
+def table_as_html(rows: list[list[str]]) -> str:
+    """The rows of `batch` as a table that wraps its words and scrolls on a phone."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("file", "food or drink", "title", "foods", "drinks"))
+    lines = []
+    for name, *cells, problem in rows:
+        told = f'<td class="wrong" colspan="4">{escape(problem)}</td>' if problem else "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(name)}</th>{told}</tr>')
+    return f'<div class="batch" role="status"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
 def problem_as_html(error: gr.Error) -> str:
     """What went wrong, where the answer would stand; a screen reader says it at once."""
     return f'<div class="problem" role="alert"><h3>{escape(error.title)}</h3><p>{escape(error.message)}</p></div>'

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -124,15 +124,15 @@ def train(
     from foodextract.models import ModelError, choose_device, load_model, load_processor
     from foodextract.profiles import PROFILES
     from foodextract.samples import DatasetError
-    from foodextract.stage import is_sharded
+    from foodextract.stage import changed, is_sharded
     from foodextract.training import train_stage
 
     if profile not in PROFILES:
         _stop(f"there is no profile {profile!r}: take one of {', '.join(PROFILES)}")
     settings = PROFILES[profile]
     try:
-        stages = [replace(settings.stage1, **json.loads(stage1)), replace(settings.stage2, **json.loads(stage2))]
-    except (TypeError, json.JSONDecodeError) as error:
+        stages = [changed(settings.stage1, json.loads(stage1)), changed(settings.stage2, json.loads(stage2))]
+    except (TypeError, ModelError, json.JSONDecodeError) as error:
         _stop(f"--stage1 and --stage2 take JSON with values of a stage, such as '{{\"epochs\": 1}}' ({error})")
     processes = PartialState()
     try:
@@ -212,11 +212,12 @@ def serve(
 ) -> None:
     """Answer pictures over HTTP: POST /predict and /predict/batch, GET /docs, /health, /ready, /metrics.
 
+    A BLIP that captions pictures with their class is served too: it answers the same records, by the names in its config's id2label.
     FOODEXTRACT_API_KEY, when set, is the key that callers must send. SIGTERM stops it once all that was accepted is answered.
     """
     from foodextract.api import Settings
     from foodextract.batching import Limits
-    from foodextract.extractor import Extractor
+    from foodextract.captioner import load
     from foodextract.intake import MEGABYTE, Upload
     from foodextract.models import ModelError, newest_tuned
     from foodextract.server import run
@@ -230,7 +231,7 @@ def serve(
         origins=tuple(origin or ()),
     )
     try:
-        run(lambda: Extractor.from_pretrained(source, device, precision), name, settings, host, port)
+        run(lambda: load(source, device, precision), name, settings, host, port)
     except ModelError as error:
         _stop(str(error))
 
@@ -252,6 +253,27 @@ def export_vllm(
     except (ModelError, OSError) as error:
         _stop(str(error))
     print(f"sh {out / 'serve.sh'}   # {command}")
+
+
+@export.command("onnx")
+def export_onnx(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one).")
+    ] = None,
+    tiles: Annotated[int | None, typer.Option(help="Another image budget than the model came with: 1, 5 or 17 tiles a picture.")] = None,
+) -> None:
+    """Vision and text as ONNX graphs, fp32 and int8: a folder that `foodextract extract --model OUT` takes. Needs the extra `onnx`."""
+    from foodextract.graphs import export_onnx as write
+    from foodextract.models import ModelError, newest_tuned
+
+    try:
+        sizes = write(model or newest_tuned(), out, tiles)
+    except (ModelError, OSError) as error:
+        _stop(str(error))
+    for name, megabytes in sizes.items():
+        print(f"{megabytes:8.1f} MB  {name}")
+    print(f"foodextract extract --model {out} --precision int8 …")
 
 
 def _stop(message: str) -> None:

@@ -1,9 +1,11 @@
 """LoRA through peft: small adapters beside frozen weights, and the way back to a plain model."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import ConfigDict
 from transformers import PreTrainedModel
 
 
@@ -20,6 +22,8 @@ class Lora:
     dropout: float = 0.05
     exclude: str | None = None
     also: tuple[str, ...] = ()  # modules that train as a whole, and are saved with the adapters (peft's `modules_to_save`)
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # for `stage.changed`
 
 
 def attach(model: PreTrainedModel, lora: Lora) -> PeftModel:

@@ -18,7 +18,8 @@ from starlette.requests import ClientDisconnect
 
 from foodextract import __version__
 from foodextract.batching import Batcher, FullError, Limits, ModelFailure, UnavailableError
-from foodextract.extractor import Confidence, Extractor
+from foodextract.captioner import Answerer
+from foodextract.extractor import Confidence
 from foodextract.intake import Refusal, Upload, read_pictures
 from foodextract.pictures import FormatError, PictureError
 from foodextract.schema import AnswerError, FoodRecord
@@ -109,7 +110,7 @@ _MANY = _documented(
 _PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
-def create_app(load: Callable[[], Extractor], model: str, settings: Settings) -> FastAPI:
+def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> FastAPI:
     """The application; `load` is called in the model thread once it starts. Its queue is `app.state.batcher`."""
     meters = Meters()
     batcher = Batcher(load, settings.limits, meters)

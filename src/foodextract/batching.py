@@ -18,7 +18,8 @@ from math import ceil
 from PIL import Image
 from transformers import BatchFeature
 
-from foodextract.extractor import PREPARED, Confidence, Extractor
+from foodextract.captioner import Answerer
+from foodextract.extractor import PREPARED, Confidence
 from foodextract.schema import FoodRecord
 from foodextract.telemetry import LOG, Meters
 
@@ -71,14 +72,14 @@ class _Job:
 class Batcher:
     """Answers pictures one by one, asking the model about several at once. Use it within `running()`."""
 
-    def __init__(self, load: Callable[[], Extractor], limits: Limits, meters: Meters) -> None:
+    def __init__(self, load: Callable[[], Answerer], limits: Limits, meters: Meters) -> None:
         self.limits, self.meters = limits, meters
         self.draining = False  # set it, and nothing more is accepted
         self.guests = 0  # places taken
         self.failures = 0  # of the model, since its last answer
         self.error: Exception | None = None  # why the model did not load
         self._load = load
-        self._extractor: Extractor | None = None
+        self._extractor: Answerer | None = None
         self._pace = 0.0  # seconds a picture, lately
         self._ready: asyncio.Queue[_Job] = asyncio.Queue()
         self._shelf = asyncio.Semaphore((1 + PREPARED) * limits.batch)
@@ -154,7 +155,7 @@ class Batcher:
             if batch := await self._next_batch():
                 await self._answer(batch)
 
-    def _load_and_warm_up(self) -> Extractor:
+    def _load_and_warm_up(self) -> Answerer:
         extractor = self._load()
         blank = extractor.read(Image.new("RGB", (64, 64)))
         extractor.answer_read([blank], lambda number: False)  # one token: compiles the grammar, and kernels where there are any

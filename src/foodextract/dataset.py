@@ -35,11 +35,11 @@ from foodextract.ingest import LEDGER, PICTURES, ingest
 from foodextract.pictures import PictureError, find_pictures, open_picture
 from foodextract.samples import METADATA, DatasetError, Reject, Sample
 from foodextract.scenes import Split
-from foodextract.schema import FoodRecord
+from foodextract.schema import EXHAUSTIVE, FoodRecord
 from foodextract.selection import SPLITS, TEST_SHARE, Judged, judge
 from foodextract.sources import hub
 
-STRINGS = ("category", "group", "source", "licence", "pixels_sha256")
+STRINGS = ("category", "group", "source", "licence", "label_scope", "pixels_sha256")
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(),
@@ -200,6 +200,11 @@ def leaks(folder: str | Path, other: str | Path) -> list[tuple[str, str]]:
 def record_of(row: dict[str, Any]) -> FoodRecord:
     """The label of one row."""
     return FoodRecord(**{key: row[key] for key in FoodRecord.model_fields})
+
+
+def scopes_of(split: datasets.Dataset) -> list[str]:
+    """What the label of each row names, as `Sample.label_scope` says; everything, in data sets that were built before it was noted."""
+    return list(split["label_scope"]) if "label_scope" in split.column_names else [EXHAUSTIVE] * len(split)
 
 
 def as_conversations(split: datasets.Dataset, target: str = "json") -> datasets.Dataset:

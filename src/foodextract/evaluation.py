@@ -8,7 +8,7 @@ Shares of pictures have Wilson's interval (1927), which holds near 0 % and 100 %
 bootstrap over pictures (Efron & Tibshirani 1993).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,11 +17,11 @@ from PIL import Image
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from foodextract.judging import EXHAUSTIVE, FIELDS, Columns, Counts, Reader, count_items, is_complete, judge, try_read
+from foodextract.judging import FIELDS, Columns, Counts, Reader, count_items, is_complete, judge, try_read
 from foodextract.metrics import MEASURES, Measure, f1, ratio
 from foodextract.pictures import open_picture
 from foodextract.results import Row, make_row
-from foodextract.schema import FoodRecord
+from foodextract.schema import EXHAUSTIVE, FoodRecord
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -164,6 +164,27 @@ def by_class(labels: Sequence[FoodRecord], answers: Sequence[str], scopes: Seque
     return dict(sorted(counts.items(), key=lambda item: (-item[1].found - item[1].missed, item[0])))
 
 
+def f1_of_named(labels: Sequence[FoodRecord], answers: Sequence[str], scopes: Sequence[str] | None = None) -> float:
+    """`item_f1_micro` over all pictures, those whose label names only some items too: what they find and miss counts, what they add does not.
+
+    For choosing among models, where few labels are complete; among complete ones it is `item_f1_micro`.
+    """
+    judged = judge_all(labels, answers, scopes)
+    return float(f1(*(sum(row[column] for row in judged) for column in ("item found", "item invented of complete", "item missed"))))
+
+
+def recall_of(labels: Sequence[FoodRecord], answers: Sequence[str], names: Collection[str]) -> Metric | None:
+    """`known_item_recall`: of the items in `labels` that are among `names`, such as those seen in training, the share that is found.
+
+    Over n items, exact names, with Wilson's interval; None where there is no such item.
+    """
+    hits = []
+    for label, answer in zip(labels, map(try_read, answers), strict=True):
+        for field in FIELDS:
+            hits += [answer is not None and name in getattr(answer, field) for name in getattr(label, field) if name in names]
+    return rate("known_item_recall", hits) if hits else None
+
+
 def rate(name: str, hits: Sequence[bool]) -> Metric:
     """A share with its Wilson interval."""
     return Table([{"pictures": 1, "hit": hit} for hit in hits]).metric(name, Measure(ratio, ("hit", "pictures"), wilson=True))
@@ -175,11 +196,14 @@ def micro_f1(name: str, counts: Sequence[Counts]) -> Metric:
     return table.metric(name, Measure(f1, ("found", "invented", "missed")))
 
 
-def worst(labels: list[FoodRecord], answers: list[str], count: int) -> list[int]:
-    """Positions of the `count` worst answers: unreadable ones first, then by how many items are invented or missed."""
-    read = [try_read(text) for text in answers]
-    counts = [count_items(label, record) for label, record in zip(labels, read, strict=True)]
-    faults = [(record is None, count.invented + count.missed) for record, count in zip(read, counts, strict=True)]
+def worst(labels: Sequence[FoodRecord], answers: Sequence[str], count: int, scopes: Sequence[str] | None = None) -> list[int]:
+    """Positions of the `count` worst answers: unreadable ones first, then by how many items are invented (where `scopes` let that be
+    known) or missed.
+    """
+    faults = []
+    for label, text, scope in zip(labels, answers, scopes or [EXHAUSTIVE] * len(labels), strict=True):
+        counts = count_items(label, answer := try_read(text))
+        faults.append((answer is None, counts.missed + is_complete(label, scope) * counts.invented))
     return sorted(range(len(answers)), key=lambda position: faults[position], reverse=True)[:count]
 
 

@@ -16,6 +16,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from foodextract import prompts, schema
 from foodextract.decoding import Answer, Decoder
+from foodextract.graphs import GraphModel, is_exported
 from foodextract.models import choose_device, load_model, load_processor
 from foodextract.pictures import Picture, PictureError, find_pictures, open_picture
 from foodextract.schema import AnswerError, FoodRecord
@@ -54,7 +55,12 @@ class Extractor:
     def from_pretrained(
         cls, model_id: str | os.PathLike, device: str | None = None, precision: str | None = None, constrained: bool = True
     ) -> Self:
-        """Load a folder or a Hub id, in one of `models.PRECISIONS` or the device's default. Raises ModelError."""
+        """Load a folder or a Hub id, in one of `models.PRECISIONS` or the device's default. Raises ModelError.
+
+        A folder that `foodextract export onnx` wrote is answered by ONNX Runtime, on a CPU.
+        """
+        if is_exported(model_id):
+            return cls(GraphModel(model_id, device, precision), load_processor(model_id), constrained)
         return cls(load_model(model_id, choose_device(device), precision=precision), load_processor(model_id), constrained)
 
     def extract(self, picture: Picture) -> FoodRecord:

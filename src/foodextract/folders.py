@@ -8,7 +8,7 @@ from typing import Any
 
 from foodextract.pictures import SUFFIXES
 from foodextract.samples import METADATA, NOTHING, DatasetError, Reject, Rows, Sample
-from foodextract.schema import FoodRecord
+from foodextract.schema import EXHAUSTIVE, FoodRecord
 
 NOT_FOOD_CLASSES = frozenset({"not food", "non food", "no food", "other"})  # names of class folders that hold neither food nor drink
 
@@ -16,8 +16,9 @@ NOT_FOOD_CLASSES = frozenset({"not food", "non food", "no food", "other"})  # na
 def labelled_folder(folder: str | Path) -> Rows:
     """A folder of pictures with labels, found in one of three ways:
 
-    - `metadata.jsonl`, one object a line: `file_name`, the four keys of a record, and optionally `category`, `group` (pictures to
-      keep on one side of the split), `source`, `licence`, `split`
+    - `metadata.jsonl`, one object a line: `file_name`, the four keys of a record (without `image_title`, the items make the title), and
+      optionally `category`, `group` (pictures to keep on one side of the split), `label_scope` ("exhaustive", or anything else where
+      more than what is listed may be seen), `source`, `licence`, `split`
     - `metadata.csv` with the same columns; lists are JSON, or items between semicolons
     - neither, but one subfolder a class, named after what its pictures show (`not_food` for neither food nor drink)
 
@@ -81,16 +82,16 @@ def _csv_list(cell: str) -> list[str]:
 
 
 def _metadata_rows(folder: Path, rows: Iterator[tuple[str, dict[str, Any] | Reject]]) -> Rows:
-    root = folder.resolve()
     for where, row in rows:
         if isinstance(row, Reject):
             yield row
             continue
         name = str(row.get("file_name"))
         where = f"{where} ({name})"
-        if missing := [key for key in ("file_name", *FoodRecord.model_fields) if row.get(key) is None]:
-            yield Reject(where, f"lacks {', '.join(missing)}: every row needs file_name and the four keys of a record")
-        elif not (root / name).resolve().is_relative_to(root):
+        row = {"image_title": ""} | {key: value for key, value in row.items() if value is not None}
+        if missing := [key for key in ("file_name", *FoodRecord.model_fields) if key not in row]:
+            yield Reject(where, f"lacks {', '.join(missing)}: every row needs file_name, is_food, food_items and drink_items")
+        elif Path(name).is_absolute() or ".." in Path(name).parts:  # links that its owner put into the folder are welcome
             yield Reject(where, "file_name leads out of the folder: keep pictures below it")
         elif not (folder / name).is_file():
             yield Reject(where, f"there is no such file: put it into {folder.name} or remove the line")
@@ -104,6 +105,7 @@ def _metadata_rows(folder: Path, rows: Iterator[tuple[str, dict[str, Any] | Reje
                 category=str(row.get("category") or ""),
                 group=str(row.get("group") or ""),
                 split=row.get("split") if row.get("split") in ("train", "test") else None,
+                label_scope=str(row.get("label_scope") or EXHAUSTIVE),
             )
 
 

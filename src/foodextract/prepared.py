@@ -26,7 +26,7 @@ from foodextract.dataset import as_conversations
 from foodextract.models import ModelError
 
 CHUNK = 32  # rows that one worker prepares at a time
-ROUND = 8  # the width of `tokens` is a multiple of this, which is what matrix units like
+ROUND = 8  # the width of `tokens`, and of a batch, is a multiple of this, which is what matrix units like
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Prepared:
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch of B rows: `input_ids` and `labels` (B, S), `attention_mask` (B, L + S), `tiles` (B,); all int64.
 
-        With it `features` (B, T, patches, d) where there are any, else `pixels` (B, T, 3, P, P) uint8.
+        S is that of the longest row here, up to ROUND: one label of seven items would else make all batches half as wide again. With it `features` (B, T, patches, d) where there are any, else `pixels` (B, T, 3, P, P) uint8.
         """
         rows = np.asarray(rows)
-        tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
+        width = -(-int(self.answers[rows, 1].max()) // ROUND) * ROUND
+        tokens = torch.from_numpy(self.tokens[rows, :width].astype(np.int64))
         start, end = torch.from_numpy(self.answers[rows].astype(np.int64)).unsqueeze(1).unbind(2)
         place = torch.arange(tokens.shape[1])
         seen = torch.cat([torch.ones(len(rows), self.prefix.shape[1], dtype=torch.bool), place < end], 1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foodextract.scenes import Split
+from foodextract.schema import EXHAUSTIVE
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # where a folder keeps its labels
 NOTHING = {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}
@@ -16,7 +17,10 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled picture on its way into a data set. `split` is set only where the source fixes it."""
+    """One labelled picture on its way into a data set. `split` is set only where the source fixes it.
+
+    `label_scope` says what the label names: everything ("exhaustive"), or for example only the main item ("primary").
+    """
 
     name: str
     read: Callable[[], bytes]
@@ -26,6 +30,7 @@ class Sample:
     category: str = ""
     group: str = ""
     split: Split | None = None
+    label_scope: str = EXHAUSTIVE
 
 
 @dataclass(frozen=True)

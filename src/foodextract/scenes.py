@@ -93,7 +93,7 @@ def sprite(code: str) -> Image.Image:
     return drawing.crop(drawing.getbbox()).copy()
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
+def background(rng: np.random.Generator) -> Image.Image:
     """A plain, graded, striped, checkered or blotchy surface, with or without clutter, between white and mid tones."""
     light = rng.integers(150, 256, 3)
     dark = np.clip(light - rng.integers(10, 90, 3), 60, 255)
@@ -141,7 +141,8 @@ def _choose(rng: np.random.Generator, split: Split) -> list[Placed]:
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def _turned(rng: np.random.Generator, placed: Placed, largest: float) -> Image.Image:
+def turned(rng: np.random.Generator, placed: Placed, largest: float) -> Image.Image:
+    """The drawing of an object at a random size, up to `largest` times SIZE, mirrored or not, a little turned."""
     drawing = sprite(placed.code)
     scale = rng.uniform(0.32, largest) * SIZE / max(drawing.size)
     drawing = drawing.resize([max(1, round(edge * scale)) for edge in drawing.size], Image.Resampling.BILINEAR, reducing_gap=2.0)
@@ -152,7 +153,7 @@ def _turned(rng: np.random.Generator, placed: Placed, largest: float) -> Image.I
 
 def _place(rng: np.random.Generator, objects: Sequence[Placed]) -> tuple[list[tuple[Image.Image, tuple[int, int]]], np.ndarray]:
     """Where each object goes: drawings scaled and turned, their corners, and the owner map. Moves them until all can be seen."""
-    drawings = [_turned(rng, placed, 0.55 if len(objects) < 3 else 0.42) for placed in objects]
+    drawings = [turned(rng, placed, 0.55 if len(objects) < 3 else 0.42) for placed in objects]
     inks = [np.asarray(drawing)[..., 3] > 127 for drawing in drawings]
     while True:
         owner = np.zeros((SIZE, SIZE), np.uint8)
@@ -184,7 +185,7 @@ def plan_scene(seed: int, split: Split, index: int) -> tuple[tuple[Placed, ...],
 def draw_scene(seed: int, split: Split, index: int) -> Scene:
     """Scene number `index` of `split`: the same three values give the same bytes."""
     objects, rng = plan_scene(seed, split, index)
-    image = _background(rng)
+    image = background(rng)
     layers, owner = _place(rng, objects)
     for drawing, corner in layers:
         image.paste(drawing, corner, drawing)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 # Small models loop when nothing bounds them. The bounds leave room: the 3,698 Hub rows and all photographs we measured fit.
 MAX_TITLE, MAX_ITEM, MAX_ITEMS = 100, 50, 20
+EXHAUSTIVE = "exhaustive"  # the scope of a label that names everything; every other scope means that there may be more to see
 
 Flag = Annotated[int, Field(ge=0, le=1, json_schema_extra={"enum": [0, 1]})]  # strict: true is not 1
 Title = Annotated[str, StringConstraints(max_length=MAX_TITLE)]

@@ -65,7 +65,7 @@ def judge(entries: list[dict[str, Any]], *, seed: int, test_share: float = TEST_
             {"file_name": f"{Path(entry['name']).stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}", "name": entry["name"]}
             | record.model_dump()
             | {"category": entry["category"], "group": component["key"], "source": entry["source"], "licence": entry["licence"]}
-            | {"pixels_sha256": entry["pixels"], "stored": entry["stored"]}
+            | {"label_scope": entry["label_scope"], "pixels_sha256": entry["pixels"], "stored": entry["stored"]}
         )
     for rows in judged.rows.values():
         rows.sort(key=lambda row: row["file_name"])

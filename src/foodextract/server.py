@@ -9,7 +9,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from foodextract.api import Settings, create_app
 from foodextract.batching import Batcher
-from foodextract.extractor import Extractor
+from foodextract.captioner import Answerer
 from foodextract.telemetry import log_json_lines
 
 MAX_CONNECTIONS = 512  # uvicorn answers 503 beyond
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def make_server(load: Callable[[], Extractor], model: str, settings: Settings, host: str, port: int) -> Server:
+def make_server(load: Callable[[], Answerer], model: str, settings: Settings, host: str, port: int) -> Server:
     """A server that has not begun; port 0 is any free one, which its first log line names."""
     app = create_app(load, model, settings)
     config = uvicorn.Config(
@@ -69,7 +69,7 @@ def make_server(load: Callable[[], Extractor], model: str, settings: Settings, h
     return Server(config, app.state.batcher)
 
 
-def run(load: Callable[[], Extractor], model: str, settings: Settings, host: str, port: int) -> None:
+def run(load: Callable[[], Answerer], model: str, settings: Settings, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT, and then until all that was accepted is answered. Raises what `load` raised."""
     log_json_lines()
     server = make_server(load, model, settings, host, port)

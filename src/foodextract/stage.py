@@ -1,14 +1,17 @@
 """What one run of training is: its values, its precision, and how TRL is told."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from trl import SFTConfig
 
 from foodextract.adapters import Lora
-from foodextract.models import Precision, choose_precision
+from foodextract.models import ModelError, Precision, choose_precision
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,23 @@ class Stage:
     whole_text: bool = False  # loss on prompt and tile markers too, as they did it
     augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
     fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
-    bf16: bool = False  # autocast to bf16 where `choose_precision` would not: pays for large models on a CPU with units for it (AMX)
+    bf16: bool = False  # autocast to bf16 where `choose_precision` would not
     compile: bool = False  # torch.compile: the first step takes minutes, the later ones less than without
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # for `changed`
+
+
+def changed(stage: Stage, values: Mapping[str, Any]) -> Stage:
+    """The stage with other `values`, as JSON or YAML spells them. Raises ModelError for one that a stage does not have or cannot use.
+
+    >>> changed(Stage("stage1", freeze=(), learning_rate=2e-4), {"learning_rate": "1e-4"}).learning_rate  # a text in YAML: it lacks a dot
+    0.0001
+    """
+    try:
+        return TypeAdapter(Stage).validate_python(vars(stage) | values)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors())
+        raise ModelError(f"{stage.name}: {faults} (the values of a stage are {', '.join(vars(stage))})") from error
 
 
 def is_sharded() -> bool:
@@ -39,9 +57,9 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def precision_of(stage: Stage, device: torch.device) -> Precision:
-    """What suits the device, or bf16 autocast where the stage asks for it."""
-    chosen = choose_precision(device, training=True)
+def precision_of(stage: Stage, device: torch.device, parameters: int = 0) -> Precision:
+    """What suits the device and a model of so many parameters, or bf16 autocast where the stage asks for it."""
+    chosen = choose_precision(device, training=True, parameters=parameters)
     if not stage.bf16 or chosen.autocast is torch.bfloat16:
         return chosen
     return replace(chosen, autocast=torch.bfloat16, reason="fp32 weights, bf16 autocast: the stage asks for it")

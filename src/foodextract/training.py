@@ -19,7 +19,7 @@ from foodextract import evaluation
 from foodextract.adapters import attach, untie
 from foodextract.checkpoints import full_disk_named, last_checkpoint
 from foodextract.collate import Collator
-from foodextract.dataset import as_conversations, record_of
+from foodextract.dataset import as_conversations, record_of, scopes_of
 from foodextract.extractor import Extractor
 from foodextract.models import FINISHED, ModelError, Precision, load_model
 from foodextract.performance import performance_rows, reset_peak_memory
@@ -74,12 +74,14 @@ def train_stage(
             shutil.rmtree(folder, ignore_errors=True)
             checkpoints.mkdir(parents=True)
             (checkpoints / "recipe.json").write_text(recipe)
-    precision = precision_of(stage, model.device)
+    precision = precision_of(stage, model.device, model.num_parameters())
     reset_peak_memory(model.device)
     progress = Progress(stage.name, stage.learning_rate)
     run = stage
     if stage.fast and model.device.type == "cuda":  # the whole effective batch at once, if it fits
         run = replace(stage, batch_size=stage.batch_size * stage.accumulation, accumulation=1)
+    if processes.is_main_process:
+        print(f"{stage.name}: {precision.reason}; batches of {run.batch_size} x {run.accumulation}", flush=True)
     while True:
         try:
             with full_disk_named(stage.name, checkpoints):
@@ -165,11 +167,11 @@ def _trainer(
             data_collator=Collator(processor),
         )
     unseen = split.select(held_out)
-    labels = [record_of(row) for row in unseen.remove_columns("image")]
+    labels, scopes = [record_of(row) for row in unseen.remove_columns("image")], scopes_of(unseen)
 
     def score() -> float:
         answers = evaluation.ask(Extractor(model, processor).answer, unseen["image"], stage.batch_size, "validation")
-        return next(metric.value for metric in evaluation.score(labels, answers) if metric.name == "item_f1_micro")
+        return evaluation.f1_of_named(labels, answers, scopes)
 
     prepared = _prepared(model, processor, stage, split, Path(config.output_dir), precision)
     return PreparedTrainer(

@@ -1,0 +1,192 @@
+"""What `extract.py`, `extract_onnx.py`, `valid.py` and `memory.py` measured: tables and plots for README.md and this folder's.
+
+python benchmarks/extract_report.py         # once more, from what is in results/
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from foodextract.reports import fill_in
+from foodextract.results import Row, read_results
+from foodextract.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = ("open", "preprocess", "vision", "prefill", "tokens")
+SEED, OURS = "seed: pipeline, 17 tiles, bf16", "ours int8"
+COLOURS = ("#b0b0b0", "#f2b134", "#4c78a8", "#72b7b2", "#e45756")
+NAMES = {
+    "schema_valid_rate": "answers that are records",
+    "same_answer_rate": "same answer, letter by letter",
+    "same_is_food_rate": "same `is_food`",
+}
+
+Figures = dict[str, dict[str, Row]]  # by subject and metric
+
+
+def by_size(rows: list[Row]) -> dict[str, Figures]:
+    """Figures by size of the model, in the order they were measured; subjects lose its name."""
+    sizes: dict[str, Figures] = {}
+    for row in rows:
+        size, subject = row.subject.split(", ", 1)
+        sizes.setdefault(size, {}).setdefault(subject, {})[row.metric] = row
+    return sizes
+
+
+def costs(rows: list[Row], speedup: str, told: str) -> str:
+    """Markdown: CPU-seconds a picture by phase, one table a size; `told` is the head of the column of `speedup`."""
+    tables = []
+    for size, subjects in by_size(rows).items():
+        head = [size.upper(), "CPU-s a picture", told, *PHASES, "n"]
+        lines = [
+            [
+                name,
+                _interval(of["cpu_seconds_per_image"]),
+                _interval(of[speedup]),
+                *(f"{of[f'{phase}_cpu_seconds'].value:.3g}" for phase in PHASES),
+                of["cpu_seconds_per_image"].n,
+            ]
+            for name, of in subjects.items()
+            if "cpu_seconds_per_image" in of
+        ]
+        tables.append(markdown_table(head, lines))
+    return "\n\n".join(tables)
+
+
+def batches(rows: list[Row]) -> str:
+    """Markdown: what forced tokens and batches are worth, a sentence a size."""
+    parts = []
+    for size, subjects in by_size(rows).items():
+        tokens, forced = subjects["answer"]["answer_tokens"], subjects["forced tokens alone"]["decode_speedup"]
+        part = f"{size.upper()}: forced tokens alone make the decode phase, {tokens.value:.0f} tokens, {_interval(forced)} times shorter."
+        for name, of in subjects.items():
+            if "batch_decode_speedup" in of:
+                decode, whole = of["batch_decode_speedup"], of["batch_image_speedup"]
+                part += f" {name[0].upper()}{name[1:]}: {_interval(decode)} times the tokens a CPU-second of a picture alone, and "
+                part += f"{_interval(whole)} times the pictures."
+        parts.append(part)
+    return "\n\n".join(parts)
+
+
+def plot(rows: list[Row]) -> Figure:
+    """CPU-seconds a picture by phase, and tokens a CPU-second by batch; one line of panels a size."""
+    sizes = by_size(rows)
+    figure, axes = plt.subplots(
+        len(sizes), 2, figsize=(11, 3 * len(sizes)), squeeze=False, layout="constrained", gridspec_kw={"width_ratios": [2, 1]}
+    )
+    for (left, right), (size, subjects) in zip(axes, sizes.items(), strict=True):
+        told = {name: of for name, of in subjects.items() if "cpu_seconds_per_image" in of}
+        start = np.zeros(len(told))
+        for phase, colour in zip(PHASES, COLOURS, strict=True):
+            values = np.array([of[f"{phase}_cpu_seconds"].value for of in told.values()])
+            bars = left.barh(list(told), values, 0.7, start, color=colour, label=phase)
+            start += values
+        left.bar_label(bars, [f"{total:.3g}" for total in start], padding=3, fontsize=8)
+        left.invert_yaxis()
+        left.margins(x=0.1)
+        left.set(xlabel="CPU-seconds a picture", title=size.upper())
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for name, of in subjects.items():
+            if "decoded_tokens_per_cpu_second" in of:
+                who, batch = name.rsplit(", batch ", 1)
+                curves.setdefault(who, []).append((int(batch), of["decoded_tokens_per_cpu_second"].value))
+        for who, curve in curves.items():
+            right.plot(*zip(*sorted(curve), strict=True), marker="o", label=who)
+        right.set(xlabel="pictures in a batch", ylabel="tokens a CPU-second", ylim=(0, None), title="decode")
+        right.legend(frameon=False, fontsize=7)
+        for axis in (left, right):
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def rates(rows: list[Row]) -> str:
+    """Markdown: shares with their intervals."""
+    lines = [
+        [row.subject, NAMES[row.metric], f"{100 * row.value:.2f} % ({100 * row.low:.2f}–{100 * row.high:.2f})", row.n]
+        for row in rows
+        if row.metric in NAMES
+    ]
+    return markdown_table(["what", "share", "95 % interval", "n"], lines)
+
+
+def memory(rows: list[Row]) -> str:
+    """A sentence: how much, and how much more at the end."""
+    of = {row.metric: row for row in rows}
+    peak, growth = of["peak_memory_gib"], of["memory_growth_share"]
+    told = f"{peak.n:,} pictures of many sizes through `extract_many`: at most {peak.value:.2f} GiB resident"
+    return f"{told}, and {100 * growth.value:+.1f} % from the second tenth of the pictures to the last."
+
+
+def text(root: Path) -> str:
+    """What stands between the marks of benchmarks/README.md."""
+    parts = []
+    for name, title, command, tell in (
+        (
+            "extract_cpu",
+            "What a picture costs",
+            "extract.py",
+            lambda rows: [_image("extract_cpu"), costs(rows, "speedup_vs_seed", "seed ÷ this"), batches(rows)],
+        ),
+        (
+            "extract_onnx",
+            "Through ONNX Runtime",
+            "extract_onnx.py",
+            lambda rows: [rates(rows), costs([row for row in rows if row.metric not in NAMES], "speedup_vs_torch", "torch fp32 ÷ this")],
+        ),
+        ("extract_valid", "Whatever the picture and the weights", "valid.py", lambda rows: [rates(rows)]),
+        ("extract_memory", "Memory", "memory.py", lambda rows: [_image("extract_memory"), memory(rows)]),
+    ):
+        file = root / "results" / f"{name}.json"
+        parts.append(f"### {title}")
+        if file.exists():
+            rows = read_results(file)
+            where = f"[`results/{file.name}`](../results/{file.name})"
+            parts += [*tell(rows), f"Source: {where}, `{rows[0].command}`, commit {rows[0].commit}, {rows[0].device}."]
+        else:
+            parts.append(f"Not measured yet: `.venv/bin/python benchmarks/{command}` does it.")
+    return "\n\n".join(parts)
+
+
+def line(root: Path) -> str:
+    """What stands in README.md."""
+    file = root / "results" / "extract_cpu.json"
+    if not file.exists():
+        return "What a picture costs is not measured yet: `.venv/bin/python benchmarks/extract.py` does it."
+    parts = []
+    for size, subjects in by_size(read_results(file)).items():
+        seed, ours = (subjects[name] for name in (SEED, OURS))
+        cost = f"{seed['cpu_seconds_per_image'].value:.3g} CPU-seconds a picture become {ours['cpu_seconds_per_image'].value:.2g}"
+        parts.append(f"{cost} at the size of SmolVLM2-{size.upper()} ({_interval(ours['speedup_vs_seed'])} times fewer)")
+    told = "On a CPU, beside `transformers.pipeline` with 17 tiles as the original asks it: "
+    return f"{told}{', '.join(parts)}; [every lever](benchmarks/README.md#extracting) by itself."
+
+
+def render(results: Path) -> None:
+    """The plot beside what `extract.py` wrote, and the pages where `results` is the repository's."""
+    rows = read_results(results) if results.exists() else []
+    if any(row.benchmark == "extract_cpu" for row in rows):
+        figure = plot(rows)
+        figure.savefig(results.with_suffix(".png"), dpi=110)
+        plt.close(figure)
+    if results.resolve().parent == ROOT / "results":
+        fill_in(ROOT / "benchmarks" / "README.md", "extract", text(ROOT))
+        fill_in(ROOT / "README.md", "extract", line(ROOT))
+
+
+def _interval(row: Row) -> str:
+    return f"{row.value:.3g}" + (f" ({row.low:.3g}–{row.high:.3g})" if row.low is not None else "")
+
+
+def _image(stem: str) -> str:
+    told = {
+        "extract_cpu": "CPU-seconds a picture by phase, and tokens a CPU-second by batch",
+        "extract_memory": "Memory by pictures answered",
+    }
+    return f"![{told[stem]}](../results/{stem}.png)"
+
+
+if __name__ == "__main__":
+    render(ROOT / "results" / "extract_cpu.json")

@@ -1,0 +1,107 @@
+"""A BLIP that captions a picture with its class → the same records: by the class's name, whether it writes the name or the number.
+
+An extractor finds what is in a picture; this one only chooses among the classes it was trained on. It cannot say that there is no food, and
+names one thing at most.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import ValidationError
+from rapidfuzz import fuzz, process
+from transformers import BatchFeature, BlipForConditionalGeneration, BlipProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+from foodextract.extractor import Extractor
+from foodextract.models import PRECISIONS, ModelError, choose_device, choose_precision
+from foodextract.pictures import Picture, open_picture
+from foodextract.schema import AnswerError, FoodRecord
+from foodextract.words import shelf_of
+
+TARGET = "a photo of delicious {}"  # what a caption is trained to say
+ALIKE = 70  # rapidfuzz's ratio, 0 to 100, from which on a text counts as a class name: "sushis" is sushi (91)
+MAX_NEW_TOKENS = 20
+
+
+def load(model_id: str | os.PathLike, device: str | None = None, precision: str | None = None) -> "Answerer":
+    """Who answers with the model in a folder or on the Hub: a captioner for a BLIP, an extractor for all others. Raises ModelError."""
+    try:
+        kind = PretrainedConfig.get_config_dict(model_id)[0].get("model_type")
+    except Exception:  # the extractor says what is wrong
+        kind = None
+    return (Captioner if kind == "blip" else Extractor).from_pretrained(model_id, device, precision)
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A model, its processor, and the record of each class in the order of their numbers."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    records: dict[str, FoodRecord]
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | os.PathLike, device: str | None = None, precision: str | None = None) -> Self:
+        """Load a folder or a Hub id whose config.json names the classes in `id2label`. Raises ModelError."""
+        where = choose_device(device)
+        if precision not in (None, *PRECISIONS) or precision == "int8":
+            raise ModelError(f"precision {precision!r} is not for a BLIP: choose fp32, bf16 or fp16")
+        dtype = PRECISIONS[precision] if precision else choose_precision(where, training=False).weights
+        try:
+            model = BlipForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
+            processor = BlipProcessor.from_pretrained(model_id)
+            labels = sorted(model.config.id2label.items())
+            records = {name: _record(name) for name in (label.replace("_", " ") for _, label in labels)}
+        except ValidationError as error:
+            raise ModelError(f"{model_id} has a class name that no record can hold ({error.errors()[0]['msg']}): shorten it") from error
+        except Exception as error:  # transformers and safetensors raise some twenty types here
+            raise ModelError(f"{model_id} cannot be loaded as a BLIP ({error}): save or download it again") from error
+        if all(re.fullmatch(r"LABEL \d+", name) for name in records):  # what a config says that was told no names
+            raise ModelError(f"{model_id} does not name its classes: put them into its config.json, as id2label")
+        return cls(model.to(where).eval(), processor, records)
+
+    def read(self, picture: Picture) -> BatchFeature:
+        """One picture as the model takes it: `pixel_values` (1, 3, P, P) float32. Raises PictureError."""
+        return self.processor(images=open_picture(picture), return_tensors="pt")
+
+    @torch.inference_mode()
+    def answer_read(
+        self, pictures: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True
+    ) -> list[tuple[FoodRecord, None] | AnswerError]:
+        """The results for pictures that `read` has prepared, in order. All are answered, `wanted` or not: a caption is soon written."""
+        pixels = torch.cat([picture["pixel_values"] for picture in pictures]).to(self.model.device, self.model.dtype)
+        written = self.model.generate(pixel_values=pixels, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        return [self._read(text) for text in self.processor.batch_decode(written, skip_special_tokens=True)]
+
+    def _read(self, caption: str) -> tuple[FoodRecord, None] | AnswerError:
+        name = to_class(caption, list(self.records))
+        return (self.records[name], None) if name else AnswerError(f"the caption {caption!r} names none of {len(self.records)} classes")
+
+
+Answerer = Extractor | Captioner  # what a server needs of either: `read` and `answer_read`
+
+
+def save(model: PreTrainedModel, processor: ProcessorMixin, names: Sequence[str], folder: str | os.PathLike) -> None:
+    """Write a BLIP with the names of its classes, in the order of their numbers, for `load`."""
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    model.save_pretrained(Path(folder))
+    processor.save_pretrained(Path(folder))
+
+
+def to_class(text: str, names: Sequence[str]) -> str | None:
+    """The class that a caption names by number or (nearly) by name, behind the target's words or alone; None when there is none."""
+    said = text.lower().strip().removeprefix(TARGET.format("").strip()).strip()
+    if re.fullmatch(r"[0-9]+", said):
+        return names[int(said)] if int(said) < len(names) else None
+    found = process.extractOne(said, names, scorer=fuzz.ratio, score_cutoff=ALIKE)
+    return found[0] if found else None
+
+
+def _record(name: str) -> FoodRecord:
+    drink = shelf_of(name) == "drink_items"
+    return FoodRecord(is_food=1, image_title=name, food_items=[] if drink else [name], drink_items=[name] if drink else [])

@@ -1,0 +1,58 @@
+"""The benchmarks of extracting: they run, and their pages show what is in results/."""
+
+import pytest
+
+import extract
+import extract_onnx
+import extract_report
+import memory
+import valid
+from foodextract.results import read_results
+
+ROOT = extract_report.ROOT
+
+
+def figures(path):
+    return {(row.subject, row.metric): row for row in read_results(path)}
+
+
+def test_every_lever_is_told(tmp_path):
+    results = tmp_path / "extract.json"
+    extract.main(["tiny"], pictures=1, batch=[1, 2], threads=1, processor=extract.models.TINY_TUNED, results=results)
+    of = figures(results)
+    for name in (extract_report.SEED, extract_report.OURS, "one tile", "one tile, our loop"):
+        whole = of[f"tiny, {name}", "cpu_seconds_per_image"].value
+        phases = [of[f"tiny, {name}", f"{phase}_cpu_seconds"].value for phase in extract_report.PHASES]
+        assert all(seconds > 0 for seconds in phases)
+        assert sum(phases) == pytest.approx(whole, rel=0.2)
+    assert of[f"tiny, {extract_report.SEED}", "prompt_tokens"].value > 2 * of["tiny, one tile", "prompt_tokens"].value
+    assert of["tiny, forced tokens alone", "decode_speedup"].value > 1
+    assert results.with_suffix(".png").stat().st_size > 10_000
+    rows = list(of.values())
+    assert extract_report.costs(rows, "speedup_vs_seed", "seed ÷ this").count("\n") == 7
+    assert "times the tokens a CPU-second" in extract_report.batches(rows)
+
+
+def test_parity_and_latency_of_graphs_are_told(tmp_path):
+    results = tmp_path / "onnx.json"
+    extract_onnx.main(["tiny"], compared=4, pictures=1, batch_size=3, threads=1, model=extract_onnx.models.TINY_TUNED, results=results)
+    of = figures(results)
+    assert of["ONNX fp32 or torch fp32", "same_answer_rate"].value == 1
+    for way in ("torch fp32", "ONNX fp32", "ONNX int8"):
+        assert of[f"tiny, {way}", "vision_cpu_seconds"].value > 0
+
+
+def test_validity_and_memory_are_measured_and_told(tmp_path, capsys):
+    valid.main(8, 8, 4, valid.models.TINY_TUNED, valid.models.TINY_BASE, tmp_path / "valid.json")
+    of = figures(tmp_path / "valid.json")
+    assert [of[name, "schema_valid_rate"].value for name in ("tuned", "base", "random weights")] == [1, 1, 1]
+    assert {of[f"{precision} or fp32", "same_answer_rate"].n for precision in ("bf16", "int8")} == {8}
+    memory.main(100, 8, tmp_path / "memory.json")
+    assert (tmp_path / "memory.png").stat().st_size > 5_000
+    assert "100 pictures of many sizes" in extract_report.memory(read_results(tmp_path / "memory.json"))
+
+
+def test_the_pages_show_what_is_in_results():
+    how = "run `python benchmarks/extract_report.py`"
+    assert f"<!-- extract -->\n{extract_report.text(ROOT)}\n<!-- /extract -->" in (ROOT / "benchmarks" / "README.md").read_text(), how
+    assert f"<!-- extract -->\n{extract_report.line(ROOT)}\n<!-- /extract -->" in (ROOT / "README.md").read_text(), how

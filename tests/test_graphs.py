@@ -1,0 +1,108 @@
+"""A SmolVLM as ONNX graphs: the same logits, the same answers, and errors that say what is missing."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from foodextract import graphs, models, scenes
+from foodextract.__main__ import app
+from foodextract.extractor import Extractor
+from foodextract.models import ModelError
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graphs") / "model"
+    result = CliRunner().invoke(app, ["export", "onnx", str(folder), "--model", str(models.TINY_TUNED)])
+    assert result.exit_code == 0, result.output
+    assert "decoder_model_merged_quantized.onnx" in result.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [scene.image for scene in scenes.draw_scenes(77, "test", 12)]
+
+
+@torch.inference_mode()
+def logits(model, inputs, blocks):
+    """Behind a prompt, and behind each of the blocks that follow it."""
+    inputs, cache, out = dict(inputs), None, []
+    mask = inputs.pop("attention_mask")
+    for ids in (inputs.pop("input_ids"), *blocks):
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1])) if cache else mask
+        if cache:
+            mask[:, -ids.shape[1] :] = ids != 2
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs
+        )
+        inputs, cache = {}, output.past_key_values
+        out.append(output.logits)
+    cache.batch_select_indices(torch.tensor([1]))
+    last = model(
+        input_ids=torch.tensor([[7]]),
+        attention_mask=torch.nn.functional.pad(mask[1:2], (0, 1), value=1),
+        position_ids=mask[1:2].sum(-1, keepdim=True),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return [*out, last.logits]
+
+
+@pytest.mark.parametrize("tiles", [1, 17])
+def test_the_graphs_compute_what_the_model_does(exported, tuned, pictures, tiles):
+    """Two prompts of different lengths where there are 17 tiles, blocks padded on the left, a row that leaves the batch."""
+    processor = models.load_processor(models.TINY_TUNED, tiles)
+    inputs = Extractor(tuned.model, processor).prepare([pictures[0], Image.new("RGB", (400, 90), "red")])
+    assert (inputs["attention_mask"].min() == 0) == (tiles > 1)
+    blocks = [torch.tensor([[5, 6, 7], [2, 2, 9]]), torch.tensor([[8], [9]])]  # 2 is padding
+    for theirs, ours in zip(logits(tuned.model, inputs, blocks), logits(graphs.GraphModel(exported), inputs, blocks), strict=True):
+        assert theirs.shape == ours.shape
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_they_answer_as_the_model_does(exported, tuned, pictures):
+    extractor = Extractor.from_pretrained(exported)
+    assert extractor.answer(pictures) == tuned.answer(pictures)
+    assert list(extractor.extract_many(pictures, 5)) == list(tuned.extract_many(pictures, 5))
+    assert extractor.extract(pictures[0]) == tuned.extract(pictures[0])
+
+
+def test_in_int8_they_say_nearly_the_same(exported, tuned, pictures):
+    quantised = Extractor.from_pretrained(exported, precision="int8")
+    same = [ours.is_food == theirs.is_food for ours, theirs in zip(*(e.extract_many(pictures) for e in (quantised, tuned)), strict=True)]
+    assert sum(same) >= len(pictures) - 2
+    for name in (graphs.VISION, graphs.TEXT):
+        whole = (exported / "onnx" / f"{name}.onnx.data").stat().st_size
+        assert (exported / "onnx" / f"{name}{graphs.QUANTISED}.onnx").stat().st_size < 0.45 * whole
+
+
+def test_the_folder_is_one_that_the_command_takes(exported, tuned, pictures, tmp_path):
+    pictures[1].save(tmp_path / "a.png")
+    result = CliRunner().invoke(app, ["extract", str(tmp_path), "--model", str(exported), "--precision", "fp32"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"file": str(tmp_path / "a.png"), **tuned.extract(pictures[1]).model_dump()}
+
+
+def test_what_it_cannot_do_is_said(exported, tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="no precision 'bf16': choose fp32 or int8"):
+        Extractor.from_pretrained(exported, precision="bf16")
+    with pytest.raises(ModelError, match="on a CPU here, not on 'cuda'"):
+        Extractor.from_pretrained(exported, "cuda")
+    (tmp_path / "onnx").mkdir()
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    with pytest.raises(ModelError, match=r"vision_encoder.onnx cannot be loaded .*: export the model again"):
+        graphs.GraphModel(tmp_path)
+    for missing in ("onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, missing, None)
+        result = CliRunner().invoke(app, ["export", "onnx", str(tmp_path / "out"), "--model", str(models.TINY_TUNED)])
+        assert result.exit_code == 2
+        assert f"ONNX needs {missing}, which is not installed here: pip install" in result.stderr
+        monkeypatch.undo()
