@@ -94,7 +94,10 @@ def _stages(values: dict) -> list[str]:
         (["nowhere"], "nowhere holds no data set"),
         (["nowhere", "--profile", "cloud"], "there is no profile 'cloud': take one of hub, offline"),
         (["nowhere", "--stage1", "{epochs: 1}"], "--stage1 and --stage2 take JSON"),
-        (["nowhere", "--stage2", '{"epoch": 1}'], "stage2: epoch: unexpected keyword argument (the values of a stage are name, freeze, learning_rate, epochs"),
+        (
+            ["nowhere", "--stage2", '{"epoch": 1}'],
+            "stage2: epoch: unexpected keyword argument (the values of a stage are name, freeze, learning_rate, epochs",
+        ),
         (["nowhere", "--stage1", '{"epochs": "many"}'], "stage1: epochs: input should be a valid number"),
         (["nowhere", "--stage1", '{"freeze": "model.vision_model"}'], "stage1: freeze: input should be a valid tuple"),
     ],

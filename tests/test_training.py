@@ -149,7 +149,11 @@ def test_values_of_a_stage_may_come_as_yaml_spells_them():
     given = {"learning_rate": "2e-5", "epochs": 3, "freeze": ["model.connector"], "lora": {"rank": 4}}  # 2e-5 is a text in YAML
     stage = changed(STAGE1, given)
     assert stage == replace(STAGE1, learning_rate=2e-5, epochs=3, freeze=("model.connector",), lora=Lora(rank=4))
-    for wrong, message in (({"rate": 1}, "rate: unexpected keyword"), ({"batch_size": 1.5}, "batch_size"), ({"lora": {"r": 4}}, "lora.*r: ")):
+    for wrong, message in (
+        ({"rate": 1}, "rate: unexpected keyword"),
+        ({"batch_size": 1.5}, "batch_size"),
+        ({"lora": {"r": 4}}, "lora.*r: "),
+    ):
         with pytest.raises(ModelError, match=f"stage1: .*{message}"):
             changed(STAGE1, wrong)
 

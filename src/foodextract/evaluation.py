@@ -165,7 +165,7 @@ def by_class(labels: Sequence[FoodRecord], answers: Sequence[str], scopes: Seque
 
 
 def f1_of_named(labels: Sequence[FoodRecord], answers: Sequence[str], scopes: Sequence[str] | None = None) -> float:
-    """`item_f1_micro` over all pictures, those whose label names only some items too: what they find and miss counts, what they add does not.
+    """`item_f1_micro` over all pictures, those too whose label names only some items: found and missed ones count, further ones do not.
 
     For choosing among models, where few labels are complete; among complete ones it is `item_f1_micro`.
     """

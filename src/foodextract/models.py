@@ -51,7 +51,9 @@ def choose_precision(device: torch.device, training: bool, parameters: int = 0) 
     so bf16 weights hardly move (in an AdamW simulation 3.9 % of them did).
     """
     if device.type == "cpu" and training and parameters >= AMX_PAYS and torch.cpu.get_capabilities().get("amx_bf16"):
-        return Precision(torch.float32, torch.bfloat16, "fp32 weights, bf16 autocast: this CPU multiplies bf16 matrices several times faster")
+        return Precision(
+            torch.float32, torch.bfloat16, "fp32 weights, bf16 autocast: this CPU multiplies bf16 matrices several times faster"
+        )
     if device.type == "cpu":
         return Precision(torch.float32, None, "fp32: a CPU gains little from 16 bits at these sizes, and loses exactness")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):

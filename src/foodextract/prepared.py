@@ -54,7 +54,8 @@ class Prepared:
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch of B rows: `input_ids` and `labels` (B, S), `attention_mask` (B, L + S), `tiles` (B,); all int64.
 
-        S is that of the longest row here, up to ROUND: one label of seven items would else make all batches half as wide again. With it `features` (B, T, patches, d) where there are any, else `pixels` (B, T, 3, P, P) uint8.
+        S is that of the longest row here, up to ROUND: one label of seven items would else make all batches half as wide again. With it
+        `features` (B, T, patches, d) where there are any, else `pixels` (B, T, 3, P, P) uint8.
         """
         rows = np.asarray(rows)
         width = -(-int(self.answers[rows, 1].max()) // ROUND) * ROUND
