@@ -1,4 +1,7 @@
-"""What the serving benchmarks measured: from results/serving.json and results/space.json to this folder's README.md."""
+"""What the serving benchmarks measured: from results/serving.json and results/space.json to this folder's README.md.
+
+python benchmarks/serve_report.py      # after the benchmarks have run elsewhere
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -109,3 +112,7 @@ def _with_interval(row: Row, digits: int) -> str:
 
 
 PARTS: dict[str, Callable[[Figures], str]] = {"serve_load": _load, "serve_faults": _faults, "serve_start": _start}
+
+
+if __name__ == "__main__":
+    render(Path(__file__).resolve().parents[1])

@@ -124,9 +124,10 @@ def test_the_policy_linter_finds_nothing(tmp_path):
 
 
 def test_the_policy_linter_would_notice(tmp_path):
-    [_, deployment] = documents((KUBERNETES / "base/deployment.yaml").read_text())
-    deployment["spec"]["template"]["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
-    (tmp_path / "worse.yaml").write_text(yaml.safe_dump(deployment))
+    everything = rendered("cpu")
+    pod = everything["Deployment", "foodextract"]["spec"]["template"]["spec"]
+    pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
+    (tmp_path / "worse.yaml").write_text(yaml.safe_dump_all(everything.values()))
     assert checkov(tmp_path)[0] == {"CKV_K8S_20 Deployment.foodextract.foodextract"}
 
 
