@@ -71,7 +71,7 @@ smoke: install
 refresh: demo experiments  ## Maintainers: commit-ready notebooks, tuned tiny model and README from `make demo` and `make experiments`.
 	$(BIN)/python -m foodextract.reports --publish
 
-tiny-base: install  ## Maintainers: make the tiny base again from nothing (about an hour on 2 cores).
+tiny-base: install  ## Maintainers: make the tiny base again from nothing (about 70 minutes on 2 cores).
 	$(BIN)/python experiments/tiny_base/make_tiny_base.py
 
 clean:  ## Remove everything made here, .venv included.

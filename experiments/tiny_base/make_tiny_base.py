@@ -14,7 +14,7 @@ every token has been written now and then (nonsense to repeat; a token that neve
 does not blind it (nonsense as system message), and a word is the same word behind a space and behind a quotation mark (a tokenizer that
 gives spaces tokens of their own).
 
-    python experiments/tiny_base/make_tiny_base.py            # under an hour on 2 cores; writes the model and results/tiny_base.json
+    python experiments/tiny_base/make_tiny_base.py            # about 70 minutes on 2 cores; writes the model and results/tiny_base.json
 
 Deterministic for a given machine: fixed seeds, fixed data, one process.
 """

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterable
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,16 @@ FOOD101 = "ethz/food101"
 
 
 def scenes(seed: int = 42, train: int = 8000, test: int = 600) -> Rows:
-    """Drawn scenes. Their splits come fixed, because the test split has non-food objects of its own."""
-    for split, count in (("train", train), ("test", test)):
-        for index in range(count):
-            objects, _ = plan_scene(seed, split, index)
+    """Drawn scenes. Their splits come fixed, because the test split has non-food objects of its own.
+
+    A single item is soon learned and a list is not, so training passes over two thirds of the scenes with one item, and one third of those
+    with none; the test scenes are as they come.
+    """
+    thirds = {"train": {0: 2, 1: 1}, "test": {}}  # that are taken, by number of items; all where there are more
+    for split, wanted in (("train", train), ("test", test)):
+        plans = ((index, plan_scene(seed, split, index)[0]) for index in count())
+        taken = (plan for plan in plans if plan[0] % 3 < thirds[split].get(sum(placed.name is not None for placed in plan[1]), 3))
+        for index, objects in islice(taken, wanted):
             yield Sample(
                 name=f"scene-{seed}-{split}-{index:06d}.png",
                 read=partial(_drawn, seed, split, index),
