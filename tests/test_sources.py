@@ -32,7 +32,9 @@ def test_scenes_are_labelled_without_being_drawn(monkeypatch):
 
 
 def test_training_passes_over_easy_scenes_and_testing_over_none():
-    labels = {split: [one.label for one in sources.scenes(seed=3, train=600, test=600) if one.split == split] for split in ("train", "test")}
+    labels = {
+        split: [one.label for one in sources.scenes(seed=3, train=600, test=600) if one.split == split] for split in ("train", "test")
+    }
     lists = {split: sum(len(one["food_items"] + one["drink_items"]) > 1 for one in of) for split, of in labels.items()}
     assert lists["train"] > 1.2 * lists["test"]
     foods = {split: sum(one["is_food"] for one in of) for split, of in labels.items()}
