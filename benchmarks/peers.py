@@ -65,7 +65,7 @@ def measure(answerers: dict[str, evaluation.BatchAnswer], ours: str, held_out: d
 def main(
     data: Annotated[str, typer.Option("--dataset", help="`scenes`, a folder or a Hub id.")] = "scenes",
     seed: Annotated[int, typer.Option(help="Which scenes, and how pictures are split; the default is that of `make demo`.")] = 42,
-    train: Annotated[int, typer.Option(min=1, help="Training scenes, which the peers look up.")] = 2400,
+    train: Annotated[int, typer.Option(min=1, help="Training scenes, which the peers look up.")] = 8000,
     test: Annotated[int, typer.Option(min=2, help="Test scenes.")] = 600,
     base: Annotated[str, typer.Option(help="The base model, whose vision tower the nearest neighbour sees with.")] = str(models.TINY_BASE),
     tuned: Annotated[str, typer.Option(help="The tuned model.")] = str(models.TINY_TUNED),
