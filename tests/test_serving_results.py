@@ -56,7 +56,7 @@ def test_faults_lose_nothing(measured):
 
 
 @pytest.mark.xfail(
-    strict=True, reason="12 of 1,000, with a broken head, were answered with 200, and one was cut off; benchmarks/README.md shows the share"
+    strict=True, reason="12 of 1,000 had a broken head and were answered, one was cut off"
 )
 def test_every_hostile_upload_is_refused_with_a_status(measured):
     assert measured["hostile uploads", "refused_share"].value == 1
