@@ -55,9 +55,7 @@ def test_faults_lose_nothing(measured):
     assert measured["schemathesis", "findings"].n > 100
 
 
-@pytest.mark.xfail(
-    strict=True, reason="12 of 1,000 had a broken head and were answered, one was cut off"
-)
+@pytest.mark.xfail(strict=True, reason="12 of 1,000 had a broken head and were answered, one was cut off")
 def test_every_hostile_upload_is_refused_with_a_status(measured):
     assert measured["hostile uploads", "refused_share"].value == 1
 
