@@ -37,7 +37,7 @@ def space(root: Path) -> str:
     lines = [
         ["from starting the process to its first answer", f"{of['start'].value:.1f}"],
         [f"from asking for the page until it can be used, mean of {of['page'].n}", _with_interval(of["page"], 2)],
-        ["the same, fastest and slowest", f"{of['page, fastest'].value:.2f} and {of['page, slowest'].value:.2f}"],
+        ["the same, slowest", f"{of['page, slowest'].value:.2f}"],
         [
             f"{of['ten at once'].value:.0f} of {of['ten at once'].n} people at once answered, the last after",
             f"{of['ten at once, slowest'].value:.1f}",
@@ -88,7 +88,7 @@ def _faults(of: Figures) -> str:
         ["", "ended with another status than 0", count("SIGTERM", "ended_badly")],
         ["SIGKILL", f"back and ready after, longest of {back.n}", f"{back.value:.1f} s"],
         ["", "answers that differ from before", count("SIGKILL", "answers_changed")],
-        ["hostile uploads", "told 4xx", f"{100 * refused.value:.1f} % of {refused.n:,}"],
+        ["hostile uploads", "told 4xx, or hung up on where the head never came", f"{100 * refused.value:.1f} % of {refused.n:,}"],
         ["", "crashes", f"{of['hostile uploads', 'crashes'].value:.0f}"],
         ["", "growth of memory", f"{100 * grown.value:+.1f} %"],
         ["", "honest pictures among them with another answer than before", f"{spoilt.value:.0f} of {spoilt.n}"],
