@@ -168,7 +168,7 @@ def draw(rows: list[Row], capacity: float) -> Figure:
     for axis in (times, shares):
         axis.set_xlabel(f"arrivals, multiples of {capacity:.1f} pictures/s")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return figure
 
 

@@ -224,12 +224,23 @@ def test_a_slow_upload_is_408_and_gives_its_place_back():
         assert client.post("/predict", content=b"x").status_code == 200
 
 
-def test_a_connection_that_says_nothing_is_closed(monkeypatch):
+def test_a_connection_that_says_half_a_head_is_told_408_and_one_that_says_nothing_is_closed(monkeypatch):
     monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
-    with stub_serving() as (client, _), connected(client) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nX-Slow: ")
-        assert connection.recv(100) == b""
+    with stub_serving() as (client, _), connected(client) as slow, connected(client) as silent:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nX-Slow: ")
+        assert slow.recv(12) == b"HTTP/1.1 408"
+        while slow.recv(1000):
+            pass
+        assert silent.recv(100) == b""
         assert client.post("/predict", content=b"x").status_code == 200
+
+
+def test_too_many_headers_are_431():
+    with stub_serving() as (client, stub):
+        response = client.post("/predict", content=b"x", headers={"X": "y" * 16_384})
+        assert reason(response, 431) == "head_too_large"
+        assert stub.read_so_far == []
+        assert client.post("/predict", content=b"x", headers={"X": "y" * 8_000}).status_code == 200
 
 
 def test_the_key_is_asked_for_before_the_body():

@@ -82,6 +82,7 @@ _REFUSALS = {
     415: "Not a picture, by its bytes; names and declared types do not count.",
     422: "Too many pixels (told before decoding), truncated or damaged.",
     429: "All places are taken; Retry-After says for how long.",
+    431: "The head of the request is too large.",
     500: "The model failed.",
     503: "Not ready yet, or about to stop.",
     504: "No answer before the deadline.",

@@ -9,6 +9,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 MEGABYTE = 1_000_000
 MAX_FIELDS = 16  # of text, which nobody reads
+MAX_HEAD = 16_384  # bytes of names and values in a request's head
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Refusal(Exception):
 async def read_pictures(request: Request, field: str, upload: Upload) -> list[bytes]:
     """The pictures in the form field `field`, or the whole body where it is no form: what they are, their bytes will tell.
 
-    Nothing is written to disk. Raises Refusal (400, 408, 413), or ClientDisconnect.
+    Nothing is written to disk. Raises Refusal (400, 408, 413, 431), or ClientDisconnect.
     """
+    if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEAD:
+        raise Refusal(431, "head_too_large", f"the head of a request may have {MAX_HEAD:,} bytes: send fewer or shorter headers")
     try:
         async with asyncio.timeout(upload.seconds):
             if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):

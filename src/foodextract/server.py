@@ -29,6 +29,8 @@ class _Patient(H11Protocol):
             return
         waiting = self.cycle is None or self.cycle.response_complete
         if waiting and self.cycle is seen:
+            if self.conn.trailing_data[0]:  # half a head: they are told; who says nothing at all is not
+                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             self.transport.close()
         else:
             self.loop.call_later(IDLE_SECONDS, self._look, self.cycle)
