@@ -51,7 +51,7 @@ class Dictation:
 
         def add(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             for row, place in enumerate(kwargs["position_ids"][:, -1].tolist()):
-                output.logits[row, -1, self.tokens[min(place + 1 - self.prompt_length, len(self.tokens) - 1)]] += 10_000
+                output.logits[row, -1, self.tokens[min(max(place + 1 - self.prompt_length, 0), len(self.tokens) - 1)]] += 10_000
 
         model.register_forward_hook(add, with_kwargs=True)
 

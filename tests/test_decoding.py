@@ -171,6 +171,7 @@ def test_cache_padding_and_forced_tokens_change_nothing(name, request, pictures)
 
 
 def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, pictures):
+    tuned._strict.generate(tuned.prepare(pictures[:1]), 1)  # the prefix has been read
     shapes = []
     hook = tuned.model.register_forward_pre_hook(lambda model, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
     try:
@@ -182,6 +183,33 @@ def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, pictures):
     assert [shape[0] for shape in shapes] == sorted((shape[0] for shape in shapes), reverse=True)
     assert shapes[-1][0] < len(pictures)
     assert max(chosen) <= len(shapes) < max(len(answer.tokens) for answer in answers)
+
+
+def test_the_prefix_is_read_once_and_changes_no_answer(tuned, pictures):
+    model = copy.deepcopy(tuned.model)
+    prefix = tuned._prefix
+    whole = Decoder.build(model, tuned.processor.tokenizer, schema.grammar(" "), schema.without_repeats)
+    spared = Decoder.build(model, tuned.processor.tokenizer, schema.grammar(" "), schema.without_repeats, prefix)
+    inputs, shapes = tuned.prepare(pictures), []
+    length = inputs["input_ids"].shape[1]
+    assert len(prefix) > length / 3
+    model.register_forward_pre_hook(lambda model, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+
+    def answers(decoder):
+        shapes.clear()
+        return [answer.tokens for answer in decoder.generate(inputs, MAX_NEW_TOKENS)]
+
+    assert answers(spared) == answers(whole)
+    first = shapes[0]
+    assert answers(spared) == answers(whole)
+    answers(spared)
+    assert shapes[0] == (first[0], first[1] - len(prefix))
+    with torch.no_grad():  # a training step: what was read before does not count any more
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    changed = answers(spared)
+    assert shapes[0] == (1, len(prefix))
+    assert changed == answers(whole)
 
 
 def test_a_repeat_is_taken_back_and_forgotten(tuned, pictures):

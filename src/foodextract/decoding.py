@@ -2,7 +2,7 @@
 
 Three things make it fast without changing an answer. Tokens that the grammar forces are appended to the token the model chose and go
 through the model in the same forward. Rows of a batch that are done leave it, keys and values included. And what the grammar forces at the
-very beginning is read together with the prompt.
+very beginning is read together with the prompt. And what every prompt begins with is read once, for all that are ever asked.
 
 The rows of a batch advance by different numbers of tokens, so every step appends a block as wide as the longest of them, padded on the
 left: the newest token of every row stands in the last column. The attention mask hides the padding, and positions count only what it shows.
@@ -12,9 +12,10 @@ Not for models whose positions have more than one dimension (Qwen-VL). In a slid
 reaches a little less far in a batch.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -69,6 +70,8 @@ class Decoder:
 
     `amend` is for rules that no grammar expresses. It gets what a row has written so far and returns it, or the text that should
     stand there instead, which the grammar must allow and which the row then goes on from.
+
+    `prefix` are tokens of text that prompts begin with. Where all of a batch do, their keys and values are taken from the first time.
     """
 
     model: PreTrainedModel
@@ -76,6 +79,8 @@ class Decoder:
     lltokenizer: LLTokenizer
     matcher: LLMatcher | None
     amend: Callable[[str], str] | None = None
+    prefix: tuple[int, ...] = ()
+    _read: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -84,12 +89,13 @@ class Decoder:
         tokenizer: PreTrainedTokenizerBase,
         grammar: str | None = None,
         amend: Callable[[str], str] | None = None,
+        prefix: Sequence[int] = (),
     ) -> Self:
         """Compile `grammar` (llguidance's dialect of Lark) for a fast tokenizer. Raises GrammarError."""
         lltokenizer = from_tokenizer(tokenizer)
         if grammar is not None and (fault := LLMatcher.validate_grammar(grammar, lltokenizer)):
             raise GrammarError(f"llguidance refuses the grammar: {fault}")
-        return cls(model, tokenizer, lltokenizer, None if grammar is None else LLMatcher(lltokenizer, grammar), amend)
+        return cls(model, tokenizer, lltokenizer, None if grammar is None else LLMatcher(lltokenizer, grammar), amend, tuple(prefix))
 
     @torch.inference_mode()
     def generate(
@@ -111,6 +117,8 @@ class Decoder:
         ids, mask = torch.cat([ids, block], -1), torch.cat([mask, shown], -1)
         for name in [name for name in inputs if name.endswith("token_type_ids")]:  # of images and text, in some models
             inputs[name] = torch.cat([inputs[name], torch.zeros_like(block)], -1)
+        if self._begins(ids, mask) and not any(name.endswith("token_type_ids") for name in inputs):
+            ids, cache = ids[:, len(self.prefix) :], self._after_prefix(len(rows))
         while rows:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             output = self.model(
@@ -145,6 +153,27 @@ class Decoder:
     def pieces(self, answer: Answer) -> list[tuple[bytes, float | None]]:
         """The bytes of each token with its log-probability."""
         return [(self.lltokenizer.decode_bytes([token]), p) for token, p in zip(answer.tokens, answer.logprobs, strict=True)]
+
+    def _begins(self, ids: torch.Tensor, mask: torch.Tensor) -> bool:
+        """Do all rows begin with the prefix, without padding before it?"""
+        length = len(self.prefix)
+        return (
+            0 < length < ids.shape[1] and bool(mask[:, :length].all()) and all(row == list(self.prefix) for row in ids[:, :length].tolist())
+        )
+
+    def _after_prefix(self, rows: int) -> Any:
+        """A cache that holds the prefix in so many rows; read anew when weights have changed, as they do while a model is trained."""
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.model.parameters() if not parameter.is_inference())
+        if weights not in self._read:
+            ids = torch.tensor([self.prefix], device=self.model.device)
+            places = torch.arange(ids.shape[1], device=ids.device)[None]
+            self._read.clear()
+            self._read[weights] = self.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, use_cache=True, logits_to_keep=1
+            ).past_key_values
+        cache = copy.deepcopy(self._read[weights])
+        cache.batch_repeat_interleave(rows)
+        return cache
 
     @property
     def _end_tokens(self) -> set[int]:

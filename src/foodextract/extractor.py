@@ -153,6 +153,13 @@ class Extractor:
         return self.processor.apply_chat_template(prompts.conversation(), add_generation_prompt=True)
 
     @cached_property
+    def _prefix(self) -> list[int]:
+        """The tokens before the picture, the system message above all: the same in every prompt, and most of its text."""
+        image = getattr(self.processor, "image_token", None)
+        text = self._prompt.partition(image)[0] if image and image in self._prompt else ""
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @cached_property
     def _lead(self) -> str:
         """What the chat template puts between the generation prompt and an answer: SmolVLM's a space, others' nothing."""
         nothing = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
@@ -161,11 +168,11 @@ class Extractor:
 
     @cached_property
     def _free(self) -> Decoder:
-        return Decoder.build(self.model, self.processor.tokenizer)
+        return Decoder.build(self.model, self.processor.tokenizer, prefix=self._prefix)
 
     @cached_property
     def _strict(self) -> Decoder:
-        return Decoder.build(self.model, self.processor.tokenizer, schema.grammar(self._lead), schema.without_repeats)
+        return Decoder.build(self.model, self.processor.tokenizer, schema.grammar(self._lead), schema.without_repeats, self._prefix)
 
     def _open_and_prepare(self, pictures: list[Picture]) -> tuple[list[PictureError | None], BatchFeature | None]:
         """The error of each picture that cannot be read, and what the model takes for the others."""

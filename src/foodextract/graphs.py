@@ -132,6 +132,10 @@ class GraphCache:
         """Keep these rows of the batch."""
         self.tensors = [tensor[rows] for tensor in self.tensors]
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times."""
+        self.tensors = [tensor.repeat_interleave(repeats, 0) for tensor in self.tensors]
+
 
 def is_exported(model_id: str | os.PathLike) -> bool:
     """Does the folder hold graphs?"""
