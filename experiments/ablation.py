@@ -105,12 +105,12 @@ def run(name: str, seed: int, base: str, reference: list[Stage], rows: datasets.
     return evaluation.to_rows(BENCHMARK, f"{name} | seed {seed}", kept, " ".join([COMMAND, *sys.argv[1:]]))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of a few runs; one run has none, and gives itself."""
+def interval(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of a few runs, from `least` to 1 at most; one run has none, and gives itself."""
     if len(values) < 2:
         return values[0], values[0]
     half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+    return max(least, float(np.mean(values) - half)), min(1, float(np.mean(values) + half))
 
 
 def summary(runs: list[Row]) -> list[Row]:
@@ -123,12 +123,12 @@ def summary(runs: list[Row]) -> list[Row]:
     for (name, metric), by_seed in of.items():
         against = CHOICES[name].against
         theirs = of.get((against, metric), {})
-        means = [(name, metric, list(by_seed.values()))]
+        means = [(name, metric, list(by_seed.values()), 0)]
         shared = [by_seed[seed] - theirs[seed] for seed in by_seed if seed in theirs]
         if shared:
-            means.append((f"{name} minus {against}", f"{metric}_difference", shared))
-        for subject, figure, values in means:
-            low, high = interval(values)
+            means.append((f"{name} minus {against}", f"{metric}_difference", shared, -1))
+        for subject, figure, values, least in means:
+            low, high = interval(values, least)
             found.append(make_row(BENCHMARK, subject, figure, np.mean(values), low=low, high=high, n=len(values), command=runs[0].command))
     return found
 

@@ -302,6 +302,7 @@ def test_ablation_pairs_by_seed_and_has_students_interval():
     assert (change.value, change.n) == (pytest.approx(0.1), 3)  # of 0.1, 0.0 and 0.2
     assert change.high - change.value == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # t for 2 degrees of freedom, s = 0.1
     assert found["reference", "item_f1_micro"].value == pytest.approx(0.6)
+    assert ablation.interval([0.9, 1.0, 1.0], 0)[1] == 1  # no share is more than all
 
 
 def test_loss_on_all_text_leaves_out_pictures_and_padding_only(rows, processor, tmp_path):
