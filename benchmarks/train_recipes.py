@@ -11,7 +11,7 @@ from trl import SFTTrainer
 
 from foodextract.collate import IGNORED, Collator
 from foodextract.profiles import PROFILES
-from foodextract.stage import Stage
+from foodextract.stage import Stage, precision_of
 
 STAGES = {stage.name: stage for stage in (PROFILES["hub"].stage1, PROFILES["hub"].stage2)}
 SHARED, CACHED = "batches that share the system message", "frozen vision computed once"  # the last change, in stages 2 and 1
@@ -33,8 +33,8 @@ class Recipe:
     bf16: bool = False  # autocast where it is not the default
 
 
-def ladder(stage: Stage, device: torch.device) -> list[Recipe]:
-    """From the seed's recipe to ours, one change a rung; on a CPU also what bf16 arithmetic would add."""
+def ladder(stage: Stage, device: torch.device, parameters: int = 0) -> list[Recipe]:
+    """From the seed's recipe to ours, one change a rung; on a CPU that trains such a model in fp32 also what bf16 arithmetic would add."""
     changes: list[tuple[str, dict[str, Any]]] = [
         ("5 tiles", {"tiles": 5}),
         ("1 tile", {"tiles": 1}),
@@ -48,7 +48,7 @@ def ladder(stage: Stage, device: torch.device) -> list[Recipe]:
     if stage.freeze:
         changes.append((CACHED, {"cached": True}))
     changes[-1] = ("ours", changes[-1][1])
-    if device.type == "cpu":
+    if device.type == "cpu" and precision_of(stage, device, parameters).autocast is None:
         changes.append(("ours with bf16 autocast", {"bf16": True}))
     rungs = [Recipe()]
     for name, change in changes:

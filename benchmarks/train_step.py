@@ -91,7 +91,7 @@ def measure(
     freeze(model, stage.freeze)
     if recipe.checkpointing:
         model.activation_checkpointing_enable()
-    precision = precision_of(stage, device)
+    precision = precision_of(stage, device, model.num_parameters())
     dtype = (precision.autocast or precision.weights) if recipe.master else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
         config = training_config(stage, precision, device, Path(folder) / "trainer", steps=warm + steps)
@@ -173,7 +173,7 @@ def main(
     found = {cell.key: cell for cell in known}
     plan = []  # cells with their recipe, steps to warm up and to measure, and what they compute
     for one, number, stage in product(built, range(repeats), STAGES.values()):
-        for recipe in ladder(stage, on):
+        for recipe in ladder(stage, on, built[one][0].num_parameters()):
             long = slow and recipe.tiles > 1
             if not (long and number):
                 cell = Cell(one, stage.name, recipe.name, number, commit(), str(on), batches[recipe.batched])

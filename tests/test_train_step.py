@@ -60,6 +60,13 @@ def test_every_rung_changes_one_thing():
             assert (ours.tiles, ours.cached, ours.prepared, ours.bf16) == (1, bool(stage.freeze), True, False)
 
 
+def test_what_bf16_would_add_is_asked_where_a_cpu_trains_in_fp32(monkeypatch):
+    cpu = train_step.torch.device("cpu")
+    for amx, last in ((True, "ours"), (False, "ours with bf16 autocast")):
+        monkeypatch.setattr(train_step.torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
+        assert ladder(STAGES["stage1"], cpu, 500_000_000)[-1].name == last
+
+
 def test_figures_without_repetition_have_no_interval():
     cell = train_report.Cell("tiny", "stage1", "seed_recipe", 0, "", "cpu", 1, step=[9.0], data=[1.0, 1.0], flops=18.0, rate=4.0)
     cells = [replace(cell, stage=stage, recipe=name) for stage in STAGES for name in ("seed_recipe", "ours")]
