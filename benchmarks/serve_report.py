@@ -88,7 +88,7 @@ def _faults(of: Figures) -> str:
         ["", "ended with another status than 0", count("SIGTERM", "ended_badly")],
         ["SIGKILL", f"back and ready after, longest of {back.n}", f"{back.value:.1f} s"],
         ["", "answers that differ from before", count("SIGKILL", "answers_changed")],
-        ["hostile uploads", "told 4xx, or hung up on where the head never came", f"{100 * refused.value:.1f} % of {refused.n:,}"],
+        ["hostile uploads", "told 4xx", f"{100 * refused.value:.1f} % of {refused.n:,}"],
         ["", "crashes", f"{of['hostile uploads', 'crashes'].value:.0f}"],
         ["", "growth of memory", f"{100 * grown.value:+.1f} %"],
         ["", "honest pictures among them with another answer than before", f"{spoilt.value:.0f} of {spoilt.n}"],

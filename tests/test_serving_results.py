@@ -55,7 +55,6 @@ def test_faults_lose_nothing(measured):
     assert measured["schemathesis", "findings"].n > 100
 
 
-@pytest.mark.xfail(strict=True, reason="measured before heads of 70 KB were refused (431): run benchmarks/serve_faults.py again")
 def test_every_hostile_upload_is_refused(measured):
     assert measured["hostile uploads", "refused_share"].value == 1
 
