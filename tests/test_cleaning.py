@@ -366,7 +366,7 @@ def test_everything_that_can_be_drawn_stands_on_its_shelf():
             (name, "food_items")
             for name in ("french fries", "cherries", "fish and chips", "lemon wedge", "matcha ice cream", "tea sandwiches")
         ),
-        *((name, None) for name in ("cookies and milk", "wine vinegar", "californication", "noodle cup", "", "...")),
+        *((name, None) for name in ("cookies and milk", "wine vinegar", "californication", "noodle cup", "The Swedish Tart", "", "...")),
     ],
 )
 def test_shelves(name, shelf):

@@ -64,9 +64,14 @@ def trimmed(text: str) -> str:
 
 @lru_cache(CACHE)
 def shelf_of(name: str) -> Shelf | None:
-    """Which list an item belongs to; None for names that the word lists do not know, or that are both ("cookies and milk")."""
+    """Which list an item belongs to; None for names that the word lists do not know, or that are both ("cookies and milk").
+
+    The last words of a name say what it is, but not of a proper name: "The Swedish Tart" is a drink.
+    """
     if shelf := _shelf_by_end(key(name), whole=True):
         return shelf
+    if plain(name).startswith("the "):
+        return None
     shelves = {_shelf_by_end(key(part)) for part in AND.split(CUT.split(plain(name))[0])}
     return shelves.pop() if len(shelves) == 1 else None
 
