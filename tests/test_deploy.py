@@ -160,10 +160,18 @@ def test_probes_ask_what_the_server_answers():
     assert {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")} <= set(served)
 
 
-def test_the_dockerfile_passes_its_linter():
+def test_the_dockerfiles_pass_their_linter():
     linter = Path(sys.executable).with_name("hadolint")
-    checked = subprocess.run([linter, DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    checked = subprocess.run([linter, DEPLOY / "Dockerfile", DEPLOY / "vllm" / "Dockerfile"], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_the_image_of_vllm_has_what_its_environment_has():
+    wanted = {
+        line for line in (DEPLOY / "vllm" / "requirements.txt").read_text().splitlines() if line.startswith(("vllm==", "num2words=="))
+    }
+    image = (DEPLOY / "vllm" / "Dockerfile").read_text()
+    assert {f"vllm=={re.search('vllm-openai:v(.+)', image)[1]}", re.search("num2words==.+", image)[0]} == wanted
 
 
 def test_the_image_starts_the_command_that_is_there_and_keeps_no_root():

@@ -79,7 +79,7 @@ def test_the_command_leaves_room_for_the_longest_prompt_and_answer(exported, tun
 
 @pytest.mark.parametrize("tiles", [1, 5])
 def test_vllm_will_read_our_prompt(tmp_path, tiles, tuned, picture):
-    """As vLLM 0.32 makes it: text wrapped into parts, the template rendered, <image> replaced by what its processor counts."""
+    """As vLLM 0.33 makes it: text wrapped into parts, the template rendered, <image> replaced by what its processor counts."""
     assert (
         CliRunner().invoke(app, ["export", "vllm", str(tmp_path), "--model", str(models.TINY_TUNED), "--tiles", str(tiles)]).exit_code == 0
     )

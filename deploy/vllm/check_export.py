@@ -76,11 +76,12 @@ def main(
             for shape in SHAPES:
                 scene.resize(shape).save(file := io.BytesIO(), "PNG")
                 asked = request(file.getvalue(), "foodextract")
-                told = (
-                    httpx.post(f"{address}/v1/chat/completions/render", json=asked, timeout=120, trust_env=False).raise_for_status().json()
-                )
+                told = httpx.post(f"{address}/v1/chat/completions/render", json=asked, timeout=120, trust_env=False)
+                if told.is_error:
+                    log.seek(0)
+                    raise RuntimeError(f"vLLM answered {told.status_code}: {told.text}\n{log.read()[-3000:]}")
                 tokens = extractor.read(file.getvalue())["input_ids"][0].tolist()
-                found = differences(asked, told, tokens)
+                found = differences(asked, told.json(), tokens)
                 failed |= bool(found)
                 print(f"{shape[0]} x {shape[1]}: {'; '.join(found) or f'the same {len(tokens)} tokens, schema and limits'}", flush=True)
         finally:

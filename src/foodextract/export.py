@@ -1,6 +1,6 @@
 """A tuned model → the folder and the command that vLLM's OpenAI-compatible server needs to ask it as it was trained.
 
-Read against vLLM 0.32, which has SmolVLM built in. It takes the image budget from the saved processor; told
+Read against vLLM 0.33, which has SmolVLM built in and wants `num2words` beside it. It takes the image budget from the saved processor; told
 `--chat-template-content-format openai`, it wraps a text message into the list of parts that the chat template expects; and its backend
 `guidance` hands a request's JSON schema to llguidance.
 """
@@ -21,7 +21,7 @@ NAME = "foodextract"  # of the model, in requests
 SCHEMA_FILE, TEMPLATE_FILE = "food_record.schema.json", "chat_template.jinja"
 
 SCRIPT = """#!/bin/sh
-# vLLM 0.32, in an environment of its own; further options may follow, such as --host 0.0.0.0
+# vLLM 0.33 and num2words, in an environment of their own; further options may follow, such as --host 0.0.0.0
 cd "$(dirname "$0")"
 exec {command} "$@"
 """
