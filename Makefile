@@ -37,7 +37,7 @@ demo: install  ## The whole story on the offline profile: draw, train in two sta
 	@mkdir -p $(OUT)/notebooks
 	FOODEXTRACT_PROFILE=offline $(BIN)/papermill --no-progress-bar --log-output 00_create_vlm_dataset.ipynb $(OUT)/notebooks/00_create_vlm_dataset.ipynb
 	FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make demo" FOODEXTRACT_PUSH_TO_HUB=somebody/FoodExtract-tiny \
-		$(BIN)/python tests/hub_server.py $(BIN)/papermill --no-progress-bar --log-output \
+		FOODEXTRACT_PUSH_SPACE_TO_HUB=somebody/FoodExtract-demo $(BIN)/python tests/hub_server.py $(BIN)/papermill --no-progress-bar --log-output \
 		01_fine_tune_vlm_v3_smolVLM_500m.ipynb $(OUT)/notebooks/01_fine_tune_vlm_v3_smolVLM_500m.ipynb
 	@$(BIN)/python -m foodextract.reports
 	@$(BIN)/python -m foodextract.scenes $(OUT)/examples --seed 5 --count 3

@@ -348,7 +348,11 @@ def test_the_card_s_examples_run(model_folder, tmp_path, capsys, monkeypatch):
 
 def test_the_notebook_s_publishing_cells_work(hub, built, model_folder, tmp_path, capsys, monkeypatch):
     """The last cells but one of both notebooks, as they stand, with the names that earlier cells leave behind."""
-    monkeypatch.setattr(publish, "publish", lambda plan, send=publish.publish: send(plan, endpoint=hub.url, token=TOKEN))
+    send = publish.publish
+    monkeypatch.setattr(publish, "publish", lambda plan, **how: send(plan, endpoint=hub.url, token=TOKEN, **how))
+    for name, value in environment(hub).items():  # for the app of the Space
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
     settings = profiles.PROFILES["offline"]
     stages = [settings.stage1, settings.stage2]
     rows = evidence.verified(model_folder).rows
@@ -356,11 +360,14 @@ def test_the_notebook_s_publishing_cells_work(hub, built, model_folder, tmp_path
     shutil.move(model_folder, tmp_path / "out" / "stage2")
     known = {"output": tmp_path / "out", "base_model": "a/b", "dataset": None, "settings": settings, "stages": stages, "figures": rows}
     for name, extra in {
-        "01_fine_tune_vlm_v3_smolVLM_500m.ipynb": known | {"push_to_hub": "somebody/one"},
+        "01_fine_tune_vlm_v3_smolVLM_500m.ipynb": known | {"push_to_hub": "somebody/one", "push_space_to_hub": "somebody/two"},
         "00_create_vlm_dataset.ipynb": {"output": built, "push_to_hub": "somebody/zero", "publish": publish},
     }.items():
         cells = json.loads((ROOT / name).read_text())["cells"]
         exec("".join(cells[-2]["source"]), {"os": os, **extra})
-    assert "somebody/one" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "published as somebody/one" in told
+    assert FoodRecord.parse(told.partition("its app answers ")[2].splitlines()[0])
+    assert hub.repositories["space", "somebody/two"].variables == {"FOODEXTRACT_MODEL": "somebody/one"}
     assert hub.files("dataset", "somebody/zero").keys() >= {"README.md", "data/test-00000-of-00001.parquet"}
     assert json.loads(hub.files("model", "somebody/one")["evaluation.json"])["base_model"] == "a/b"
