@@ -114,7 +114,7 @@ class Subject:
     ) -> None:
         self.processor, self.dictation = copy.deepcopy(processor), dictation
         models.set_image_budget(self.processor, tiles)
-        self.extractor = Extractor(model, self.processor, constrained)
+        self.extractor = Extractor(model.requires_grad_(False), self.processor, constrained)
         self.clock = Clock()
         self.clock.watch(model)
         self.pipe = pipeline("image-text-to-text", model=model, processor=self.processor) if piped else None

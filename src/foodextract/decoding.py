@@ -71,7 +71,8 @@ class Decoder:
     `amend` is for rules that no grammar expresses. It gets what a row has written so far and returns it, or the text that should
     stand there instead, which the grammar must allow and which the row then goes on from.
 
-    `prefix` are tokens of text that prompts begin with. Where all of a batch do, their keys and values are taken from the first time.
+    `prefix` are tokens of text that prompts begin with. Where all of a batch do, their keys and values are taken from the first time,
+    unless the model is one that trains (a parameter asks for a gradient): its weights may be others now.
     """
 
     model: PreTrainedModel
@@ -80,7 +81,7 @@ class Decoder:
     matcher: LLMatcher | None
     amend: Callable[[str], str] | None = None
     prefix: tuple[int, ...] = ()
-    _read: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
+    _read: list[Any] = field(default_factory=list, repr=False, compare=False)  # the prefix's cache, once it is there
 
     @classmethod
     def build(
@@ -155,23 +156,23 @@ class Decoder:
         return [(self.lltokenizer.decode_bytes([token]), p) for token, p in zip(answer.tokens, answer.logprobs, strict=True)]
 
     def _begins(self, ids: torch.Tensor, mask: torch.Tensor) -> bool:
-        """Do all rows begin with the prefix, without padding before it?"""
+        """Do all rows begin with the prefix, without padding before it, and are the weights what they were?"""
         length = len(self.prefix)
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            self._read.clear()
+            return False
         return (
             0 < length < ids.shape[1] and bool(mask[:, :length].all()) and all(row == list(self.prefix) for row in ids[:, :length].tolist())
         )
 
     def _after_prefix(self, rows: int) -> Any:
-        """A cache that holds the prefix in so many rows; read anew when weights have changed, as they do while a model is trained."""
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.model.parameters() if not parameter.is_inference())
-        if weights not in self._read:
+        """A cache that holds the prefix in so many rows."""
+        if not self._read:
             ids = torch.tensor([self.prefix], device=self.model.device)
             places = torch.arange(ids.shape[1], device=ids.device)[None]
-            self._read.clear()
-            self._read[weights] = self.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, use_cache=True, logits_to_keep=1
-            ).past_key_values
-        cache = copy.deepcopy(self._read[weights])
+            read = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, use_cache=True, logits_to_keep=1)
+            self._read.append(read.past_key_values)
+        cache = copy.deepcopy(self._read[0])
         cache.batch_repeat_interleave(rows)
         return cache
 

@@ -61,7 +61,8 @@ class Extractor:
         """
         if is_exported(model_id):
             return cls(GraphModel(model_id, device, precision), load_processor(model_id), constrained)
-        return cls(load_model(model_id, choose_device(device), precision=precision), load_processor(model_id), constrained)
+        model = load_model(model_id, choose_device(device), precision=precision).requires_grad_(False)
+        return cls(model, load_processor(model_id), constrained)
 
     def extract(self, picture: Picture) -> FoodRecord:
         """The record of one picture. Raises PictureError, or AnswerError when unconstrained."""
