@@ -15,7 +15,7 @@ from foodextract.models import ModelError
 from foodextract.profiles import PROFILES
 from foodextract.results import read_results
 from foodextract.stage import Stage, changed, training_config
-from foodextract.trainer import PreparedTrainer
+from foodextract.trainer import PreparedTrainer, _marks, said_again
 
 Usage = namedtuple("Usage", "total used free")
 QUICK = {"epochs": 1, "batch_size": 8, "accumulation": 2}
@@ -250,8 +250,45 @@ def test_augmentation_changes_pictures_and_leaves_no_features(base, processor, r
         training._prepared(base, tiled, replace(STAGE1, augment=True), rows["test"], _folder(tmp_path), CPU)
 
 
+def test_a_word_costs_where_its_title_or_list_holds_it_already(processor):
+    """Against a loop in words: whatever stands between two brackets is one list, and a label's own next word never costs."""
+    tokenizer = processor.tokenizer
+    texts = [
+        ' {"image_title": "red apple and apple pie", "food_items": ["red apple", "apple pie"], "drink_items": ["tea"]}',
+        ' {"is_food": 0}',
+    ]
+    tokens = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
+    targets = torch.tensor([token for row in tokens for token in row])
+    rows = torch.tensor([number for number, row in enumerate(tokens) for _ in row])
+    logits = torch.randn(len(targets), len(tokenizer), generator=torch.Generator().manual_seed(1))
+    wanted, pairs = 0.0, 0
+    for row in range(len(texts)):
+        said = set()
+        for place in (rows == row).nonzero()[:, 0]:
+            target = targets[place].item()
+            text = "" if target == tokenizer.eos_token_id else tokenizer.decode([target])
+            said = set() if "[" in text else said
+            for word in said - {target}:
+                wanted -= torch.log1p(-logits[place].softmax(-1)[word]).item()
+                pairs += 1
+            said |= {target} if any(map(str.isalpha, text)) else set()
+    assert pairs > 50
+    assert said_again(logits, targets, rows, *_marks(tokenizer)).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_costs_repeats_is_part_of_the_loss(base, processor, rows, tmp_path):
+    ready = training._prepared(base, processor, STAGE1, rows["train"], _folder(tmp_path), CPU)
+    batch = ready.gather([0, 1, 2, 3])
+    losses = []
+    for weight in (0, 1, 3):
+        trainer = PreparedTrainer(base, _config(tmp_path), prepared=ready, against_repeats=weight, processing_class=processor)
+        losses.append(trainer.compute_loss(base, dict(batch)).item())
+    assert losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-3)
+    assert losses[1] > losses[0]
+
+
 def test_the_plain_path_refuses_what_only_the_fast_one_has(base, processor, rows, tmp_path):
-    for only in ({"augment": True}, {"whole_text": True}, {"target": "repr"}):
+    for only in ({"augment": True}, {"against_repeats": 1.0}, {"whole_text": True}, {"target": "repr"}):
         with pytest.raises(ModelError, match="belong to the fast path"):
             training.train_stage(base, processor, replace(STAGE1, fast=False, **only), rows["train"], tmp_path)
 

@@ -31,6 +31,7 @@ class Stage:
     lora: Lora | None = None  # adapters instead of the weights themselves; merged into them at the end, and saved in `adapter` as well
     target: str = "json"  # what the answer is written as: "json", or "repr" as the projects this one grew from did it
     whole_text: bool = False  # loss on prompt and tile markers too, as they did it
+    against_repeats: float = 0  # weight of a second loss, on words that the title or list in hand holds already; 0: none
     augment: bool = False  # mirror, crop, turn and recolour; the vision tower then has to look at every picture every time
     fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
     bf16: bool = False  # autocast to bf16 where `choose_precision` would not

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import datasets
@@ -19,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, TrainerCallback
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl import SFTTrainer
 
@@ -32,13 +33,20 @@ from foodextract.prepared import Prepared, normalise, real
 class PreparedTrainer(SFTTrainer):
     """An SFTTrainer whose data set is row numbers of a `Prepared`, and whose step takes the shortcuts above.
 
-    `held_out` rows are not trained on; `evaluate` takes their loss and, as `eval_item_f1`, what `score` returns.
+    `held_out` rows are not trained on; `evaluate` takes their loss and, as `eval_item_f1`, what `score` returns. `against_repeats` weighs
+    a second loss, `said_again`.
     """
 
     def __init__(
-        self, *args: Any, prepared: Prepared, held_out: Sequence[int] = (), score: Callable[[], float] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        prepared: Prepared,
+        held_out: Sequence[int] = (),
+        score: Callable[[], float] | None = None,
+        against_repeats: float = 0,
+        **kwargs: Any,
     ) -> None:
-        self.prepared, self.prefix, self.score = prepared, prepared.prefix, score
+        self.prepared, self.prefix, self.score, self.against_repeats = prepared, prepared.prefix, score, against_repeats
         unseen, as_they_are = set(held_out), replace(prepared, augment=None)  # what is measured is not augmented
 
         def collate(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
@@ -75,11 +83,14 @@ class PreparedTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Mean cross-entropy over the answer tokens of all rows of the optimizer step, as in SFTTrainer."""
+        """Mean cross-entropy over the answer tokens of all rows of the optimizer step, as in SFTTrainer; and what repeats cost."""
         with self.accelerator.autocast():
             logits, targets = self._answers(model, inputs)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
+        if self.against_repeats:
+            rows = (inputs["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+            loss = loss + self.against_repeats * said_again(logits, targets, rows, *_marks(self.processing_class.tokenizer)) / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # `count` is of all processes, and DDP takes the mean of their gradients
         return loss
@@ -108,6 +119,32 @@ class PreparedTrainer(SFTTrainer):
             **pictures,
         ).logits
         return logits, labels[:, 1:][answered]
+
+
+def said_again(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, opens: torch.Tensor) -> torch.Tensor:
+    """Unlikelihood of words that the title or list in hand holds already, summed over the K answer tokens.
+
+    Cross-entropy says little against naming an item twice: labels never do. Asked what else there is in a picture that it cannot read, a
+    small model then says once more what it is sure of. Equation 4 of Welleck et al., Neural Text Generation with Unlikelihood
+    Training, 2020, with words of the same list as candidates.
+
+    `logits` (K, vocabulary) and `targets` (K,) as in the loss; `rows` (K,) says whose answer a token is of; `words` and `opens`
+    (vocabulary,) mark tokens with a letter, and those that begin a list.
+    """
+    lists = opens.to(targets.device)[targets].cumsum(0)
+    before = ((rows[:, None] == rows) & (lists[:, None] == lists)).tril(-1) & words.to(targets.device)[targets]
+    said = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    token, earlier = (before & (targets[:, None] != targets)).nonzero(as_tuple=True)
+    said[token, targets[earlier]] = True
+    chance = logits.float().softmax(-1)[said]
+    return -torch.log1p(-chance.clamp(max=1 - 1e-6)).sum()
+
+
+@cache
+def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """(vocabulary,) bool each: tokens with a letter, and tokens that begin a list. Special tokens are neither."""
+    texts = ["" if number in tokenizer.all_special_ids else tokenizer.decode([number]) for number in range(len(tokenizer))]
+    return torch.tensor([any(map(str.isalpha, text)) for text in texts]), torch.tensor(["[" in text for text in texts])
 
 
 class Progress(TrainerCallback):

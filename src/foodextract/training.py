@@ -155,8 +155,8 @@ def _trainer(
         raise ModelError(f"{stage.name}: validation generates answers, which takes whole weights: leave it out, or use configs/ddp.yaml")
     held_out = validation_rows(split, stage.validation)
     if not stage.fast:
-        if stage.augment or stage.whole_text or stage.target != "json":
-            raise ModelError(f"{stage.name}: augment, whole_text and target belong to the fast path: leave fast=False out")
+        if stage.augment or stage.against_repeats or stage.whole_text or stage.target != "json":
+            raise ModelError(f"{stage.name}: augment, against_repeats, whole_text and target belong to the fast path: leave fast=False out")
         seen = sorted(set(range(len(split))) - set(held_out))
         return SFTTrainer(
             trained,
@@ -175,7 +175,13 @@ def _trainer(
 
     prepared = _prepared(model, processor, stage, split, Path(config.output_dir), precision)
     return PreparedTrainer(
-        trained, config, prepared=prepared, held_out=held_out, score=score if held_out else None, processing_class=processor
+        trained,
+        config,
+        prepared=prepared,
+        held_out=held_out,
+        score=score if held_out else None,
+        against_repeats=stage.against_repeats,
+        processing_class=processor,
     )
 
 
