@@ -39,12 +39,12 @@ PROFILES = {
         stage2=Stage("stage2", freeze=(), learning_rate=2e-6, epochs=2),
     ),
     # A model of 2.9 M parameters needs rates some ten times higher than one of 507 M, and more, smaller steps that die away at the end: at
-    # a constant rate it stays in the noise of its last batches.
+    # a constant rate it stays in the noise of its last batches. And it names things twice, unless that costs.
     "offline": Profile(
         base_model=str(TINY_BASE),
         source="scenes",
         dataset_id="",
-        stage1=Stage("stage1", freeze=(VISION,), learning_rate=5e-4, epochs=2, accumulation=2, schedule="cosine"),
-        stage2=Stage("stage2", freeze=(), learning_rate=1e-4, epochs=1, accumulation=2, schedule="cosine"),
+        stage1=Stage("stage1", freeze=(VISION,), learning_rate=5e-4, epochs=2, accumulation=2, schedule="cosine", against_repeats=100),
+        stage2=Stage("stage2", freeze=(), learning_rate=1e-4, epochs=1, accumulation=2, schedule="cosine", against_repeats=100),
     ),
 }
