@@ -290,7 +290,7 @@ def test_what_costs_repeats_is_part_of_the_loss(base, processor, rows, tmp_path)
 def test_the_plain_path_refuses_what_only_the_fast_one_has(base, processor, rows, tmp_path):
     for only in ({"augment": True}, {"against_repeats": 1.0}, {"whole_text": True}, {"target": "repr"}):
         with pytest.raises(ModelError, match="belong to the fast path"):
-            training.train_stage(base, processor, replace(STAGE1, fast=False, **only), rows["train"], tmp_path)
+            training.train_stage(base, processor, replace(STAGE1, **{"against_repeats": 0, "fast": False, **only}), rows["train"], tmp_path)
 
 
 def _config(tmp_path):

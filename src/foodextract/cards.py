@@ -9,7 +9,7 @@ from foodextract.evidence import Evidence, base_of
 from foodextract.tables import NAMES, markdown_table, metric_table
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
-RECIPE = ("freeze", "learning_rate", "epochs", "batch_size", "accumulation", "warmup", "schedule")
+RECIPE = ("freeze", "learning_rate", "epochs", "batch_size", "accumulation", "warmup", "schedule", "against_repeats")
 
 
 def model_card(evidence: Evidence, processor: dict[str, Any], repo_id: str, repository: str) -> ModelCard:
@@ -79,7 +79,7 @@ def model_card(evidence: Evidence, processor: dict[str, Any], repo_id: str, repo
         "## How it was trained\n",
         markdown_table(
             ("", *(stage["name"] for stage in evidence.stages)),
-            [(field, *(_value(stage[field]) for stage in evidence.stages)) for field in RECIPE],
+            [(field, *(_value(stage[field]) for stage in evidence.stages)) for field in RECIPE if field in evidence.stages[0]],
         ),
         "\nFull fine-tuning with TRL's `SFTTrainer`; the loss is on the answer and its end token only; fp32 master weights.\n",
         "## Hardware and time\n",
