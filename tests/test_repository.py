@@ -35,23 +35,13 @@ def test_the_base_does_not_speak_json_and_the_tuned_model_does():
     base, tuned = figures(OFFLINE, "base"), figures(OFFLINE, "stage2")
     assert tuned["strict_json_rate"].n >= 400
     assert base["strict_json_rate"].high <= 0.05
-    assert tuned["strict_json_rate"].low >= 0.94
-    assert tuned["is_food_accuracy"].low >= 0.92
+    assert tuned["strict_json_rate"].low >= 0.97
+    assert tuned["is_food_accuracy"].low >= 0.95
     assert tuned["item_f1_micro"].low >= 0.85
     assert figures(OFFLINE, "stage2 constrained")["strict_json_rate"].value == 1
 
 
-SHORT = pytest.mark.xfail(strict=True, reason="short of target; README, limits, says by how much and why")
-
-
-@pytest.mark.parametrize(
-    ("metric", "target"),
-    [
-        pytest.param("strict_json_rate", 0.99, marks=SHORT),
-        pytest.param("is_food_accuracy", 0.97, marks=SHORT),
-        ("item_f1_micro", 0.85),
-    ],
-)
+@pytest.mark.parametrize(("metric", "target"), [("strict_json_rate", 0.99), ("is_food_accuracy", 0.97), ("item_f1_micro", 0.85)])
 def test_offline_figures_meet_their_targets(metric, target):
     assert figures(OFFLINE, "stage2")[metric].value >= target
 

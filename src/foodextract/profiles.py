@@ -45,6 +45,6 @@ PROFILES = {
         source="scenes",
         dataset_id="",
         stage1=Stage("stage1", freeze=(VISION,), learning_rate=5e-4, epochs=2, accumulation=2, schedule="cosine", against_repeats=100),
-        stage2=Stage("stage2", freeze=(), learning_rate=1e-4, epochs=1, accumulation=2, schedule="cosine", against_repeats=100),
+        stage2=Stage("stage2", freeze=(), learning_rate=2e-5, epochs=0.5, accumulation=2, schedule="cosine", against_repeats=100),
     ),
 }
