@@ -97,6 +97,7 @@ async def visit(address: str, loads: int, folder: Path, screenshot: Path) -> tup
             await page.context.close()
         page, _ = await opened(browser, address)
         await asked(page, folder / "shown.png")
+        await page.wait_for_timeout(1000)  # it fades in
         await page.screenshot(path=screenshot)
         pages = [(await opened(browser, address))[0] for _ in range(USERS)]
         waited = await asyncio.gather(*(asked(page, folder / f"{number}.png") for number, page in enumerate(pages)))

@@ -64,7 +64,6 @@ def test_starts_are_stated_for_all_sizes(measured):
         assert {metric for subject, metric in measured if subject == size} == {"seconds", "peak_memory_gib"}
 
 
-@pytest.mark.xfail(strict=True, reason="measured on one core shared with trainings of higher priority; benchmarks/README.md says so")
 def test_the_page_of_the_space_is_soon_there():
     assert {row.subject: row for row in rows_of("space.json")}["page"].value <= 3
 
