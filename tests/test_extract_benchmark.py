@@ -26,7 +26,7 @@ def test_every_lever_is_told(tmp_path):
         assert all(seconds > 0 for seconds in phases)
         assert sum(phases) == pytest.approx(whole, rel=0.2)
     assert of[f"tiny, {extract_report.SEED}", "prompt_tokens"].value > 2 * of["tiny, one tile", "prompt_tokens"].value
-    assert of["tiny, forced tokens alone", "decode_speedup"].n == 1
+    assert of["tiny, forced tokens alone", "decode_speedup"].value > 1
     assert results.with_suffix(".png").stat().st_size > 10_000
     rows = list(of.values())
     assert extract_report.costs(rows, "speedup_vs_seed", "seed ÷ this").count("\n") == 7

@@ -1,7 +1,7 @@
 """Greedy generation that a grammar keeps on its way, for any transformers image-text-to-text model with a key-value cache.
 
-Three things make it fast without changing an answer. Tokens that the grammar forces are appended to the token the model chose and go
-through the model in the same forward. Rows of a batch that are done leave it, keys and values included. And what the grammar forces at the
+Four things make it fast without changing an answer. Tokens that the grammar forces are appended to the token the model chose and go
+through the model in the same forward. Rows of a batch that are done leave it, keys and values included. What the grammar forces at the
 very beginning is read together with the prompt. And what every prompt begins with is read once, for all that are ever asked.
 
 The rows of a batch advance by different numbers of tokens, so every step appends a block as wide as the longest of them, padded on the
