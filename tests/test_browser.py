@@ -126,11 +126,14 @@ def test_by_keyboard_alone(opened, drawing, tuned):
     def until(name):
         for _ in range(60):
             opened.keyboard.press("Tab")
-            label = opened.evaluate("document.activeElement.innerText + ' ' + (document.activeElement.getAttribute('aria-label') || '')")
+            label = opened.locator("button:focus, a:focus, input:focus").evaluate_all(
+                "found => found.map(element => element.innerText + ' ' + (element.getAttribute('aria-label') || '')).join()"
+            )  # never the page itself, which has the focus after its last control, and every text in it
             if re.search(name, label, re.IGNORECASE):
                 return
         raise AssertionError(f"sixty times Tab did not lead to {name}")
 
+    expect(opened.get_by_text("Click to Upload").first).to_be_visible(timeout=WAIT)  # comes a moment after the heading
     until("drop|upload")
     with opened.expect_file_chooser() as chooser:
         opened.keyboard.press("Enter")
