@@ -31,6 +31,22 @@ def test_scenes_are_labelled_without_being_drawn(monkeypatch):
         assert sample.licence.startswith("CC BY-SA 4.0")
 
 
+def test_training_scenes_are_crowded_and_half_of_them_show_nothing_edible():
+    samples = list(sources.scenes(seed=3, train=1000, test=1000))
+    assert len({sample.name for sample in samples}) == 2000
+    edible, one = ([sum(map(said, part)) / 1000 for part in (samples[:1000], samples[1000:])] for said in (_is_edible, _names_one))
+    assert 0.47 < edible[0] < 0.58 < edible[1]
+    assert one[0] < 0.8 * one[1]
+
+
+def _is_edible(sample):
+    return sample.label["is_food"]
+
+
+def _names_one(sample):
+    return len(sample.label["food_items"] + sample.label["drink_items"]) == 1
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv with JSON lists", "csv with semicolons"])
 def test_metadata_in_either_form(tmp_path, kind):
     picture(tmp_path / "a.png")
