@@ -53,7 +53,7 @@ def _teaches(index: int, objects: Sequence[Placed]) -> bool:
     or drink, which leaves about as many that show none: objects that a model has never seen look more like food to it than those it has.
     """
     alone, edible = len(objects) < 2, any(placed.name for placed in objects)
-    return index % 3 == 0 or not alone and not (edible and index % 3 == 1)
+    return index % 3 == 0 or not (alone or (edible and index % 3 == 1))
 
 
 def _drawn(seed: int, split: Split, index: int) -> bytes:
