@@ -47,7 +47,7 @@ def test_a_cpu_with_matrix_units_trains_large_models_in_bf16(monkeypatch):
     for units, training, parameters, autocast in (
         ({"amx_bf16": True}, True, 256_484_928, torch.bfloat16),  # SmolVLM2-256M
         ({"amx_bf16": True}, True, 2_886_560, None),  # the tiny one
-        ({"amx_bf16": True}, False, 256_484_928, None),  # answering
+        ({"amx_bf16": True}, False, 256_484_928, None),  # answering, in int8
         ({"amx_bf16": False}, True, 256_484_928, None),
         ({"neon": True}, True, 256_484_928, None),  # a processor of another kind
     ):
@@ -55,6 +55,17 @@ def test_a_cpu_with_matrix_units_trains_large_models_in_bf16(monkeypatch):
         chosen = models.choose_precision(cpu, training, parameters)
         assert (chosen.weights, chosen.autocast) == (torch.float32, autocast)
         assert ("bf16 autocast" in chosen.reason) == (autocast is not None)
+        assert chosen.int8 == (not training)
+
+
+def test_a_cpu_answers_in_int8_where_the_model_is_large(monkeypatch):
+    def kinds(**settings):
+        return {type(module).__module__.split(".")[1] for module in models.load_model(models.TINY_BASE, **settings).modules()}
+
+    assert "ao" not in kinds()
+    monkeypatch.setattr(models, "LARGE", 1_000_000)
+    assert "ao" in kinds()
+    assert "ao" not in kinds(training=True) | kinds(precision="fp32") | kinds(precision="bf16")
 
 
 def test_what_is_no_smolvlm_is_named(tmp_path):

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
+import other_scenes
 import peers as benchmark
 from foodextract import evaluation
 from foodextract.dataset import record_of
 from foodextract.peers import Majority, Nearest, vision_features
 from foodextract.pictures import open_picture
+from foodextract.results import read_results
 from foodextract.schema import FoodRecord
 
 PIE, EGG = (FoodRecord(is_food=1, image_title=name, food_items=[name], drink_items=[]) for name in ("pie", "egg"))
@@ -83,3 +85,11 @@ def test_peers_honour_labels_that_name_only_the_main_item(rows):
         of = {row.metric: row.value for row in found if row.subject == "tuned"}
         assert {metric for metric in ("item_recall_micro", "item_f1_micro") if metric in of} == metrics
         assert of["item_recall_micro"] == 1
+
+
+def test_other_scenes_are_scored_free_and_under_the_grammar(tmp_path):
+    other_scenes.main(count=12, out=tmp_path / "other_scenes.json")
+    rows = {(row.subject, row.metric): row for row in read_results(tmp_path / "other_scenes.json")}
+    assert rows["tuned constrained", "strict_json_rate"].value == 1
+    assert rows["tuned", "is_food_accuracy"].value > 0.7
+    assert {row.n for (_, metric), row in rows.items() if metric == "is_food_accuracy"} == {12}

@@ -96,7 +96,12 @@ def _peers_in_full(rows: list[Row]) -> str:
 ABLATION = "ablation.json", ".venv/bin/python experiments/ablation.py"
 peers_table = _shown("peers.json", ".venv/bin/python benchmarks/peers.py", _peers)
 Places = dict[str, Callable[[Path], str]]
-PLACES: Places = {TABLE: offline_table, "peers": peers_table, "why": _shown(*ABLATION, effect_sentences)}  # of README.md
+PLACES: Places = {  # of README.md
+    TABLE: offline_table,
+    "other scenes": _shown("other_scenes.json", ".venv/bin/python benchmarks/other_scenes.py", metric_table),
+    "peers": peers_table,
+    "why": _shown(*ABLATION, effect_sentences),
+}
 PAGES: dict[str, Places] = {
     "README.md": PLACES,
     "experiments/README.md": {
