@@ -16,7 +16,7 @@ HUB_PICTURES = f"{OWNER}/{REPOSITORY}-dataset"  # what notebook 00 makes; the or
 HUB_SPACE = f"{OWNER}/{REPOSITORY}"
 
 VISION = "model.vision_model"
-SMALL_STEPS = {"batch_size": 16, "accumulation": 1, "schedule": "cosine", "against_repeats": 100}
+SMALL_STEPS = {"batch_size": 16, "accumulation": 1, "schedule": "cosine", "against_repeats": 300}
 
 
 @dataclass(frozen=True)
