@@ -321,7 +321,8 @@ def test_model_card_says_what_was_measured(model_folder):
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
         metric: rows[metric].value for metric in NAMES.keys() & rows.keys()
     }
-    for part in (prompts.SYSTEM, prompts.USER, evidence.verified(model_folder).weights, "one tile of 192 x 192", "0.0005", "@software"):
+    rate = str(profiles.PROFILES["offline"].stage1.learning_rate)
+    for part in (prompts.SYSTEM, prompts.USER, evidence.verified(model_folder).weights, "one tile of 192 x 192", rate, "@software"):
         assert part in card.content
 
 
