@@ -63,7 +63,7 @@ def test_a_cpu_answers_in_int8_where_the_model_is_large(monkeypatch):
         return {type(module).__module__.split(".")[1] for module in models.load_model(models.TINY_BASE, **settings).modules()}
 
     assert "ao" not in kinds()
-    monkeypatch.setattr(models, "LARGE", 1_000_000)
+    monkeypatch.setattr(models, "INT8_PAYS", 1_000_000)
     assert "ao" in kinds()
     assert "ao" not in kinds(training=True) | kinds(precision="fp32") | kinds(precision="bf16")
 

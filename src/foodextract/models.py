@@ -16,7 +16,8 @@ HUB_BASE = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 OUTPUTS = Path("outputs")
 FINISHED = "training.json"  # written last by a finished training, so its presence marks a model that is whole
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}  # name → what is loaded
-LARGE = 30_000_000  # parameters; chosen, not measured: it lies between the tiny model (2.9 M) and the SmolVLMs (256 M and more)
+AMX_PAYS = 30_000_000  # parameters; chosen, not measured: it lies between the tiny model (2.9 M) and the SmolVLMs (256 M and more)
+INT8_PAYS = 200_000_000  # parameters; measured at 256 M and 507 M, see results/extract_cpu.json
 TILE_BUDGETS = {1: 1, 5: 2, 17: 4}  # tiles an image → longest edge in tiles: one overview, and 2 × 2 or 4 × 4 details with it
 
 
@@ -51,9 +52,9 @@ def choose_precision(device: torch.device, training: bool, parameters: int = 0) 
     Training keeps fp32 master weights everywhere: at stage 2's rate of 2e-6 an update is far smaller than the spacing of bf16 numbers,
     so bf16 weights hardly move (in an AdamW simulation 3.9 % of them did).
     """
-    if device.type == "cpu" and parameters >= LARGE and not training:
+    if device.type == "cpu" and not training and parameters >= INT8_PAYS:
         return Precision(torch.float32, None, "int8: less than half the time of fp32, and the same answers but for a few", int8=True)
-    if device.type == "cpu" and parameters >= LARGE and torch.cpu.get_capabilities().get("amx_bf16"):
+    if device.type == "cpu" and training and parameters >= AMX_PAYS and torch.cpu.get_capabilities().get("amx_bf16"):
         return Precision(
             torch.float32, torch.bfloat16, "fp32 weights, bf16 autocast: this CPU multiplies bf16 matrices several times faster"
         )
