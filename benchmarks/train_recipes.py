@@ -33,24 +33,28 @@ class Recipe:
     bf16: bool = False  # autocast where it is not the default
 
 
-def ladder(stage: Stage, device: torch.device, parameters: int = 0) -> list[Recipe]:
-    """From the seed's recipe to ours, one change a rung; on a CPU that trains such a model in fp32 also what bf16 arithmetic would add."""
+def ladder(stage: Stage, device: torch.device, parameters: int = 0, slow_bf16: bool = False) -> list[Recipe]:
+    """From the seed's recipe to ours, one change a rung; on a CPU that trains such a model in fp32 also what bf16 arithmetic would add.
+
+    Where a device computes bf16 slower than fp32 (a CPU without AVX-512), the seed's recipe gets fp32 weights, too: it is to be measured
+    at its best, and no rung is about number formats.
+    """
     changes: list[tuple[str, dict[str, Any]]] = [
         ("5 tiles", {"tiles": 5}),
         ("1 tile", {"tiles": 1}),
         ("no checkpointing", {"checkpointing": False}),
         ("SDPA attention", {"attention": "sdpa"}),
         ("loss on the answer only", {"answer_only": True}),
-        ("fp32 master weights", {"master": True}),
+        *([] if slow_bf16 else [("fp32 master weights", {"master": True})]),
         ("rows prepared once", {"prepared": True}),
         (SHARED, {"batched": True}),
     ]
     if stage.freeze:
         changes.append((CACHED, {"cached": True}))
     changes[-1] = ("ours", changes[-1][1])
-    if device.type == "cpu" and precision_of(stage, device, parameters).autocast is None:
+    if device.type == "cpu" and not slow_bf16 and precision_of(stage, device, parameters).autocast is None:
         changes.append(("ours with bf16 autocast", {"bf16": True}))
-    rungs = [Recipe()]
+    rungs = [Recipe(master=slow_bf16)]
     for name, change in changes:
         rungs.append(replace(rungs[-1], name=name, **change))
     return rungs

@@ -10,7 +10,8 @@ a step with 17 of them takes minutes on a CPU. All rungs are real trainers (tran
 same pictures, and run one after the other, alternately, in one process. A step is forward and backward of a picture and a 32nd of the
 optimizer's update, since both recipes update after 32 pictures; the data path is what the trainer waits for before a step. What we work
 out once for all epochs is written down apart, and counted where a whole training is compared (two epochs of either stage). Shares are of
-a matrix product measured beside each step, in the same number format; recomputed activations do not count as work.
+a matrix product measured beside each step, in the same number format; recomputed activations do not count as work. Where a CPU
+computes bf16 slower than fp32 the seed's recipe is measured in fp32, which is its best there.
 
 Weights are random at true size (`true_size.py`). An interrupted run goes on behind the last cell that it finished.
 """
@@ -51,7 +52,7 @@ from true_size import as_photograph, build
 ROOT = Path(__file__).resolve().parents[1]
 UPDATE = 32  # pictures an optimizer step, in the seed's recipe as in ours
 ROWS = 5  # batches that the data path is measured on, at least
-GUESS = 0.1  # of the bf16 matrix product's rate is reached, for the estimate of the time alone
+GUESS = 0.6  # of the fp32 matrix product's rate is reached, for the estimate of the time alone
 
 
 class Clock(TrainerCallback):
@@ -172,8 +173,9 @@ def main(
     known = [Cell(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
     found = {cell.key: cell for cell in known}
     plan = []  # cells with their recipe, steps to warm up and to measure, and what they compute
+    rates = [matmul_rate(on, dtype) for dtype in (torch.float32, torch.bfloat16)]
     for one, number, stage in product(built, range(repeats), STAGES.values()):
-        for recipe in ladder(stage, on, built[one][0].num_parameters()):
+        for recipe in ladder(stage, on, built[one][0].num_parameters(), slow_bf16=rates[1] < rates[0]):
             long = slow and recipe.tiles > 1
             if not (long and number):
                 cell = Cell(one, stage.name, recipe.name, number, commit(), str(on), batches[recipe.batched])
@@ -182,7 +184,7 @@ def main(
                 plan.append((cell, recipe, warm, measured, work))
     left = [planned for planned in plan if planned[0].key not in found]
     total = sum(planned[-1] for planned in left)
-    minutes = total * 1e12 / (GUESS * matmul_rate(on, torch.bfloat16)) / 60
+    minutes = total * 1e12 / (GUESS * rates[0]) / 60
     print(f"{len(left)} of {len(plan)} cells to measure on {name}, about {minutes:.0f} minutes", flush=True)
     split = pictures(max(ROWS, 1 + steps) * max(batches))
     with tqdm(total=total, bar_format="{l_bar}{bar}| {n:.3g}/{total:.3g} TFLOP [{elapsed}<{remaining}]") as bar:

@@ -33,8 +33,9 @@ def test_an_interrupted_run_goes_on_and_every_rung_is_told(tmp_path, monkeypatch
     assert not results.exists()
     monkeypatch.setattr(train_step, "measure", lambda cell, *rest: measured.append(cell.recipe) or measure(cell, *rest))
     run(results)
-    recipes = [recipe.name for stage in STAGES.values() for recipe in ladder(stage, train_step.models.choose_device("cpu"))]
-    assert measured == recipes  # each once, the first three not again
+    cpu = train_step.models.choose_device("cpu")
+    ladders = [[recipe.name for stage in STAGES.values() for recipe in ladder(stage, cpu, slow_bf16=slow)] for slow in (False, True)]
+    assert measured in ladders  # each once, the first three not again
     assert not list(tmp_path.glob("*.jsonl"))
     rows = {(row.subject, row.metric): row for row in read_results(results)}
     for stage in STAGES:
@@ -58,6 +59,13 @@ def test_every_rung_changes_one_thing():
                 assert len(changed) == 2, (above.name, changed)  # its name, and what it changes
             ours = next(rung for rung in rungs if rung.name == "ours")
             assert (ours.tiles, ours.cached, ours.prepared, ours.bf16) == (1, bool(stage.freeze), True, False)
+
+
+def test_where_bf16_is_slow_the_seed_is_not_measured_in_it():
+    for stage in STAGES.values():
+        rungs = ladder(stage, train_step.torch.device("cpu"), 500_000_000, slow_bf16=True)
+        assert {(rung.master, rung.bf16) for rung in rungs} == {(True, False)}
+        assert (rungs[0].tiles, rungs[0].checkpointing, rungs[-1].name) == (17, True, "ours")
 
 
 def test_what_bf16_would_add_is_asked_where_a_cpu_trains_in_fp32(monkeypatch):

@@ -61,6 +61,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     """Operations a second that the device reaches here and now in a square matrix product: what "share of the peak" refers to."""
     size = size or (8192 if device.type == "cuda" else 1536)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b  # the first one sets things up
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         wait_for(device)
