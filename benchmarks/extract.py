@@ -29,6 +29,7 @@ from extract_report import PHASES, SEED, render
 from foodextract import models, prompts
 from foodextract.extractor import MAX_NEW_TOKENS, Extractor
 from foodextract.graphs import GraphModel
+from foodextract.int8 import quantise
 from foodextract.pictures import open_picture
 from foodextract.results import Row, make_row, write_results
 from foodextract.scenes import draw_scenes
@@ -200,7 +201,7 @@ def measure(size: str, pictures: list[bytes], batches: list[int], processor_from
     bf16, processor = build(size, processor_from)
     fp32 = copy.deepcopy(bf16).float()
     int8 = copy.deepcopy(fp32)
-    models.quantise(int8)
+    quantise(int8)
     dictation = Dictation(processor.tokenizer)
     for model in (bf16, fp32, int8):
         dictation.to(model)

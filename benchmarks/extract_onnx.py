@@ -23,6 +23,7 @@ from foodextract import models
 from foodextract.evaluation import rate
 from foodextract.extractor import Extractor
 from foodextract.graphs import GraphModel, export_onnx, write_graphs
+from foodextract.int8 import quantise
 from foodextract.results import Row, make_row, write_results
 from foodextract.scenes import draw_scenes
 from foodextract.schema import FoodRecord
@@ -63,7 +64,7 @@ def latency(size: str, pictures: list[bytes], processor_from: Path, command: str
         write_graphs(fp32, Path(folder))
         gc.collect()
         int8 = copy.deepcopy(fp32)
-        models.quantise(int8)
+        quantise(int8)
         ways = {"torch fp32": fp32, "torch bf16": bf16, "torch int8": int8}
         ways |= {f"ONNX {precision}": GraphModel(folder, precision=precision) for precision in ("fp32", "int8")}
         dictation = Dictation(processor.tokenizer)

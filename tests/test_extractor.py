@@ -1,3 +1,4 @@
+import copy
 import io
 import re
 from contextlib import redirect_stdout
@@ -13,6 +14,7 @@ from PIL import Image
 
 from foodextract import models, prompts, scenes
 from foodextract.extractor import PREPARED, Extractor
+from foodextract.int8 import TokenByToken, quantise
 from foodextract.models import TINY_BASE, ModelError
 from foodextract.pictures import PictureError
 from foodextract.schema import AnswerError, FoodRecord
@@ -125,9 +127,28 @@ def test_confidence_in_is_food_is_its_probability_among_both_values(tuned, pictu
 
 def test_int8_answers_like_fp32(pictures, tuned):
     quantised = Extractor.from_pretrained(models.TINY_TUNED, "cpu", precision="int8")
-    assert type(quantised.model.model.text_model.layers[0].mlp.up_proj).__module__.startswith("torch.ao")
-    same = [quantised.extract(picture).is_food == tuned.extract(picture).is_food for picture in pictures]
-    assert sum(same) >= len(pictures) - 2
+    layers = [module for module in quantised.model.modules() if isinstance(module, TokenByToken)]
+    assert len(layers) == sum(isinstance(module, torch.nn.Linear) for module in tuned.model.modules())
+    assert all(type(layer.linear).__module__.startswith("torch.ao") for layer in layers)
+    alone = [quantised.extract(picture) for picture in pictures]
+    assert (
+        sum(record.is_food == tuned.extract(picture).is_food for record, picture in zip(alone, pictures, strict=True)) >= len(pictures) - 2
+    )
+    assert list(quantised.extract_many(pictures, len(pictures))) == alone
+
+
+@torch.inference_mode()
+def test_int8_rounds_a_token_the_same_whatever_is_beside_it():
+    torch.manual_seed(0)
+    for bias in (True, False):
+        exact = torch.nn.Linear(96, 40, bias)
+        rounded = torch.nn.Sequential(copy.deepcopy(exact))
+        quantise(rounded)
+        x = torch.randn(2, 5, 96) * torch.logspace(-3, 3, 10).view(2, 5, 1)  # tokens of very different sizes
+        x[1, 2] = 0
+        together = rounded(x)
+        assert torch.equal(together, torch.stack([torch.stack([rounded(token[None])[0] for token in row]) for row in x]))
+        assert ((together - exact(x)).norm(dim=-1) <= 0.03 * exact(x).norm(dim=-1)).all()
 
 
 def test_a_precision_that_is_not_there_is_named(monkeypatch):

@@ -3,7 +3,8 @@
 Three graphs in `onnx/`, with the names that optimum and transformers.js give them: `vision_encoder` turns a tile's pixels into features,
 `embed_tokens` looks tokens up, and `decoder_model_merged` reads a block of embeddings behind the keys and values of what came before it;
 a prompt is a block behind nothing. `vision_encoder_quantized` and `decoder_model_merged_quantized` are their int8 versions: linear
-layers by output channel, activations by range at run time, as `models.quantise` does it. The table of embeddings stays as it is.
+layers by output channel, activations by range at run time; a batch is rounded together there, so that it changes a few answers. The
+table of embeddings stays as it is.
 """
 
 import importlib

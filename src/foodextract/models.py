@@ -1,7 +1,6 @@
 """Loading SmolVLM, base or tuned, from a folder or the Hub: its precision, its image budget, and errors that help."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from foodextract.int8 import quantise
 
 BUNDLED = Path(__file__).parent / "bundled"
 TINY_BASE, TINY_TUNED = BUNDLED / "tiny-base", BUNDLED / "tiny-tuned"
@@ -27,7 +28,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model is held and computed. `autocast` is None where weights and arithmetic have the same type; see `quantise` for `int8`."""
+    """How a model is held and computed. `autocast` is None where weights and arithmetic have the same type. `int8`: see `int8.quantise`."""
 
     weights: torch.dtype
     autocast: torch.dtype | None
@@ -110,20 +111,6 @@ def load_model(
     if precision == "int8" or (precision is None and choose_precision(device, training, model.num_parameters()).int8):
         quantise(model)
     return model.to(device).train(training)
-
-
-def quantise(model: PreTrainedModel) -> None:
-    """Make every linear layer int8, in place: weights by output channel, activations by range at run time. For a CPU.
-
-    torch calls this function deprecated in favour of torchao, whose dynamic int8 is made for `torch.compile`: run without, it rounds
-    more finely but has no fast kernel for the one token a step that an answer is written in. The pinned torch has both; look again when
-    the pin moves.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        per_channel = torch.ao.quantization.per_channel_dynamic_qconfig
-        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear: per_channel}, inplace=True)
 
 
 def newest_tuned(outputs: Path = OUTPUTS) -> Path:
