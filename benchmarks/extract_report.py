@@ -15,7 +15,7 @@ from foodextract.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("open", "preprocess", "vision", "prefill", "tokens")
-SEED, OURS = "seed: pipeline, 17 tiles, bf16", "ours int8"
+SEED, OURS = "seed: pipeline, 17 tiles", "ours int8"  # behind the seed stands its number format
 COLOURS = ("#b0b0b0", "#f2b134", "#4c78a8", "#72b7b2", "#e45756")
 NAMES = {
     "schema_valid_rate": "answers that are records",
@@ -157,7 +157,7 @@ def line(root: Path) -> str:
         return "What a picture costs is not measured yet: `.venv/bin/python benchmarks/extract.py` does it."
     parts = []
     for size, subjects in by_size(read_results(file)).items():
-        seed, ours = (subjects[name] for name in (SEED, OURS))
+        seed, ours = (next(of for name, of in subjects.items() if name.startswith(who)) for who in (SEED, OURS))
         cost = f"{seed['cpu_seconds_per_image'].value:.3g} CPU-seconds a picture become {ours['cpu_seconds_per_image'].value:.2g}"
         parts.append(f"{cost} at the size of SmolVLM2-{size.upper()} ({_interval(ours['speedup_vs_seed'])} times fewer)")
     told = "On a CPU, beside `transformers.pipeline` with 17 tiles as the original asks it: "

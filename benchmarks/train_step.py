@@ -47,7 +47,7 @@ from foodextract.trainer import PreparedTrainer
 from foodextract.weights import freeze
 from train_recipes import STAGES, Recipe, SeedTrainer, ladder, seed_collator
 from train_report import Cell, render, summarise
-from true_size import as_photograph, build
+from true_size import as_photograph, bf16_is_slow, build
 
 ROOT = Path(__file__).resolve().parents[1]
 UPDATE = 32  # pictures an optimizer step, in the seed's recipe as in ours
@@ -173,9 +173,9 @@ def main(
     known = [Cell(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
     found = {cell.key: cell for cell in known}
     plan = []  # cells with their recipe, steps to warm up and to measure, and what they compute
-    rates = [matmul_rate(on, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    slow_bf16 = bf16_is_slow(on)
     for one, number, stage in product(built, range(repeats), STAGES.values()):
-        for recipe in ladder(stage, on, built[one][0].num_parameters(), slow_bf16=rates[1] < rates[0]):
+        for recipe in ladder(stage, on, built[one][0].num_parameters(), slow_bf16=slow_bf16):
             long = slow and recipe.tiles > 1
             if not (long and number):
                 cell = Cell(one, stage.name, recipe.name, number, commit(), str(on), batches[recipe.batched])
@@ -184,7 +184,7 @@ def main(
                 plan.append((cell, recipe, warm, measured, work))
     left = [planned for planned in plan if planned[0].key not in found]
     total = sum(planned[-1] for planned in left)
-    minutes = total * 1e12 / (GUESS * rates[0]) / 60
+    minutes = total * 1e12 / (GUESS * matmul_rate(on, torch.float32)) / 60
     print(f"{len(left)} of {len(plan)} cells to measure on {name}, about {minutes:.0f} minutes", flush=True)
     split = pictures(max(ROWS, 1 + steps) * max(batches))
     with tqdm(total=total, bar_format="{l_bar}{bar}| {n:.3g}/{total:.3g} TFLOP [{elapsed}<{remaining}]") as bar:

@@ -14,6 +14,7 @@ from scipy.stats import bootstrap
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, SmolVLMConfig
 
 from foodextract import models
+from foodextract.performance import matmul_rate
 from foodextract.scenes import Scene
 
 SIZES = {  # of the text model; the vision tower is the same in both
@@ -44,6 +45,11 @@ def build(size: str, processor_from: Path) -> tuple[PreTrainedModel, ProcessorMi
     processor.image_processor.max_image_size = {"longest_edge": 512}
     processor.image_seq_len = 64
     return model.eval(), processor
+
+
+def bf16_is_slow(device: torch.device) -> bool:
+    """Does this device multiply bf16 matrices slower than fp32 ones, as a CPU without AVX-512 does?"""
+    return matmul_rate(device, torch.bfloat16) < matmul_rate(device, torch.float32)
 
 
 def as_photograph(scene: Scene) -> bytes:
