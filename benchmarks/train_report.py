@@ -147,7 +147,7 @@ def plot(rows: list[Row]) -> Figure:
         ):
             values = [of[metric].value for of in recipes.values()]
             bars = axis.barh(places + shift, values, 0.38, color=colour, label=label)
-            axis.bar_label(bars, [f"{value:.2g}" for value in values], padding=2, fontsize=7)
+            axis.bar_label(bars, [f"{value:.0f}" if value >= 100 else f"{value:.2g}" for value in values], padding=2, fontsize=7)
         axis.set_yticks(places, [_name(stage, name) for name in recipes], fontsize=8)
         axis.invert_yaxis()
         axis.set(xscale="log", xlabel="seconds a picture", title=f"{size.upper()}, {stage.replace('stage', 'stage ')}")
