@@ -32,10 +32,11 @@ $(VENV)/checkov/.installed: deploy/requirements-checkov.txt $(VENV)/.installed
 	@$(BIN)/uv pip install --quiet --python $(VENV)/checkov/bin/python -r $<
 	@touch $@
 
-# The Hub that the tuned model is published to is one on this machine, which ends with the notebook.
+# The Hub that things are published to is one on this machine, which ends with the notebook.
 demo: install  ## The whole story on the offline profile: draw, train in two stages, measure, publish, extract.
 	@mkdir -p $(OUT)/notebooks
-	FOODEXTRACT_PROFILE=offline $(BIN)/papermill --no-progress-bar --log-output 00_create_vlm_dataset.ipynb $(OUT)/notebooks/00_create_vlm_dataset.ipynb
+	FOODEXTRACT_PROFILE=offline FOODEXTRACT_PUSH_DATASET_TO_HUB=somebody/FoodExtract-pictures $(BIN)/python tests/hub_server.py \
+		$(BIN)/papermill --no-progress-bar --log-output 00_create_vlm_dataset.ipynb $(OUT)/notebooks/00_create_vlm_dataset.ipynb
 	FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make demo" FOODEXTRACT_PUSH_TO_HUB=somebody/FoodExtract-tiny \
 		FOODEXTRACT_PUSH_SPACE_TO_HUB=somebody/FoodExtract-demo $(BIN)/python tests/hub_server.py $(BIN)/papermill --no-progress-bar --log-output \
 		01_fine_tune_vlm_v3_smolVLM_500m.ipynb $(OUT)/notebooks/01_fine_tune_vlm_v3_smolVLM_500m.ipynb

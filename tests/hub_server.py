@@ -1,7 +1,8 @@
 """A model hub on this machine: as much of the Hub's HTTP API as the official client needs, with faults that can be switched on.
 
 Written from what `huggingface_hub` sends: whoami, repositories, commits of regular and large (LFS) files, trees, files by revision and
-range, Space variables. Files of more than LARGE bytes are large; everything is kept in memory.
+range, Space variables; and what `datasets` asks for when it loads a data set by its id. Files of more than LARGE bytes are large;
+everything is kept in memory.
 
 `python tests/hub_server.py COMMAND…` runs a command with a Hub of its own, a notebook that publishes for example.
 """
@@ -29,7 +30,8 @@ LARGE = 50_000
 class Fault:
     """What goes wrong with requests of `method` whose path matches `path`, `times` times (endlessly when negative).
 
-    `status` answers with that error; 0 reads half of the body and closes the connection; `seconds` only makes the answer wait.
+    `status` answers with that error, which `says` something; 0 reads half of the body and closes the connection; `seconds` only makes the
+    answer wait.
     """
 
     method: str
@@ -38,6 +40,7 @@ class Fault:
     seconds: float = 0
     times: int = -1
     headers: dict[str, str] = field(default_factory=dict)
+    says: str = "switched on"
 
 
 @dataclass
@@ -129,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return None
         body = self._body()
         if fault and fault.status:
-            return self._send(fault.status, {"error": f"switched on: {fault.status}"}, fault.headers)
+            return self._send(fault.status, {"error": fault.says}, fault.headers)
         if not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._send(401, {"error": "Invalid credentials in Authorization header"})
         for method, pattern, answer in ROUTES:
@@ -177,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         if (kind, repo_id) in self.hub.repositories:
             return self._send(409, {"error": "You already created this repo", "url": url})
-        made = self.hub.repositories[kind, repo_id] = Repository(wanted.get("visibility") == "private", wanted.get("sdk"))
+        variables = {one["key"]: one["value"] for one in wanted.get("variables", [])}
+        made = self.hub.repositories[kind, repo_id] = Repository(wanted.get("visibility") == "private", wanted.get("sdk"), variables)
         made.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return self._send(200, {"url": url})
 
@@ -236,15 +240,21 @@ class _Handler(BaseHTTPRequestHandler):
             extra = {"sdk": repository.sdk} if repository.sdk else {}
             self._send(200, {"id": repo_id, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings, **extra})
 
-    def tree(self, _, kind, repo_id, revision):
+    def tree(self, _, kind, repo_id, revision, folder=None):
         if repository := self._repository(kind, repo_id):
-            entries = []
+            below, entries, folders = f"{folder}/" if folder else "", [], set()
             for name, data in repository.at(revision)[1].items():
+                if not name.startswith(below):
+                    continue
+                first, slash, _ = name.removeprefix(below).partition("/")
+                if slash and "recursive=true" not in self.path.lower():
+                    folders.add(below + first)
+                    continue
                 large = (
                     {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}} if len(data) > LARGE else {}
                 )
                 entries.append({"type": "file", "path": name, "size": len(data), "oid": _blob_id(data), **large})
-            self._send(200, entries)
+            self._send(200, entries + [{"type": "directory", "path": name, "oid": _blob_id(b"")} for name in sorted(folders)])
 
     def resolve(self, _, kind, repo_id, revision, name):
         repository = self._repository(kind, repo_id)
@@ -261,10 +271,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
         return self._send(200, data, headers)
 
-    def variable(self, body, repo_id):
+    def variables(self, body, repo_id):
         if repository := self._repository("spaces", repo_id):
-            wanted = json.loads(body)
-            repository.variables[wanted["key"]] = wanted["value"]
+            if body:
+                wanted = json.loads(body)
+                repository.variables[wanted["key"]] = wanted["value"]
             self._send(200, {key: {"value": value} for key, value in repository.variables.items()})
 
 
@@ -279,8 +290,9 @@ ROUTES = (
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler.keep),
     ("POST", _API + r"/commit/(?P<revision>[^/]+)", _Handler.commit),
     ("GET", _API + r"(/revision/(?P<revision>[^/]+))?", _Handler.info),
-    ("GET", _API + r"/tree/(?P<revision>[^/]+)", _Handler.tree),
-    ("POST", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables", _Handler.variable),
+    ("GET", _API + r"/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _Handler.tree),
+    ("POST", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables", _Handler.variables),
+    ("GET", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables", _Handler.variables),
     ("GET", _GIT + r"/resolve/(?P<revision>[^/]+)/(?P<name>.+)", _Handler.resolve),
 )
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foodextract import dataset, ingest, publish, scenes, selection, sources
+from foodextract import dataset, ingest, profiles, publish, scenes, selection, sources
 from foodextract.samples import NOTHING, DatasetError, Reject, Sample
 
 
@@ -284,5 +284,8 @@ def test_the_card_tells_the_runs_own_figures(drawn):
     assert card.data.size_categories == ["n<1K"]
     assert card.data.pretty_name == "A title"
     text = str(card)
-    for told in ("| train | 40 |", "| test | 16 |", report["fingerprint"][:16], "seed 5", "`abc`", "| scenes | 56 |"):
+    for told in (
+        "| train | 40 |", "| test | 16 |", report["fingerprint"][:16], "seed 5", "`abc`", "| scenes | 56 |", "load_dataset(",
+        "16 pictures are held out", "Drawn scenes are exact", "@misc", profiles.CODE,
+    ):  # fmt: skip
         assert told in text

@@ -1,5 +1,7 @@
 """Model, data set and Space, sent to a Hub on this machine by the official client and fetched again; and what happens when it fails."""
 
+import errno
+import gc
 import hashlib
 import json
 import os
@@ -7,7 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import termios
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +25,13 @@ from typer.testing import CliRunner
 
 from foodextract import cards, evidence, profiles, prompts, publish, scenes
 from foodextract import dataset as pictures
+from foodextract import hub as talking
 from foodextract.__main__ import app
-from foodextract.models import TINY_TUNED
+from foodextract.models import HUB_BASE, TINY_TUNED
 from foodextract.publish import Plan, PublishError
 from foodextract.schema import FoodRecord
 from foodextract.tables import NAMES
-from hub_server import LARGE, TOKEN, Fault, environment, running_hub
+from hub_server import LARGE, TOKEN, Fault, Repository, environment, running_hub
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "demos" / "FoodExtract-Vision"
@@ -47,6 +53,18 @@ def hub(monkeypatch, tmp_path):
 
 def send(plan, hub, **options):
     return publish.publish(plan, endpoint=hub.url, **{"token": TOKEN, **options})
+
+
+def space_plan(repo_id="somebody/space", model=MODEL):
+    """The Space without its package, for speed."""
+    plan = publish.space_plan(SPACE, repo_id, model)
+    return replace(plan, files={name: what for name, what in plan.files.items() if not name.startswith("foodextract/")})
+
+
+@pytest.fixture
+def unproven(monkeypatch):
+    """What is fetched again is not tried: for tests that end earlier."""
+    monkeypatch.setattr(publish, "_tried", lambda plan, folder: "")
 
 
 def content(plan):
@@ -105,6 +123,102 @@ def test_figures_of_the_base_alone_do_not_count(model_folder):
         publish.model_plan(model_folder)
 
 
+@pytest.mark.parametrize("given", ["folder", "./nowhere", "/data/nowhere", "a/b/nowhere"])
+def test_where_things_lie_on_this_machine_stays_here(model_folder, tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    given = str(model_folder) if given == "folder" else given
+    found = evidence.verified(model_folder)
+    evidence.write(model_folder, given, given, [profiles.PROFILES["offline"].stage2], found.rows)
+    sent = content(publish.model_plan(model_folder, MODEL))
+    said = json.loads(sent["evaluation.json"])
+    assert said["base_model"] == said["dataset"] == Path(given).name
+    card = huggingface_hub.ModelCard(sent["README.md"].decode())
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert f"{given}" not in card.content
+    assert f"datasets/{Path(given).name}" not in card.content
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evidence.name_of("outputs/mine") == "outputs/mine"
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    assert evidence.name_of("outputs/mine") == "mine"
+
+
+def test_data_go_by_the_name_of_their_source():
+    said = {"source": ["food270", "mine", "scenes", "scenes"], "licence": ["see somebody/pictures", "see below", "CC0", "CC0"]}
+    rows = datasets.DatasetDict(train=datasets.Dataset.from_dict(said))
+    assert evidence.origin(rows) == "scenes + somebody/pictures + mine"
+
+
+def test_the_project_s_own_name_is_for_models_made_from_its_own_base(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["publish", "model", "--dry-run"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "tiny-base" in result.stderr
+    assert "--to owner/name" in result.stderr
+    found = evidence.verified(model_folder)
+    evidence.write(model_folder, HUB_BASE, found.dataset, [profiles.PROFILES["offline"].stage2], found.rows)
+    said = str(publish.model_plan(model_folder))
+    assert said.startswith(f"model {profiles.HUB_MODEL} from {model_folder}, 2,8")
+    assert "parameters:" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("processor_config.json", lambda data: b"{broken"),
+        ("processor_config.json", lambda data: b"{}"),
+        ("processor_config.json", lambda data: b'{"image_processor": null}'),
+        ("processor_config.json", None),
+        ("model.safetensors", lambda data: data[:-1000]),
+        ("model.safetensors", lambda data: b"no weights"),
+        ("evaluation.json", lambda data: b"[]"),
+    ],
+)
+def test_a_damaged_file_is_named(model_folder, name, damage):
+    if damage:
+        (model_folder / name).write_bytes(damage((model_folder / name).read_bytes()))
+    else:
+        (model_folder / name).unlink()
+    with pytest.raises(PublishError, match=rf"{re.escape(str(model_folder / name))}.*(again|notebook 01)"):
+        publish.model_plan(model_folder, MODEL)
+
+
+def test_shards_need_their_index(model_folder):
+    (model_folder / "model.safetensors").rename(model_folder / "model-00001-of-00001.safetensors")
+    found = evidence.verified(TINY_TUNED)
+    evidence.write(model_folder, found.base_model, found.dataset, [profiles.PROFILES["offline"].stage2], found.rows)
+    with pytest.raises(PublishError, match=r"index\.json is missing"):
+        publish.model_plan(model_folder, MODEL)
+
+
+def test_a_plan_for_a_data_set_leaves_it_as_it_was(built):
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    plan = publish.dataset_plan(built, "somebody/pictures")
+    assert 'load_dataset("somebody/pictures"' in plan.files["README.md"].decode()
+    made = plan.files["data/test-00000-of-00001.parquet"].parent
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+    assert made.is_dir()
+    del plan
+    gc.collect()
+    assert not made.exists()
+    assert not made.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("app.py", True), ("foodextract/old/module.txt", True), ("NOTICE", True), ("pages/x.py", False), ("picture.png", False)],
+)
+def test_what_is_ours_in_a_space(name, ours):
+    assert publish._is_ours("space", name) == ours
+
+
+def test_what_is_ours_in_a_data_set():
+    assert publish._is_ours("dataset", "data/train-00000-of-00002.parquet")
+    assert not publish._is_ours("dataset", "data/theirs/train.parquet")
+
+
 @pytest.mark.parametrize("plan", [publish.model_plan, lambda folder: publish.dataset_plan(folder, "a/b"), publish.space_plan])
 def test_a_folder_without_anything_is_refused(plan, tmp_path):
     with pytest.raises(PublishError, match=re.escape(str(tmp_path))):
@@ -117,6 +231,13 @@ def test_dry_run_lists_every_file_and_sends_nothing(hub, model_folder):
     listed = {name: int(size.replace(",", "")) for size, name in re.findall(r"^ *([\d,]+)  (\S+)$", result.stdout, re.MULTILINE)}
     assert listed == {name: len(data) for name, data in content(publish.model_plan(model_folder, MODEL)).items()}
     assert hub.requests == []
+
+
+def test_progress_bars_are_for_terminals(model_folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")  # so that it is put back
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    CliRunner().invoke(app, ["publish", "model", str(model_folder), "--to", MODEL, "--dry-run"])
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
 
 
 def test_the_space_carries_this_very_package():
@@ -139,7 +260,7 @@ def test_model_round_trip(hub, model_folder, capfd):
     said = send(plan, hub)
     assert hub.files("model", MODEL) == content(plan)
     assert hub.repositories["model", MODEL].private
-    assert FoodRecord.parse(said.partition("it answers ")[2])
+    assert FoodRecord.parse(said.partition("it answers ")[2]).food_items, "an empty answer proves little"
     assert send(plan, hub).startswith("published as")
     assert len(hub.repositories["model", MODEL].commits) == 2, "the same again is no new commit"
     assert TOKEN not in said + str(plan) + "".join(capfd.readouterr())
@@ -158,23 +279,78 @@ def test_dataset_round_trip(hub, built, tmp_path):
         for theirs, ours in zip(fetched[split], sent[split], strict=True):
             assert theirs["image"].tobytes() == ours["image"].tobytes()
             assert {k: v for k, v in theirs.items() if k != "image"} == {k: v for k, v in ours.items() if k != "image"}
+    send(publish.dataset_plan(built, "somebody/pictures"), hub)
+    assert len(hub.repositories["dataset", "somebody/pictures"].commits) == 2, "the same again is no new commit"
+    used = re.search(r"```python\n(.*?)```", hub.files("dataset", "somebody/pictures")["README.md"].decode(), re.DOTALL)[1]
+    asked = f"{used}\nprint({{split: len(rows) for split, rows in load_dataset('somebody/pictures').items()}})"
+    env = {**os.environ, **environment(hub), "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run([sys.executable, "-c", asked], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    first = sent["test"][0]
+    assert run.stdout.splitlines() == [
+        f"{first['image'].size} {first['image_title']} {first['food_items']}", "{'train': 40, 'test': 16}"
+    ]  # fmt: skip
 
 
 def test_space_round_trip_by_command(hub, model_folder, tmp_path):
-    """The command in its own process, sent here by HF_ENDPOINT; the Space that comes back fetches its model here too, and answers."""
+    """The command in a terminal, sent here by HF_ENDPOINT; the Space that comes back fetches its model here too, and answers."""
     send(publish.model_plan(model_folder, MODEL), hub)
     env = {**os.environ, **environment(hub), "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT / "src")}
+    env.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
     command = [sys.executable, "-m", "foodextract", "publish", "space", "--to", "somebody/space", "--model", MODEL]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert FoodRecord.parse(run.stdout.strip().partition("its app answers ")[2])
+    said, shown = in_terminal(command, cwd=ROOT, env=env)
+    assert FoodRecord.parse(said.strip().partition("its app answers ")[2]).food_items, shown
+    assert re.search(r"model\.safetensors: +100%", shown), "a bar for each large file"
     repository = hub.repositories["space", "somebody/space"]
     assert (repository.private, repository.sdk, repository.variables) == (True, "gradio", {"FOODEXTRACT_MODEL": MODEL})
     assert hub.files("space", "somebody/space") == content(publish.space_plan(SPACE, "somebody/space", MODEL))
     front = yaml.safe_load(hub.files("space", "somebody/space")["README.md"].split(b"---")[1])
     assert MODEL in front["models"]
     assert "/spaces/somebody/space/" in front["thumbnail"]
-    assert TOKEN not in run.stdout + run.stderr
+    assert TOKEN not in said + shown
+
+
+def in_terminal(command, **options):
+    """What a command writes to stdout, and what it shows in the terminal that its stderr is."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    shown = b""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, **options) as run:
+        os.close(theirs)
+        with suppress(OSError):  # which is how a terminal ends
+            while part := os.read(ours, 4096):
+                shown += part
+        os.close(ours)
+        return run.stdout.read(), shown.decode(errors="replace")
+
+
+def test_a_space_asks_the_right_model_from_its_first_moment(hub, unproven):
+    hub.repositories["model", MODEL] = hub.repositories["model", "somebody/new"] = Repository(private=True, commits=[("0" * 40, {})])
+    plan = space_plan()
+    send(plan, hub)
+    assert hub.repositories["space", "somebody/space"].variables == {"FOODEXTRACT_MODEL": MODEL}
+    assert hub.asked("POST", "/variables") == 0, "it was made with it"
+    send(plan, hub)
+    assert len(hub.repositories["space", "somebody/space"].commits) == 2, "the same again is no new commit"
+    hub.requests, hub.faults = [], [Fault("POST", "/commit/", 500)]
+    with pytest.raises(PublishError, match=r"readers see what was there before.* But it asks somebody/new already"):
+        send(space_plan(model="somebody/new"), hub)
+    assert hub.repositories["space", "somebody/space"].variables == {"FOODEXTRACT_MODEL": "somebody/new"}
+
+
+def test_a_space_whose_model_is_nowhere_is_not_published(hub):
+    with pytest.raises(PublishError, match=r"a Space cannot ask \./outputs/mine: publish that model"):
+        space_plan(model="./outputs/mine")
+    with pytest.raises(PublishError, match="somebody/nothing: the Hub does not find it"):
+        send(space_plan(model="somebody/nothing"), hub)
+    assert hub.repositories == {}
+
+
+def test_an_app_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "PATIENCE", 0.5)
+    (tmp_path / "app.py").write_text("import time; time.sleep(600)")
+    with pytest.raises(PublishError, match=f"no answer within 0.5 s: try `make space` with FOODEXTRACT_MODEL={MODEL}"):
+        publish._tried(Plan("space", "a/b", {}, model=MODEL), tmp_path)
 
 
 def test_what_is_no_longer_wanted_goes_and_what_is_not_ours_stays(hub, model_folder):
@@ -191,8 +367,17 @@ def test_private_things_do_not_go_where_everybody_reads(hub, model_folder):
     assert "(public)" in send(plan, hub, public=True)
     before = hub.files("model", MODEL)
     changed = replace(plan, files={**plan.files, "training.json": b"{}"})
-    with pytest.raises(PublishError, match="--public"):
+    with pytest.raises(PublishError, match="everybody can read it: say --public"):
         send(changed, hub)
+    assert hub.files("model", MODEL) == before
+
+
+def test_what_is_private_does_not_become_public_by_the_way(hub, model_folder):
+    plan = publish.model_plan(model_folder, MODEL)
+    before = _put(hub, Plan("model", MODEL, {"README.md": b"x"}))
+    with pytest.raises(PublishError, match=r"there already and private.*in its settings on the Hub, or leave out --public"):
+        send(plan, hub, public=True)
+    assert hub.repositories["model", MODEL].private
     assert hub.files("model", MODEL) == before
 
 
@@ -207,7 +392,11 @@ FAULTS = [
     (Fault("POST", "/commit/", 500), "has a fault .HTTP 500.: run this again later"),
     (Fault("PUT", "/lfs/", 500), "has a fault .HTTP 500.: run this again later"),
     (Fault("PUT", "/lfs/", 0), "the connection broke"),
-    (Fault("GET", "/resolve/", 500), "has a fault|the connection broke"),
+    (Fault("POST", "/commit/", 400, says="a file name is too long"), r"refuses this .HTTP 400: a file name is too long.: mend"),
+    (Fault("POST", "/commit/", 422, says="the front matter"), r"refuses this .HTTP 422: the front matter.: mend"),
+    (Fault("PUT", "/lfs/", 413, says="too large"), r"refuses this .HTTP 413: too large.: mend"),
+    (Fault("GET", "/resolve/", 500), "has a fault .HTTP 500.*It is published.*the same command"),
+    (Fault("GET", "/resolve/", 0), "the connection broke.*It is published.*the same command"),
 ]
 
 
@@ -221,16 +410,18 @@ def test_a_fault_is_explained_and_loses_nothing(hub, model_folder, fault, messag
         send(plan, hub)
     assert MODEL in str(caught.value)
     assert TOKEN not in str(caught.value)
-    if "/resolve/" not in fault.path:
-        assert hub.files("model", MODEL) == repository_before, "readers still see what was there"
+    published = "/resolve/" in fault.path
+    assert hub.files("model", MODEL) == (content(plan) if published else repository_before)
+    assert ("readers see what was there before" in str(caught.value)) != published
     hub.faults = []
     send(plan, hub)
     assert hub.files("model", MODEL) == content(plan)
 
 
-def test_an_owner_that_the_token_may_not_write_for(hub, model_folder):
-    hub.faults = [Fault("POST", "repos/create", 403)]
-    with pytest.raises(PublishError, match="may not write there"):
+@pytest.mark.parametrize(("status", "message"), [(403, "may not write there"), (402, "refuses this .HTTP 402: buy more room.: mend")])
+def test_an_owner_that_the_token_may_not_write_for(hub, model_folder, status, message):
+    hub.faults = [Fault("POST", "repos/create", status, says="buy more room")]
+    with pytest.raises(PublishError, match=message):
         send(publish.model_plan(model_folder, MODEL), hub)
     assert hub.repositories == {}
 
@@ -308,6 +499,54 @@ def test_offline_and_out_of_reach_are_told_apart(hub, model_folder, monkeypatch)
         send(plan, hub)
 
 
+@pytest.mark.parametrize("where", ["argument", "environment"])
+@pytest.mark.parametrize("token", ["hf_SE\x0bCRET", "hf_SE\x0cCRET", "hf_SEÉCRET", "hf_SE CRET"])
+def test_a_token_that_is_none_is_not_printed(hub, model_folder, monkeypatch, token, where):
+    plan = publish.model_plan(model_folder, MODEL)
+    if where == "environment":
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PublishError, match=r"a character that no token has: run `hf auth login`") as caught:
+        send(plan, hub, token=token if where == "argument" else None)
+    assert "CRET" not in "".join(traceback.format_exception(caught.value))
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_token_that_the_hub_repeats_is_not_printed(hub, model_folder, status):
+    hub.faults = [Fault("POST", "repos/create", status, says=f"Bearer {TOKEN} may not")]
+    with pytest.raises(PublishError, match="Hub") as caught:
+        send(publish.model_plan(model_folder, MODEL), hub)
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("path", ["whoami", "/commit/"])
+def test_a_hub_that_is_silent_is_given_up(hub, model_folder, monkeypatch, path):
+    monkeypatch.setattr(talking, "SILENCE", 0.3)
+    plan = publish.model_plan(model_folder, MODEL)
+    hub.faults = [Fault("GET" if path == "whoami" else "POST", path, seconds=60)]
+    start = time.monotonic()
+    with pytest.raises(PublishError, match=r"the connection broke .*ReadTimeout.*: run this again"):
+        send(plan, hub)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "this machine cannot .*No space left on device.*make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "/tmp/x"), "this machine cannot .*Permission denied"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "the connection broke"),
+    ],
+)
+def test_a_full_disk_is_no_broken_connection(hub, model_folder, monkeypatch, error, message):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "snapshot_download", fails)
+    with pytest.raises(PublishError, match=rf"{message}.*It is published"):
+        send(publish.model_plan(model_folder, MODEL), hub)
+
+
 # -------------------------------------------------------------------------------------------------------------------------------- cards
 
 
@@ -330,7 +569,7 @@ def test_model_card_of_a_hub_model_names_base_and_data(model_folder):
     found = replace(evidence.verified(model_folder), base_model="HuggingFaceTB/base", dataset="somebody/pictures")
     processor = json.loads((model_folder / "processor_config.json").read_text())
     processor["image_processor"] |= {"do_image_splitting": True, "size": {"longest_edge": 768}}
-    card = cards.model_card(found, processor, MODEL, publish.CODE)
+    card = cards.model_card(found, cards.image_budget(processor), MODEL)
     assert (card.data.base_model, card.data.datasets) == ("HuggingFaceTB/base", ["somebody/pictures"])
     assert "up to 17 tiles" in card.content
 
@@ -359,16 +598,22 @@ def test_the_notebook_s_publishing_cells_work(hub, built, model_folder, tmp_path
     rows = evidence.verified(model_folder).rows
     (tmp_path / "out").mkdir()
     shutil.move(model_folder, tmp_path / "out" / "stage2")
-    known = {"output": tmp_path / "out", "base_model": "a/b", "dataset": None, "settings": settings, "stages": stages, "figures": rows}
+    known = {"output": tmp_path / "out", "base_model": "a/b", "rows": pictures.load(built), "stages": stages, "figures": rows}
+    monkeypatch.setenv("FOODEXTRACT_PUSH_DATASET_TO_HUB", "somebody/zero")  # as `make demo` does
     for name, extra in {
         "01_fine_tune_vlm_v3_smolVLM_500m.ipynb": known | {"push_to_hub": "somebody/one", "push_space_to_hub": "somebody/two"},
-        "00_create_vlm_dataset.ipynb": {"output": built, "push_to_hub": "somebody/zero", "publish": publish},
+        "00_create_vlm_dataset.ipynb": {"output": built, "push_to_hub": None, "publish": publish},
     }.items():
         cells = json.loads((ROOT / name).read_text())["cells"]
         exec("".join(cells[-2]["source"]), {"os": os, **extra})
+    cell = "".join(json.loads((ROOT / "01_fine_tune_vlm_v3_smolVLM_500m.ipynb").read_text())["cells"][-2]["source"])
+    exec(cell, {"os": os, **known, "push_to_hub": None, "push_space_to_hub": None})
     told = capsys.readouterr().out
     assert "published as somebody/one" in told
+    assert "push_to_hub is not set: nothing was published" in told
     assert FoodRecord.parse(told.partition("its app answers ")[2].splitlines()[0])
     assert hub.repositories["space", "somebody/two"].variables == {"FOODEXTRACT_MODEL": "somebody/one"}
     assert hub.files("dataset", "somebody/zero").keys() >= {"README.md", "data/test-00000-of-00001.parquet"}
-    assert json.loads(hub.files("model", "somebody/one")["evaluation.json"])["base_model"] == "a/b"
+    assert '"is_food": 1' in told.partition("rows; one of test is ")[2].splitlines()[0]
+    measured = json.loads(hub.files("model", "somebody/one")["evaluation.json"])
+    assert (measured["base_model"], measured["dataset"]) == ("a/b", "scenes")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
 
@@ -25,8 +24,10 @@ app.add_typer(export, name="export")
 
 
 @app.callback()
-def main() -> None:
+def main(context: typer.Context) -> None:
     """Pictures in, strict JSON out."""
+    if context.invoked_subcommand != "publish" or not sys.stderr.isatty():  # gigabytes may go up there: somebody who waits sees how far
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported
 
 
 class Format(StrEnum):
@@ -176,21 +177,21 @@ def publish(
     A model goes only with an evaluation of these very weights. Interrupted, the same command goes on where it was.
     """
     from foodextract import profiles
-    from foodextract import publish as hub
+    from foodextract import publish as publishing
     from foodextract.models import newest_tuned
 
     try:
         if kind is Kind.model:
-            plan = hub.model_plan(source or newest_tuned(), to or profiles.HUB_MODEL)
+            plan = publishing.model_plan(source or newest_tuned(), to or profiles.HUB_MODEL)
         elif kind is Kind.dataset:
-            plan = hub.dataset_plan(source or Path("outputs/hub/dataset"), to or profiles.HUB_PICTURES)
+            plan = publishing.dataset_plan(source or Path("outputs/hub/dataset"), to or profiles.HUB_PICTURES)
         else:
-            model = model or profiles.HUB_MODEL
-            plan = hub.space_plan(source or Path("demos") / profiles.REPOSITORY, to or profiles.HUB_SPACE, model)
+            folder = source or Path("demos") / profiles.REPOSITORY
+            plan = publishing.space_plan(folder, to or profiles.HUB_SPACE, model or profiles.HUB_MODEL)
         print(plan)
         if not dry_run:
-            print(hub.publish(plan, public=public, model=model))
-    except hub.PublishError as error:
+            print(publishing.publish(plan, public=public))
+    except publishing.PublishError as error:
         _stop(str(error))
 
 

@@ -5,26 +5,36 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from foodextract import prompts
-from foodextract.evidence import Evidence, base_of
+from foodextract.evidence import AND, Evidence, base_of, is_hub_id, name_of
+from foodextract.profiles import CODE
 from foodextract.tables import NAMES, markdown_table, metric_table
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
+UNNAMED = "owner/name"
 RECIPE = ("freeze", "learning_rate", "epochs", "batch_size", "accumulation", "warmup", "schedule", "against_repeats")
 
 
-def model_card(evidence: Evidence, processor: dict[str, Any], repo_id: str, repository: str) -> ModelCard:
+def image_budget(processor: dict[str, Any]) -> str:
+    """What a processor_config.json makes of a picture. Raises KeyError or TypeError for one that is not SmolVLM's."""
+    size = processor["image_processor"]
+    tile = size["max_image_size"]["longest_edge"]
+    tiles = f"up to {(size['size']['longest_edge'] // tile) ** 2 + 1} tiles" if size["do_image_splitting"] else "one tile"
+    return f"{tiles} of {tile} x {tile} pixels"
+
+
+def model_card(evidence: Evidence, budget: str, repo_id: str) -> ModelCard:
     """The README.md of a tuned model: front matter for the Hub with its figures as `model-index`, then how to use and how far to trust it.
 
-    `processor` is what its processor_config.json says, `repository` where the code is.
+    `budget` is its `image_budget`.
     """
     name = repo_id.split("/")[-1]
-    is_hub_id = evidence.dataset.count("/") == 1
-    base = evidence.base_model if evidence.base_model.count("/") == 1 else None
+    data_names = [name_of(part) for part in evidence.dataset.split(AND)]
+    base = evidence.base_model if is_hub_id(evidence.base_model) else None
     data = ModelCardData(
         pipeline_tag="image-text-to-text",
         library_name="transformers",
         base_model=base,
-        datasets=[evidence.dataset] if is_hub_id else None,
+        datasets=[one for one in data_names if is_hub_id(one)] or None,
         license="apache-2.0",
         language="en",
         metrics=["accuracy", "f1"],
@@ -33,8 +43,8 @@ def model_card(evidence: Evidence, processor: dict[str, Any], repo_id: str, repo
         eval_results=[
             EvalResult(
                 task_type="image-text-to-text",
-                dataset_type=evidence.dataset,
-                dataset_name=evidence.dataset,
+                dataset_type=AND.join(data_names),
+                dataset_name=AND.join(data_names),
                 dataset_split="test",
                 metric_type=row.metric,
                 metric_name=f"{NAMES[row.metric].replace('`', '')}, 95 % interval {row.low:.4f} to {row.high:.4f}, n = {row.n}",
@@ -44,19 +54,15 @@ def model_card(evidence: Evidence, processor: dict[str, Any], repo_id: str, repo
             if row.metric in NAMES
         ],
     )
-    size = processor["image_processor"]
-    tile = size["max_image_size"]["longest_edge"]
-    longest = size["size"]["longest_edge"]
-    tiles = f"up to {(longest // tile) ** 2 + 1} tiles" if size["do_image_splitting"] else "one tile"
     seconds = [row for row in evidence.rows if row.metric == "seconds"]
     lines = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {name}\n",
         f"Answers any picture with one line of strict JSON: is food or drink visible, a short title, the food items, the drink items. "
-        f"Fine-tuned from {_base_link(evidence)} on {_dataset_link(evidence)} with [FoodExtract Vision]({repository}).\n",
+        f"Fine-tuned from {_base_link(evidence)} on {' and '.join(map(_dataset_link, data_names))} with [FoodExtract Vision]({CODE}).\n",
         "## Use\n",
         "With the extractor of the repository a grammar keeps every answer on the rails, and each comes with how sure the model was:\n",
-        f"```bash\npip install git+{repository}\nfoodextract extract lunch.jpg --model {repo_id}\n```\n",
+        f"```bash\npip install git+{CODE}\nfoodextract extract lunch.jpg --model {repo_id}\n```\n",
         "```python\nfrom foodextract.extractor import Extractor\n\n"
         f'extractor = Extractor.from_pretrained("{repo_id}")\nprint(extractor.extract("lunch.jpg").to_json())\n```\n',
         "With plain transformers, without a grammar:\n",
@@ -70,7 +76,7 @@ def model_card(evidence: Evidence, processor: dict[str, Any], repo_id: str, repo
         f"It was trained on these words and no others. System:\n\n```\n{prompts.SYSTEM}\n```\n",
         f"User, behind the picture:\n\n```\n{prompts.USER}\n```\n",
         "## Image budget\n",
-        f"A picture becomes {tiles} of {tile} x {tile} pixels. The saved processor says so, so serving agrees.\n",
+        f"A picture becomes {budget}. The saved processor says so, so serving agrees.\n",
         "## How good it is\n",
         f"{metric_table(evidence.scored)}\n",
         "Held-out pictures, greedy, no grammar, the same prompt for all; 95 % intervals in brackets. Whatever is not exactly the canonical "
@@ -91,22 +97,22 @@ def model_card(evidence: Evidence, processor: dict[str, Any], repo_id: str, repo
         "- The figures are about pictures like those it was tested on. It knows nothing of allergens or amounts, "
         "nor whether food is safe to eat.\n",
         "## Citation\n",
-        f"```bibtex\n@software{{foodextract_vision,\n  title = {{FoodExtract Vision: {name}}},\n  url = {{{repository}}},\n"
+        f"```bibtex\n@software{{foodextract_vision,\n  title = {{FoodExtract Vision: {name}}},\n  url = {{{CODE}}},\n"
         f"  version = {{{evidence.rows[0].commit}}}\n}}\n```\n",
     ]
     return ModelCard("\n".join(lines))
 
 
 def _base_link(evidence: Evidence) -> str:
-    if "/" in evidence.base_model:
+    if is_hub_id(evidence.base_model):
         return f"[{evidence.base_model}](https://huggingface.co/{evidence.base_model})"
-    return f"the bundled `{evidence.base_model}` of the repository" if base_of(evidence) else f"`{evidence.base_model}`"
+    return f"the bundled `{evidence.base_model}` of the repository" if base_of(evidence) else f"`{name_of(evidence.base_model)}`"
 
 
-def _dataset_link(evidence: Evidence) -> str:
-    if evidence.dataset.count("/") == 1:
-        return f"[{evidence.dataset}](https://huggingface.co/datasets/{evidence.dataset})"
-    return "drawn scenes" if evidence.dataset == "scenes" else f"`{evidence.dataset}`"
+def _dataset_link(name: str) -> str:
+    if is_hub_id(name):
+        return f"[{name}](https://huggingface.co/datasets/{name})"
+    return "drawn scenes" if name == "scenes" else f"`{name}`"
 
 
 def _value(value: object) -> str:
@@ -114,9 +120,9 @@ def _value(value: object) -> str:
 
 
 def dataset_card(report: dict[str, Any], title: str, seed: int, commit: str) -> DatasetCard:
-    """The README.md of a data set that `dataset.build` made: front matter for the Hub, then what is in it and what was left out.
+    """The README.md of a data set that `dataset.build` made: front matter for the Hub, how to use it, what is in it and what was left out.
 
-    `report` is what `build` returned; every figure comes from it.
+    `report` is what `build` returned; every figure comes from it. The data set is called UNNAMED until it is published.
     """
     sources = [name for name, _ in report["sources"]]
     data = DatasetCardData(
@@ -134,8 +140,11 @@ def dataset_card(report: dict[str, Any], title: str, seed: int, commit: str) -> 
     lines = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {title}\n",
-        "Pictures, each with one record: is food or drink visible, a short title, the food items, the drink items. Made with FoodExtract "
-        f"Vision at commit `{commit}`, seed {seed}; fingerprint `{report['fingerprint'][:16]}`.\n",
+        "Pictures, each with one record: is food or drink visible, a short title, the food items, the drink items. Made with [FoodExtract "
+        f"Vision]({CODE}) at commit `{commit}`, seed {seed}; fingerprint `{report['fingerprint'][:16]}`.\n",
+        "## Use\n",
+        "```python\nfrom datasets import load_dataset\n\n"
+        f'row = load_dataset("{UNNAMED}", split="test")[0]\nprint(row["image"].size, row["image_title"], row["food_items"])\n```\n',
         "## What is in it\n",
         markdown_table(
             ("split", "pictures", "show food or drink"),
@@ -158,9 +167,25 @@ def dataset_card(report: dict[str, Any], title: str, seed: int, commit: str) -> 
         else "The label lint found nothing.",
         "\n## Columns\n",
         "`image`, `is_food`, `image_title`, `food_items`, `drink_items`; `name`, `category`, `group`, `source`, `licence` and "
-        "`pixels_sha256` say where a row comes from.\n",
+        "`pixels_sha256` say where a row comes from, `label_scope` whether its label names everything or only the main item.\n",
+        "## Limits\n",
+        f"{_labels_by(sources)}\n"
+        "- Two names for one thing are two items: what the label rules do not know as twins is left as it was found, in English.\n"
+        f"- {report['test']:,} pictures are held out, {report['test'] - is_food['test']:,} of them without food or drink: figures measured "
+        "on so many are no finer than that.\n"
+        "- It says nothing of allergens or amounts, nor whether food is safe to eat.\n",
+        "## Citation\n",
+        f"```bibtex\n@misc{{foodextract_vision_dataset,\n  title = {{{title}}},\n  url = {{{CODE}}},\n  version = {{{commit}}},\n"
+        f"  note = {{fingerprint {report['fingerprint'][:16]}}}\n}}\n```\n",
+        *(["Please cite its sources, too.\n"] if sources != ["scenes"] else []),
     ]
     return DatasetCard("\n".join(lines))
+
+
+def _labels_by(sources: list[str]) -> str:
+    drawn = "- Drawn scenes are exact, and they are drawings: what is learned from them alone says little about photographs."
+    found = "- Labels are as good as their source: the rules mend how things are called, not what somebody overlooked or imagined."
+    return "\n".join([drawn] * ("scenes" in sources) + [found] * (sources != ["scenes"]))
 
 
 def _licence_id(licence: str) -> str:

@@ -6,12 +6,15 @@ table and the decision whether a model may be published are made from it.
 
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from foodextract.models import BUNDLED
@@ -19,6 +22,7 @@ from foodextract.results import Row
 from foodextract.weights import checksum
 
 EVALUATION = "evaluation.json"
+AND = " + "  # between the parts of a mixed data set
 
 
 class EvidenceError(ValueError):
@@ -29,8 +33,8 @@ class EvidenceError(ValueError):
 class Evidence:
     """How a model came to be, and its figures.
 
-    `weights` is the checksum of its tensors, `base_model` a Hub id or the name of a bundled model, `stages` the values of each
-    `stage.Stage`, `rows` what `results/` had to say, the model's own under the name of its last stage.
+    `weights` is the checksum of its tensors, `base_model` a Hub id or the name of a bundled model, `dataset` what `origin` says, `stages`
+    the values of each `stage.Stage`, `rows` what `results/` had to say, the model's own under the name of its last stage.
     """
 
     weights: str
@@ -57,17 +61,48 @@ class Evidence:
 
 
 def weights_of(folder: str | os.PathLike) -> str:
-    """The checksum of a saved model's tensors, by file and name. Raises EvidenceError for a folder without any."""
+    """The checksum of a saved model's tensors, by file and name. Raises EvidenceError for a folder without any, and for a damaged file."""
     files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:
         raise EvidenceError(f"{folder} holds no weights (model*.safetensors): give the folder that a training wrote")
-    return checksum({f"{file.name} {name}": tensor for file in files for name, tensor in sorted(load_file(file).items())})
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= {f"{file.name} {name}": tensor for name, tensor in sorted(load_file(file).items())}
+        except SafetensorError as error:
+            raise EvidenceError(f"{file} is damaged ({error}): save the model again") from error
+    return checksum(tensors)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this is owner/name, and no folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).is_dir()
+
+
+def name_of(where: str | os.PathLike) -> str:
+    """A Hub id as it is; of anything else only its own name: in which folder it lies is nobody's business."""
+    return str(where) if is_hub_id(str(where)) else Path(where).resolve().name
+
+
+def origin(rows: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
+    """What a data set (split → column → values) was made of, the most frequent first: Hub ids, `scenes`, names of folders."""
+    names: Counter[str] = Counter()
+    for split in rows.values():
+        for source, licence in zip(split["source"], split["licence"], strict=True):
+            where = licence.removeprefix("see ")  # how `sources` names a data set on the Hub
+            names[where if where != licence and is_hub_id(where) else source] += 1
+    most = [name for name, _ in names.most_common()]
+    return AND.join(most if len(most) <= 5 else [*most[:4], f"{len(most) - 4} more"])
 
 
 def write(folder: str | os.PathLike, base_model: str | os.PathLike, dataset: str, stages: Sequence[Any], rows: Sequence[Row]) -> Evidence:
-    """Bind figures to the weights saved in `folder`. `stages` are `stage.Stage`s; of a base in a folder only its name is kept."""
-    base = Path(base_model).name if Path(base_model).is_dir() else str(base_model)
-    made = Evidence(weights_of(folder), base, dataset, [asdict(stage) for stage in stages], list(rows))
+    """Bind figures to the weights saved in `folder`. `stages` are `stage.Stage`s; of a base or data in a folder only the name is kept."""
+    data = AND.join(name_of(part) for part in dataset.split(AND))
+    made = Evidence(weights_of(folder), name_of(base_model), data, [asdict(stage) for stage in stages], list(rows))
     (Path(folder) / EVALUATION).write_text(json.dumps(asdict(made), indent=1), encoding="utf-8")
     return made
 
@@ -103,4 +138,4 @@ def base_of(evidence: Evidence | None) -> str | None:
     if evidence is None:
         return None
     bundled = BUNDLED / evidence.base_model
-    return str(bundled) if bundled.is_dir() else evidence.base_model if evidence.base_model.count("/") == 1 else None
+    return str(bundled) if bundled.is_dir() else evidence.base_model if is_hub_id(evidence.base_model) else None

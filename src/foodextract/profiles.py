@@ -11,6 +11,7 @@ from foodextract.stage import Stage
 
 OWNER = "berkeruveyik"
 REPOSITORY = "FoodExtract-Vision"
+CODE = f"https://github.com/{OWNER}/{REPOSITORY}"
 HUB_MODEL = f"{OWNER}/{REPOSITORY}-SmolVLM2-500M"
 HUB_PICTURES = f"{OWNER}/{REPOSITORY}-dataset"  # what notebook 00 makes; the original is `sources.HUB_DATASET`
 HUB_SPACE = f"{OWNER}/{REPOSITORY}"
