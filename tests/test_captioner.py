@@ -74,7 +74,7 @@ def test_it_is_served_like_any_model(folder):
         records = [client.post("/predict", content=file).json()["record"] for file in files[:3]]
         assert [record["image_title"] for record in records] == ["grilled salmon", "beignets", "iced tea"]
         assert not re.search(r"\d", json.dumps([record["food_items"] + record["drink_items"] for record in records]))
-        assert reason(client.post("/predict", content=files[3]), 500) == "model_failed"
+        assert reason(client.post("/predict", content=files[3]), 500) == "bad_answer"
         assert reason(client.post("/predict", content=b"no picture"), 415) == "not_a_picture"
 
 
