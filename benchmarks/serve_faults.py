@@ -3,13 +3,14 @@
     python benchmarks/serve_faults.py                        # adds to results/serving.json
     python benchmarks/serve_faults.py --hostile 64 --rounds 1 --results /tmp/serving.json      # does it run?
 
-SIGTERM while callers keep it busy: every request that it had accepted must be answered, and it must end with status 0. SIGKILL: started
-again, it must come back ready and give the same answers. Hostile uploads (`hostile.py`): each must be told 4xx; the server must live on,
-answer honest pictures as before, and not grow. Last, schemathesis makes up requests from the OpenAPI page, fitting and not, and looks for
-answers that the page does not announce.
+SIGTERM while callers keep it busy: every request that it had accepted must be answered, and it must end with status 0. SIGKILL while they
+do: started again on the same port, it must come back ready and give the same answers. Hostile uploads (`hostile.py`): each must be told
+4xx; the server must live on, answer honest pictures as before, and not grow. Last, schemathesis makes up requests from the OpenAPI page,
+fitting and not, and looks for answers that the page does not announce.
 """
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -68,15 +70,20 @@ def sigterm(model: Path, pictures: list[bytes]) -> Counter[str]:
 
 
 def sigkill(model: Path, pictures: list[bytes]) -> tuple[float, int]:
-    """Kill it while busy, start it again: seconds to ready, and how many answers differ from before."""
+    """Kill it while it answers, start it again on its port: seconds to ready, and how many answers differ from before."""
 
     def ask(served: Served) -> list[dict]:
         return [httpx.post(f"{served.address}/predict", content=p, timeout=60, trust_env=False).json()["record"] for p in pictures]
 
     with serving(model) as served:
         before = ask(served)
-        served.process.kill()
-    with serving(model) as served:
+        with ThreadPoolExecutor(CALLERS) as callers:
+            for _ in range(CALLERS):
+                callers.submit(ask, served)  # nobody looks at what becomes of these
+            while not _metric(served, "foodextract_in_flight"):
+                pass
+            served.process.kill()
+    with serving(model, port=served.port) as served:
         return served.seconds_to_ready, sum(a != b for a, b in zip(before, ask(served), strict=True))
 
 
@@ -132,7 +139,7 @@ async def attack(served: Served, count: int, picture: bytes) -> Counter[tuple[st
 
 def contract(served: Served, examples: int) -> tuple[int, int]:
     """What schemathesis finds against the server's own description, and how many requests it made."""
-    before = _requests(served)
+    before = _metric(served, "foodextract_requests_total")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [Path(sys.executable).with_name("schemathesis"), "run", f"{served.address}/openapi.json", "--seed", "0"]
@@ -142,13 +149,13 @@ def contract(served: Served, examples: int) -> tuple[int, int]:
         findings = sum(int(suite.get(kind, 0)) for suite in suites for kind in ("failures", "errors"))
     if findings or told.returncode:
         print(told.stdout)
-    return max(findings, told.returncode), _requests(served) - before
+    return max(findings, told.returncode), _metric(served, "foodextract_requests_total") - before
 
 
-def _requests(served: Served) -> int:
-    """All that the server has counted."""
+def _metric(served: Served, name: str) -> int:
+    """The sum of a metric over its labels."""
     lines = httpx.get(f"{served.address}/metrics", timeout=60, trust_env=False).text.splitlines()
-    return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("foodextract_requests_total{")))
+    return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[ {{]", line)))
 
 
 def main(

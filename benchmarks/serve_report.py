@@ -103,7 +103,7 @@ def _start(of: Figures) -> str:
         [size, *(f"{of[size, metric].value:.{digits}f}" for metric, digits in (("seconds", 1), ("peak_memory_gib", 2)))] for size in sizes
     ]
     n = max(row.n for row in of.values())
-    return markdown_table([f"size (longest and most of {n} starts)", "start to ready, s", "memory after one answer, GiB"], lines)
+    return markdown_table([f"size (longest and most of {n} starts)", "start to ready, s", "most memory until one answer, GiB"], lines)
 
 
 def _with_interval(row: Row, digits: int) -> str:

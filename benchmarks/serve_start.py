@@ -22,7 +22,7 @@ from served import RESULTS, drawn_pictures, serving, write_part
 
 
 def measure(size: str, repeats: int, command: str) -> list[Row]:
-    """Seconds to ready (the longest of several), and memory when ready and after one answer."""
+    """Seconds to ready (the longest of several), and the most memory until one answer is given, loading included."""
     seconds, memory = [], []
     with tempfile.TemporaryDirectory() as folder:
         model, processor = build(size, models.TINY_TUNED)
@@ -34,7 +34,7 @@ def measure(size: str, repeats: int, command: str) -> list[Row]:
                 seconds.append(served.seconds_to_ready)
                 [picture] = drawn_pictures(1)
                 httpx.post(f"{served.address}/predict", content=picture, timeout=300, trust_env=False).raise_for_status()
-                memory.append(max(*served.memory, served.resident()))
+                memory.append(served.peak())
     row = partial(make_row, "serve_start", size, n=repeats, command=command)
     print(f"{size:6} ready after {max(seconds):.1f} s, peak {max(memory):.2f} GiB")
     return [row("seconds", max(seconds), unit="s"), row("peak_memory_gib", max(memory), unit="GiB")]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -41,6 +42,11 @@ class Served:
         """Resident memory now, in GiB."""
         return psutil.Process(self.process.pid).memory_info().rss / 2**30
 
+    def peak(self) -> float:
+        """The most that was ever resident, in GiB: loading and rounding the weights counts (Linux)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1]) / 2**20
+
     def watch(self) -> None:
         """Until the process ends."""
         while self.process.poll() is None:
@@ -52,9 +58,9 @@ class Served:
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[Served]:
+def serving(model: Path, *options: str, port: int | None = None) -> Iterator[Served]:
     """Start, wait until it is ready, and kill it at the end if nobody has stopped it. Raises RuntimeError with its last words."""
-    port = free_port()
+    port = port or free_port()
     with started([sys.executable, "-m", "foodextract", "serve", "--model", str(model), "--port", str(port), *options], port) as served:
         yield served
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from foodextract import scenes
-from foodextract.batching import FATAL_FAILURES, Batcher, FullError, Limits, ModelFailure, UnavailableError
+from foodextract.batching import FATAL_FAILURES, STUCK, Batcher, FullError, Limits, ModelFailure, UnavailableError
 from foodextract.extractor import PREPARED
 from foodextract.models import ModelError
 from foodextract.pictures import PictureError
@@ -208,7 +208,90 @@ def test_a_model_that_does_not_load_is_an_error_of_the_process():
     run(story())
 
 
-def test_a_failing_model_spoils_its_batch_only_until_it_fails_again_and_again():
+def test_a_queue_that_breaks_is_an_error_of_the_process():
+    class Forgetful(Stub):
+        def answer_read(self, pictures, wanted=None):
+            return []
+
+    async def story():
+        async with batching(Forgetful(), deadline=1.0) as batcher:
+            with pytest.raises(TimeoutError):
+                await ask(batcher, b"x")
+            assert isinstance(batcher.error, ValueError)
+            assert not batcher.healthy
+
+    run(story())
+
+
+def test_a_model_that_hangs_is_not_healthy():
+    class Hanging(Stub):
+        def answer_read(self, pictures, wanted=None):
+            self.go.wait(SECONDS)  # whether or not anybody waits
+            return super().answer_read(pictures)
+
+    async def story():
+        stub = Hanging()
+        async with batching(stub, deadline=0.1) as batcher:
+            stub.go.clear()
+            start = asyncio.get_running_loop().time()
+            with pytest.raises(TimeoutError):
+                await ask(batcher, b"x")
+            await until(lambda: not batcher.healthy)
+            assert asyncio.get_running_loop().time() - start > STUCK * 0.1
+            stub.go.set()
+            await until(lambda: batcher.healthy)
+
+    run(story())
+
+
+def test_nobody_is_let_in_to_wait_for_longer_than_the_deadline():
+    async def story():
+        stub = Stub()
+        async with batching(stub, deadline=10.0, batch=1) as batcher:
+            batcher._timed = lambda function, *given: (function(*given), 4.0)  # seconds, that a picture seems to take
+            assert await ask(batcher, b"first") == "first"
+            stub.go.clear()
+            waiting = [asyncio.create_task(ask(batcher, name)) for name in names(3)]
+            await until(lambda: batcher.guests == 3)
+            with pytest.raises(FullError) as full:
+                await ask(batcher, b"stale")
+            assert full.value.retry_after == 12
+            stub.go.set()
+            assert await asyncio.gather(*waiting) == [name.decode() for name in names(3)]
+            assert await ask(batcher, b"later") == "later"
+
+    run(story())
+
+
+def test_who_has_waited_already_waits_for_no_company():
+    async def story():
+        stub = Stub()
+        stub.go.clear()
+        async with batching(stub, batch=2, wait=SECONDS) as batcher:
+            both = [asyncio.create_task(ask(batcher, name)) for name in names(2)]
+            await until(stub.asked.is_set)
+            third = asyncio.create_task(ask(batcher, b"third"))
+            await until(lambda: batcher._ready.qsize() == 1)
+            batcher._ready._queue[0].ready -= SECONDS
+            stub.go.set()
+            await asyncio.gather(*both)
+            assert await third == "third"
+
+    run(story())
+
+
+def test_one_picture_that_breaks_the_model_spoils_no_other():
+    async def story():
+        async with batching(Stub(), batch=3, wait=SECONDS) as batcher:
+            results = await asyncio.gather(*(ask(batcher, name) for name in (b"1", b"broken", b"2")), return_exceptions=True)
+            assert results[::2] == ["1", "2"]
+            assert isinstance(results[1], ModelFailure)
+            assert batcher.healthy
+
+    run(story())
+
+
+def test_a_failing_model_is_asked_again_until_it_fails_again_and_again():
     async def story():
         async with batching(Stub(), batch=1) as batcher:
             for good in (b"1", b"2"):

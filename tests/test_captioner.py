@@ -67,6 +67,18 @@ def test_it_writes_numbers_and_answers_names(folder):
     assert [model.answer_read([one])[0] for one in read[:3]] == answers
 
 
+def test_a_number_is_that_of_the_config_whatever_the_classes_are_called(folder, tmp_path):
+    model = captioner.load(folder, "cpu")
+    captioner.save(model.model, model.processor, ["iced_tea", "iced tea", "beignets"], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"]["7"] = "grilled_salmon"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = captioner.load(tmp_path, "cpu")
+    titles = [answer[0].image_title for answer in again.answer_read([again.read(picture) for picture in pictures()])]
+    assert titles == ["iced tea", "iced tea", "iced tea", "grilled salmon"]  # said: 0, 1, iced tea, 7
+    assert [captioner.to_number(said, {2: "beignets", 7: "salmon"}) for said in ("2", "0", "beignet")] == [2, None, 2]
+
+
 def test_it_is_served_like_any_model(folder):
     with serving(lambda: captioner.load(folder, "cpu")) as client:
         until(lambda: not client.batcher.unavailable)
@@ -74,7 +86,7 @@ def test_it_is_served_like_any_model(folder):
         records = [client.post("/predict", content=file).json()["record"] for file in files[:3]]
         assert [record["image_title"] for record in records] == ["grilled salmon", "beignets", "iced tea"]
         assert not re.search(r"\d", json.dumps([record["food_items"] + record["drink_items"] for record in records]))
-        assert reason(client.post("/predict", content=files[3]), 500) == "model_failed"
+        assert reason(client.post("/predict", content=files[3]), 500) == "bad_answer"
         assert reason(client.post("/predict", content=b"no picture"), 415) == "not_a_picture"
 
 

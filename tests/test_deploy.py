@@ -1,6 +1,10 @@
-"""The manifests as a cluster would read them: against the Kubernetes schemas, a policy, and what the server does."""
+"""The manifests as a cluster would read them: against the Kubernetes schemas, a policy, and what the server does.
+
+Without kubectl the overlays are skipped, and say so; where REQUIRE_KUBECTL is set, as in the project's CI, they fail.
+"""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,13 +18,14 @@ import yaml
 
 from foodextract import models, scenes
 from foodextract.api import Settings, create_app
-from foodextract.batching import Limits
 from foodextract.schema import FoodRecord
+from foodextract.server import WRITING_SECONDS
 from test_server import encoded
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "gpu", "gke")
+DRAIN = Settings().upload.seconds + Settings().limits.deadline + WRITING_SECONDS  # until all that was accepted is answered, seconds
 VERSION = "1.33.0"
 CUSTOM = {"monitoring.coreos.com/v1", "monitoring.googleapis.com/v1", "keda.sh/v1alpha1"}  # their schemas are not Kubernetes' own
 
@@ -32,7 +37,7 @@ def documents(text):
 def rendered(overlay):
     """An overlay as `kubectl apply -k` would send it, by kind and name."""
     if not shutil.which("kubectl"):
-        pytest.skip("kubectl renders the overlays, and is not here")
+        (pytest.fail if os.environ.get("REQUIRE_KUBECTL") else pytest.skip)("kubectl renders the overlays, and is not here")
     shown = subprocess.run(["kubectl", "kustomize", str(KUBERNETES / "overlays" / overlay)], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     return {(one["kind"], one["metadata"]["name"]): one for one in documents(shown.stdout)}
@@ -99,7 +104,11 @@ def test_pods_keep_to_the_policy(overlay):
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
     assert next(mount for mount in container["volumeMounts"] if mount["mountPath"] == "/model")["readOnly"]
     seconds = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
-    assert pod["terminationGracePeriodSeconds"] > seconds + Limits().deadline
+    drain = int(container["command"][container["command"].index("--shutdown-timeout") + 1]) if overlay == "gpu" else DRAIN
+    assert pod["terminationGracePeriodSeconds"] > seconds + drain
+    [key] = [entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if entry["name"].endswith("_API_KEY")]
+    assert not key.get("optional")  # without a key nobody would be asked for one
+    assert container["image"].startswith(("registry.example.com/", "REGION-docker.pkg.dev/"))
     assert everything["Namespace", "foodextract"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     deny = everything["NetworkPolicy", "default-deny"]["spec"]
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
@@ -143,6 +152,8 @@ def test_what_points_at_the_pods_finds_them(overlay):
     assert everything["PodDisruptionBudget", "foodextract"]["spec"]["selector"]["matchLabels"].items() <= labels
     scaler = everything["ScaledObject" if overlay == "gpu" else "HorizontalPodAutoscaler", "foodextract"]
     assert scaler["spec"]["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "foodextract"}
+    least = scaler["spec"]["minReplicaCount" if overlay == "gpu" else "minReplicas"]
+    assert least > everything["PodDisruptionBudget", "foodextract"]["spec"]["maxUnavailable"]
     monitor = everything["PodMonitoring" if overlay == "gke" else "ServiceMonitor", "foodextract"]
     watched = labels if overlay == "gke" else service["metadata"]["labels"].items()
     assert monitor["spec"]["selector"]["matchLabels"].items() <= watched
@@ -151,6 +162,16 @@ def test_what_points_at_the_pods_finds_them(overlay):
     claims = [volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume]
     assert all(("PersistentVolumeClaim", name) in everything for name in claims)
     assert {one["metadata"].get("namespace", "foodextract") for one in everything.values()} == {"foodextract"}
+
+
+def test_the_runbook_pushes_what_is_deployed_and_makes_the_key_before():
+    runbook = (DEPLOY / "README.md").read_text()
+    for overlay in ("cpu", "gpu"):
+        [image] = yaml.safe_load((KUBERNETES / "overlays" / overlay / "kustomization.yaml").read_text())["images"]
+        assert f"docker push {image['newName']}:{image['newTag']}\n" in runbook
+    steps = re.findall("base/namespace.yaml|create secret|kubectl apply -k|kubectl kustomize", runbook)
+    assert steps[:3] == ["base/namespace.yaml", "create secret", "kubectl apply -k"]
+    assert steps[3:] == ["base/namespace.yaml", "create secret", "kubectl kustomize"]
 
 
 def test_probes_ask_what_the_server_answers():
@@ -227,6 +248,9 @@ def test_the_image_s_own_steps_give_a_server_that_answers(tmp_path):
             picture = encoded(scenes.draw_scene(7, "test", 0).image)
             answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=picture, timeout=60, trust_env=False)
             assert FoodRecord.model_validate(answer.json()["record"])
+            check = json.loads(re.search(r"^HEALTHCHECK .*\\\n +CMD (.*)$", (DEPLOY / "Dockerfile").read_text(), re.M)[1])
+            proxied = environment | {"http_proxy": "http://127.0.0.1:9"}  # where nobody answers
+            assert subprocess.run([app / "bin" / "python", "-c", check[2].replace("8000", port)], env=proxied).returncode == 0
         finally:
             served.terminate()
             served.stderr.read()
@@ -248,5 +272,6 @@ def test_compose_gives_each_service_what_its_manifest_does():
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert int(service["stop_grace_period"].removesuffix("s")) > DRAIN
         assert all(volume.endswith(":ro") for volume in service["volumes"])
     assert float(services["foodextract"]["environment"]["OMP_NUM_THREADS"]) == services["foodextract"]["cpus"]

@@ -15,7 +15,7 @@ import blip
 import captioning
 import gemma
 import recipes
-from foodextract import adapters, evaluation, models, training
+from foodextract import adapters, captioner, evaluation, models, training
 from foodextract.collate import IGNORED, Collator, audit
 from foodextract.dataset import as_conversations
 from foodextract.extractor import Extractor
@@ -373,3 +373,5 @@ def test_notebooks_run_from_top_to_bottom(name, changes, more, tmp_path, monkeyp
     assert {row.benchmark for row in rows} == {name}
     assert {"loss_first", "loss_last", "seconds"} <= {row.metric for row in rows}
     assert "base" in {row.subject for row in rows}
+    if name == "blip_partial":
+        assert len(captioner.load(tmp_path / name / "model", "cpu").records) == 10

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -141,15 +143,16 @@ def test_the_schema_allows_the_canonical_text_and_no_other_spacing():
 def endpoint(monkeypatch):
     """A stub that keeps what it is asked, and answers with `RECORD`, or as told in `reply`."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    asked, reply = [], {"status": 200, "text": RECORD.to_json()}
+    asked, reply = [], {"statuses": [], "text": RECORD.to_json(), "seconds": 0}  # statuses of the next answers, before 200
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply["text"]}}
             body = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}).encode()
-            self.send_response(reply["status"])
-            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body))}.items():
+            time.sleep(reply["seconds"])
+            self.send_response(reply["statuses"].pop(0) if reply["statuses"] else 200)
+            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), "Retry-After-Ms": "1"}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
@@ -164,15 +167,34 @@ def endpoint(monkeypatch):
     stub.server_close()
 
 
+def run_client(address, *pictures, timeout=60.0):
+    with pytest.raises(client["typer"].Exit) as ended:
+        client["main"](list(pictures), address, "foodextract", timeout)
+    return ended.value.exit_code
+
+
+@pytest.mark.parametrize(("statuses", "ended"), [([429, 500], 0), ([429] * 3, 1), ([500] * 3, 1)])
+def test_the_client_asks_a_busy_or_broken_server_twice_more(endpoint, picture, capsys, statuses, ended):
+    address, asked, reply = endpoint
+    reply["statuses"] = statuses.copy()
+    assert run_client(address, picture) == ended
+    assert len(asked) == 3
+    told = capsys.readouterr()
+    assert told.out == ("" if ended else RECORD.to_json() + "\n")
+    assert f"{picture}: Error code: {statuses[-1]}" in told.err or not ended
+
+
+def test_the_client_does_not_wait_for_ever(endpoint, picture, capsys):
+    address, _, reply = endpoint
+    reply["seconds"] = 1
+    assert run_client(address, picture, timeout=0.1) == 1
+    assert "timed out" in capsys.readouterr().err
+
+
 def test_the_client_asks_as_the_openai_api_wants_it(endpoint, picture, capsys):
     address, asked, reply = endpoint
 
-    def ask(*pictures):
-        with pytest.raises(client["typer"].Exit) as ended:
-            client["main"](list(pictures), address, "foodextract")
-        return ended.value.exit_code
-
-    assert ask(picture) == 0
+    assert run_client(address, picture) == 0
     assert capsys.readouterr().out == RECORD.to_json() + "\n"
     [(path, body)] = asked
     assert path == "/v1/chat/completions"
@@ -185,7 +207,7 @@ def test_the_client_asks_as_the_openai_api_wants_it(endpoint, picture, capsys):
     url = body["messages"][1]["content"][0]["image_url"]["url"]
     assert base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))[:2] == b"\xff\xd8"
     reply["text"] = "no JSON"
-    assert ask(picture, picture.with_name("nowhere.png")) == 1
+    assert run_client(address, picture, picture.with_name("nowhere.png")) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert "not JSON" in told.err
@@ -216,8 +238,55 @@ def titled(conversations):
     return [RECORD.to_json()] * len(conversations)
 
 
-def lost(conversations):
-    raise ConnectionError
+def test_an_engine_that_fails_on_one_picture_answers_the_others(many, tmp_path):
+    [row] = label_many["shards"](many, tmp_path, 9)
+    pictures = []
+
+    def fragile(conversations):
+        pictures.append(len(conversations))
+        if len(pictures) in (1, 4):  # on all together, then on the third alone
+            raise RuntimeError("no memory")
+        return titled(conversations)
+
+    assert label_many["answer_shard"](row, many, tmp_path, fragile) == {"shard": 0, "answered": 7, "failed": 2}
+    assert pictures == [8] + [1] * 8
+    errors = {line["file"]: line["error"] for line in answered(tmp_path) if "error" in line}
+    assert set(errors) == {row["files"][2], "b/5.png"}
+    assert errors[row["files"][2]] == "the engine failed: no memory"
+
+
+def test_an_engine_that_is_gone_ends_the_job_and_finishes_no_shard(many, tmp_path):
+    def gone(conversations):
+        raise ConnectionError("engine is dead")
+
+    [row] = label_many["shards"](many, tmp_path, 9)
+    with pytest.raises(ConnectionError):
+        label_many["answer_shard"](row, many, tmp_path, gone)
+    assert answered(tmp_path) == []
+
+
+def test_the_job_gives_its_workers_whole_paths_and_adds_up(many, tmp_path, monkeypatch):
+    elsewhere, given = tmp_path / "worker", []
+    elsewhere.mkdir()
+
+    class Rows(list):
+        def map(self, worker, fn_constructor_args, **options):
+            given.append(options)
+            monkeypatch.chdir(elsewhere)  # as a worker has a folder of its own
+            one = worker(*fn_constructor_args)
+            return Rows(one(row) for row in self)
+
+        def iter_rows(self):
+            return iter(self)
+
+    data = SimpleNamespace(from_items=lambda rows, override_num_blocks: Rows(rows))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=data))
+    monkeypatch.chdir(tmp_path)
+    done = label_many["label"](Path("pictures"), Path("answers"), lambda: titled, 2, 3, 0.5)
+    assert done == {"answered": 8, "failed": 1}
+    assert given == [{"concurrency": 3, "num_gpus": 0.5}]
+    assert len(answered(tmp_path / "answers")) == 9
+    assert label_many["label"](many, tmp_path / "answers", lambda: titled, 2, 3, 0.5) == {"answered": 0, "failed": 0}
 
 
 def test_every_picture_gets_one_line_however_often_it_is_interrupted(many, tmp_path):

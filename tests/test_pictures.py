@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -37,6 +39,35 @@ def test_odd_pictures_become_rgb(name):
 
 def test_16_bits_are_scaled_and_not_clipped():
     assert open_picture(ODD_BUT_FINE["16 bits"]).getpixel((0, 0)) == (156, 156, 156)  # 40000 / 257
+
+
+def test_every_16_bit_value_is_rounded():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for whole in (values, values.astype(np.int32)):
+        assert np.array_equal(np.asarray(open_picture(Image.fromarray(whole)))[..., 0], np.round(values / 257))
+
+
+def test_floats_are_scaled_by_the_largest_and_what_is_below_0_is_black():
+    values = np.array([[-3, 0, 100, 200]], np.float32)
+    assert np.asarray(open_picture(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 128, 255]
+
+
+LIMITED = """
+import resource, sys
+from foodextract.pictures import open_picture
+data = sys.stdin.buffer.read()
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 14 * 4000**2,) * 2)
+print(open_picture(data).mode)
+"""
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F", "RGBA", "P", "RGB"])
+def test_to_open_a_picture_takes_no_more_than_14_bytes_a_pixel(mode):
+    options = {"transparency": 0} if mode == "P" else {"compression": "tiff_deflate"} if mode == "F" else {}
+    data = encoded(Image.new(mode, (4000, 4000)), "TIFF" if mode == "F" else "PNG", **options)
+    ended = subprocess.run([sys.executable, "-c", LIMITED], input=data, capture_output=True)
+    assert ended.stdout == b"RGB\n", ended.stderr.decode()
 
 
 def test_transparency_is_laid_on_white():

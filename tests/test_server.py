@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -136,6 +135,9 @@ def test_health_readiness_and_metrics(real, pictures):
     for phase in ("upload", "prepare", "queue", "model", "total"):
         assert sample(real, "foodextract_phase_seconds_count", phase=phase) > 0
     assert sample(real, "foodextract_batch_size_count") > 0
+    requests = sample(real, "foodextract_phase_seconds_count", phase="total")
+    assert real.get("/health").status_code == 200
+    assert sample(real, "foodextract_phase_seconds_count", phase="total") == requests  # a probe is none
 
 
 def test_the_examples_of_the_documentation_are_answers(real):
@@ -206,7 +208,6 @@ def test_a_body_without_end_is_413_while_it_streams():
         ({}, "no_picture"),
         ({"files": {"picture": b"x"}}, "no_picture"),
         ({"data": {"image": "x"}, "files": {"other": b"x"}}, "no_picture"),
-        ({"files": [("image", b"x"), ("image", b"y")]}, "bad_form"),
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, "bad_form"),
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=y"}}, "bad_form"),
         ({"content": b"--y\r\n\xff\xfe: \r\n\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=y"}}, "bad_form"),
@@ -214,6 +215,16 @@ def test_a_body_without_end_is_413_while_it_streams():
 )
 def test_a_request_without_one_picture_is_400(real, request_, why):
     assert reason(real.post("/predict", **request_), 400) == why
+
+
+def test_more_pictures_than_would_ever_fit_are_413():
+    with stub_serving(limits=Limits(places=2)) as (client, stub):
+        response = client.post("/predict/batch", files=[("images", b"x")] * 3)
+        assert reason(response, 413) == "too_many_pictures"
+        assert "2 pictures" in response.json()["message"]
+        assert reason(client.post("/predict", files=[("image", b"x")] * 2), 413) == "too_many_pictures"
+        assert stub.read_so_far == []
+        assert len(client.post("/predict/batch", files=[("images", b"x")] * 2).json()["results"]) == 2
 
 
 def test_a_slow_upload_is_408_and_gives_its_place_back():
@@ -257,6 +268,8 @@ def test_pages_of_listed_origins_may_ask_and_no_others():
         for origin, allowed in (("https://food.example", "https://food.example"), ("https://evil.example", None)):
             asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
             assert client.options("/predict", headers=asked).headers.get("access-control-allow-origin") == allowed
+        shown = client.get("/ready", headers={"Origin": "https://food.example"}).headers["access-control-expose-headers"]
+        assert {"Retry-After", "X-Request-Id"} <= set(shown.split(", "))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- overload, end
@@ -288,6 +301,7 @@ def test_at_the_deadline_it_is_504():
     with stub_serving(limits=Limits(deadline=1.0)) as (client, stub):
         stub.go.clear()
         assert reason(client.post("/predict", content=b"late"), 504) == "deadline"
+        assert [sample(client, "foodextract_phase_seconds_sum", phase=phase) > 0.5 for phase in ("model", "total")] == [True, True]
         until(lambda: stub.unwanted == [b"late"])
         assert client.batcher.guests == 0
 
@@ -332,26 +346,43 @@ def test_logs_and_metrics_keep_contents_names_and_keys_to_themselves(caplog, pic
         client.get("/secret/path")
         told = client.get("/metrics").text + "".join(map(JsonLines().format, caplog.records))
     assert '"path": "/predict", "status": 422' in told
+    assert '"reason": "bad_picture"' in told
+    assert '"reason": "model_failed"' in told
     assert "secret" not in told
     assert KEY not in told
     for record in caplog.records:
         assert json.loads(JsonLines().format(record))["event"]
 
 
-def start(*options, **environment):
+def test_a_batch_whose_upload_has_begun_is_answered_whatever_comes():
+    form = (
+        b"".join(b'--y\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n%d\r\n' % n for n in range(3)) + b"--y--\r\n"
+    )
+    head = b"POST /predict/batch HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=y\r\nContent-Length: %d\r\n\r\n"
+    with stub_serving() as (client, _), connected(client) as connection:
+        connection.sendall(head % len(form) + form[:50])
+        until(lambda: client.batcher.guests == 1)
+        client.batcher.draining = True
+        connection.sendall(form[50:])
+        assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+def start(*options, until="ready"):
+    """A server as the command starts it, once it has said `until`; and the address that it has named."""
     command = [sys.executable, "-m", "foodextract", "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         event = json.loads(line)["event"]
         if "running on" in event:
-            port = int(event.split(":")[2].split()[0])
-        if event == "ready":
-            return process, f"http://127.0.0.1:{port}"
+            address = event.split()[3]
+        if until in event:
+            return process, address
     pytest.fail(f"did not start: {process.wait()}")
 
 
 def test_sigterm_answers_what_was_accepted_and_ends_well(pictures):
     process, address = start("--model", str(TINY_TUNED), "--batch-size", "1")
+    assert address.startswith("http://127.0.0.1:")  # unless told otherwise
 
     async def story():
         async with httpx.AsyncClient(base_url=address, timeout=SECONDS, trust_env=False) as client:
@@ -362,6 +393,13 @@ def test_sigterm_answers_what_was_accepted_and_ends_well(pictures):
             return await asyncio.gather(*asked)
 
     assert [response.status_code for response in asyncio.run(story())] == [200] * 16
+    assert process.wait(SECONDS) == 0
+
+
+def test_sigterm_while_the_model_loads_ends_well_too():
+    process, _ = start("--model", str(TINY_TUNED), until="running on")
+    process.send_signal(signal.SIGTERM)
+    process.stderr.read()
     assert process.wait(SECONDS) == 0
 
 

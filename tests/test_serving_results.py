@@ -1,14 +1,17 @@
 """What is claimed about the server and the Space: the page shows what was measured, and what was measured meets the targets."""
 
+import os
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import serve_report
 from foodextract.results import read_results
 from hostile import hostile
-from served import growth
+from served import Served, growth
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +74,12 @@ def test_the_page_of_the_space_is_soon_there():
 def test_ten_people_at_once_are_answered():
     rows = {row.subject: row for row in rows_of("space.json")}
     assert rows["ten at once"].value == rows["ten at once"].n == 10
+
+
+def test_peak_memory_is_the_most_that_ever_was():
+    held = Served(SimpleNamespace(pid=os.getpid()), "", 0.0)
+    np.ones(2**26)  # half a GiB, given back at once
+    assert held.peak() > held.resident() + 0.2
 
 
 def test_growth_is_between_the_second_tenth_and_the_last():

@@ -30,9 +30,10 @@ def main(
     pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
     endpoint: Annotated[str, typer.Option(help="Up to and including /v1; OPENAI_API_KEY holds its key.")] = "http://localhost:8000/v1",
     model: Annotated[str, typer.Option(help="Its name at that endpoint.")] = "foodextract",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to an answer. A busy or broken server is asked twice more.")] = 60.0,
 ) -> None:
     """Exit status: 0 when every picture was answered, else 1."""
-    client = openai.OpenAI(base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none")
+    client = openai.OpenAI(base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout)
     failed = False
     for path in pictures:
         try:

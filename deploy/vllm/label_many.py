@@ -6,6 +6,9 @@ The sorted list of files, written down once in ANSWERS/files.txt, is cut into sh
 shard, and gives each answer file its name only when it is whole: ANSWERS/00000017.jsonl is finished, or is not there. Started again, the
 same command does the shards that are missing. Every picture gets one line, {"file", …} with its record or its error.
 
+Where the engine fails on a shard, its pictures are asked about one by one; where it fails on every one of them, it is to blame, and the job
+ends.
+
 Needs an environment of its own (requirements.txt beside this file), with this package installed by `pip install --no-deps`.
 """
 
@@ -48,16 +51,32 @@ def answer_shard(row: dict[str, Any], pictures: Path, answers: Path, answer: Ans
             conversations[line["file"]] = question(Teacher("", ""), url)["messages"]
         except (PictureError, OSError) as error:
             line["error"] = str(error)
-    texts = dict(zip(conversations, answer(list(conversations.values())), strict=True)) if conversations else {}
+    texts = dict(zip(conversations, _texts(list(conversations.values()), answer), strict=True)) if conversations else {}
     for line in lines:
-        if line["file"] in texts:
-            try:
-                line |= FoodRecord.from_json(texts[line["file"]]).model_dump()
-            except AnswerError as error:
-                line["error"] = str(error)
+        match texts.get(line["file"]):
+            case str(text):
+                try:
+                    line |= FoodRecord.from_json(text).model_dump()
+                except AnswerError as error:
+                    line["error"] = str(error)
+            case Exception() as error:
+                line["error"] = f"the engine failed: {error}"
     _write_whole(_answer_file(answers, row["shard"]), "".join(json.dumps(line) + "\n" for line in lines))
     failed = sum("error" in line for line in lines)
     return {"shard": row["shard"], "answered": len(lines) - failed, "failed": failed}
+
+
+def _texts(conversations: list[list[dict]], answer: Answer) -> list[str | Exception]:
+    """The text for each conversation, or what the engine raises when it is asked about that one alone."""
+    try:
+        return answer(conversations)
+    except Exception as error:
+        if len(conversations) == 1:
+            return [error]
+        told = [text for conversation in conversations for text in _texts([conversation], answer)]
+        if all(isinstance(text, Exception) for text in told):
+            raise
+        return told
 
 
 def vllm_answers(model: Path) -> Answer:
@@ -97,7 +116,7 @@ def label(pictures: Path, answers: Path, load: Callable[[], Answer], size: int, 
 
     total = {"answered": 0, "failed": 0}
     if todo := shards(pictures, answers, size):
-        options = {"fn_constructor_args": (pictures, answers, load), "concurrency": workers, "num_gpus": gpus_each}
+        options = {"fn_constructor_args": (pictures.resolve(), answers.resolve(), load), "concurrency": workers, "num_gpus": gpus_each}
         for row in ray.data.from_items(todo, override_num_blocks=len(todo)).map(Worker, **options).iter_rows():
             total = {name: count + int(row[name]) for name, count in total.items()}
     return total
@@ -121,6 +140,7 @@ def main(
     shard: Annotated[int, typer.Option(min=1, help="Pictures a shard: what an interruption costs at most, for each worker.")] = 2000,
 ) -> None:
     """Label PICTURES, or what is left of them."""
+    model = model.resolve()  # a worker has a folder of its own
     print(json.dumps(label(pictures, answers, lambda: vllm_answers(model), shard, gpus, 1)))
 
 

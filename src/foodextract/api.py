@@ -2,9 +2,8 @@
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +25,7 @@ from foodextract.schema import AnswerError, FoodRecord
 from foodextract.telemetry import Journal, Meters
 
 CLIENT_GONE = 499  # in logs and metrics only
+SHOWN = ("Retry-After", "X-Request-Id")  # headers that a page may read, too
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ _REFUSALS = {
     400: "No picture, or a form that cannot be read.",
     401: "The API key is missing or wrong.",
     408: "The body came too slowly.",
-    413: "The body is too large; told while it streams in.",
+    413: "The body is too large, or has too many pictures; told while it streams in.",
     415: "Not a picture, by its bytes; names and declared types do not count.",
     422: "Too many pixels (told before decoding), truncated or damaged.",
-    429: "All places are taken; Retry-After says for how long.",
+    429: "All places are taken, or the wait would be longer than the deadline; Retry-After says when to come back.",
     431: "The head of the request is too large.",
-    500: "The model failed.",
+    500: "The model failed, or answered what is no record.",
     503: "Not ready yet, or about to stop.",
     504: "No answer before the deadline.",
 }
@@ -115,6 +115,7 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
     """The application; `load` is called in the model thread once it starts. Its queue is `app.state.batcher`."""
     meters = Meters()
     batcher = Batcher(load, settings.limits, meters)
+    several = replace(settings.upload, max_pictures=min(settings.upload.max_pictures, settings.limits.places))  # more would never fit
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -123,11 +124,14 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
 
     app = FastAPI(title="FoodExtract Vision", version=__version__, summary="Pictures in, strict JSON out.", lifespan=lifespan)
     app.state.batcher = batcher
-    app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    app.add_middleware(
+        CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=SHOWN
+    )
     app.add_middleware(Journal, meters=meters)
 
     @app.exception_handler(Refusal)
-    async def refuse(_: Request, refusal: Refusal) -> JSONResponse:
+    async def refuse(request: Request, refusal: Refusal) -> JSONResponse:
+        request.scope["reason"] = refusal.reason  # for the log
         meters.rejects.labels(refusal.reason).inc()
         return JSONResponse(_problem(refusal).model_dump(), refusal.status, refusal.headers)
 
@@ -147,15 +151,12 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
 
     async def predict_all(request: Request, name: str, upload: Upload) -> list[Prediction | Refusal]:
         try:
-            with ExitStack() as places:
-                places.enter_context(batcher.place())
-                started = time.perf_counter()
-                pictures = await read_pictures(request, name, upload)
-                meters.phases.labels("upload").observe(time.perf_counter() - started)
-                for _ in pictures[1:]:
-                    places.enter_context(batcher.place())
-                work = asyncio.gather(*map(predict_one, pictures), return_exceptions=True)
-                return await _while_connected(request, work)
+            with meters.phases.labels("total").time(), batcher.place():
+                with meters.phases.labels("upload").time():
+                    pictures = await read_pictures(request, name, upload)
+                with batcher.further(len(pictures) - 1):
+                    work = asyncio.gather(*map(predict_one, pictures), return_exceptions=True)
+                    return await _while_connected(request, work)
         except (FullError, UnavailableError, ClientDisconnect) as error:
             raise _refusal(error, settings.limits.deadline) from error
 
@@ -177,7 +178,7 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
 
         `curl -F images=@a.jpg -F images=@b.jpg http://localhost:8000/predict/batch`
         """
-        results = await predict_all(request, "images", settings.upload)
+        results = await predict_all(request, "images", several)
         for result in results:
             if isinstance(result, Refusal):
                 meters.rejects.labels(result.reason).inc()
@@ -188,7 +189,7 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
     @app.get("/health", tags=["operation"], response_class=PlainTextResponse, responses={200: _PLAIN, 503: _PLAIN})
     async def health() -> PlainTextResponse:
         """Is the process alive? 503 when only a new one can help."""
-        return PlainTextResponse("ok") if batcher.healthy else PlainTextResponse("the model keeps failing", 503)
+        return PlainTextResponse("ok") if batcher.healthy else PlainTextResponse("the model fails, or hangs", 503)
 
     @app.get("/ready", tags=["operation"], response_class=PlainTextResponse, responses={200: _PLAIN, 503: _PLAIN})
     async def ready() -> PlainTextResponse:
@@ -222,8 +223,10 @@ def _refusal(error: Exception, deadline: float) -> Refusal:
             return Refusal(504, "deadline", f"no answer within {deadline:g} s")
         case ClientDisconnect():
             return Refusal(CLIENT_GONE, "client_gone", "the client hung up")
-        case ModelFailure() | AnswerError():
+        case ModelFailure():
             return Refusal(500, "model_failed", "the model could not answer")
+        case AnswerError():  # its text is not told: it quotes what the model made of the picture
+            return Refusal(500, "bad_answer", "what the model answered is no record")
         case _:
             raise error
 

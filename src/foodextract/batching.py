@@ -23,7 +23,8 @@ from foodextract.extractor import PREPARED, Confidence
 from foodextract.schema import FoodRecord
 from foodextract.telemetry import LOG, Meters
 
-FATAL_FAILURES = 3  # batches in a row that the model could not answer: a broken GPU, say, which only a new process can mend
+FATAL_FAILURES = 3  # pictures in a row that the model could not answer alone: a broken GPU, say, which only a new process can mend
+STUCK = 4  # deadlines before the model: it ends where nobody waits any more, so it hangs
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Limits:
     batch: int = 8  # pictures the model sees at once
     wait: float = 0.01  # seconds that the first picture of a batch waits for others
     deadline: float = 30.0  # seconds from the whole upload to the answer
-    preparers: int = 2  # threads; each holds one decoded picture, of up to `pictures.MAX_PIXELS`
+    preparers: int = 2  # threads; each holds one picture of up to `pictures.MAX_PIXELS`, which takes 0.9 GB until it is resized
 
 
 class FullError(Exception):
-    """Every place is taken; `retry_after` is when one should be free, in whole seconds."""
+    """There is no place, or the wait for an answer is longer than the deadline; in `retry_after` whole seconds it should be better."""
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__(f"all places are taken: try again in {retry_after} s")
+        super().__init__(f"more is asked than can be answered: try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -50,7 +51,7 @@ class UnavailableError(Exception):
 
 
 class ModelFailure(RuntimeError):
-    """The model could not answer a batch; its log line says why."""
+    """The model could not answer a picture, even alone; its log line says why."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Answered:
 @dataclass
 class _Job:
     inputs: BatchFeature
+    ready: float  # when it was prepared, by the loop's clock
+    begun: float | None = None  # when the model was last asked
     result: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    seconds: float = 0.0  # before the model
 
 
 class Batcher:
@@ -77,7 +79,7 @@ class Batcher:
         self.draining = False  # set it, and nothing more is accepted
         self.guests = 0  # places taken
         self.failures = 0  # of the model, since its last answer
-        self.error: Exception | None = None  # why the model did not load
+        self.error: Exception | None = None  # why there is no model, or no queue any more
         self._load = load
         self._extractor: Answerer | None = None
         self._pace = 0.0  # seconds a picture, lately
@@ -86,6 +88,7 @@ class Batcher:
         self._preparers = ThreadPoolExecutor(limits.preparers, "prepare")
         self._model = ThreadPoolExecutor(1, "model")
         self._answering = 0  # pictures before the model
+        self._asked = 0.0  # when the model was last asked, by the loop's clock
         meters.in_flight.set_function(lambda: self._answering)
         meters.queue_depth.set_function(lambda: max(0, self.guests - self._answering))
 
@@ -97,7 +100,8 @@ class Batcher:
     @property
     def healthy(self) -> bool:
         """Is there hope without a new process?"""
-        return self.error is None and self.failures < FATAL_FAILURES
+        stuck = self._answering and asyncio.get_running_loop().time() - self._asked > STUCK * self.limits.deadline
+        return self.error is None and self.failures < FATAL_FAILURES and not stuck
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -117,13 +121,24 @@ class Batcher:
         """Hold a place for one picture. Take it before its bytes come in, and memory is bounded. Raises UnavailableError or FullError."""
         if reason := self.unavailable:
             raise UnavailableError(reason)
-        if self.guests >= self.limits.places:
-            raise FullError(max(1, ceil(self._pace * self.guests)))
-        self.guests += 1
+        if self._pace * self.guests > self.limits.deadline:
+            raise self._full()
+        with self.further(1):
+            yield
+
+    @contextmanager
+    def further(self, count: int) -> Iterator[None]:
+        """Hold places for more pictures of somebody who has one, and so is let in even if the server is about to stop. Raises FullError."""
+        if self.guests + count > self.limits.places:
+            raise self._full()
+        self.guests += count
         try:
             yield
         finally:
-            self.guests -= 1
+            self.guests -= count
+
+    def _full(self) -> FullError:
+        return FullError(max(1, ceil(self._pace * self.guests)))
 
     async def answer(self, picture: bytes) -> Answered:
         """The record of one picture that has a place. Cancel it when nobody waits any more.
@@ -131,29 +146,37 @@ class Batcher:
         Raises PictureError, AnswerError, ModelFailure, or TimeoutError at the deadline.
         """
         loop = asyncio.get_running_loop()
-        start = loop.time()
-        async with asyncio.timeout(self.limits.deadline), self._shelf:
-            inputs, preparing = await loop.run_in_executor(self._preparers, self._timed, self._extractor.read, picture)
-            job = _Job(inputs)
-            self._ready.put_nowait(job)
-            record, confidence = await job.result  # cancelled with us
-        seconds = {"prepare": preparing, "queue": loop.time() - start - preparing - job.seconds, "model": job.seconds}
-        for phase, spent in seconds.items():
-            self.meters.phases.labels(phase).observe(spent)
-        return Answered(record, confidence, seconds)
+        start, preparing, job = loop.time(), 0.0, None
+
+        def spent() -> dict[str, float]:
+            begun = job.begun if job and job.begun else loop.time()
+            seconds = {"prepare": preparing, "queue": begun - start - preparing, "model": loop.time() - begun}
+            for phase, value in seconds.items():
+                self.meters.phases.labels(phase).observe(value)
+            return seconds
+
+        try:
+            async with asyncio.timeout(self.limits.deadline), self._shelf:
+                inputs, preparing = await loop.run_in_executor(self._preparers, self._timed, self._extractor.read, picture)
+                job = _Job(inputs, loop.time())
+                self._ready.put_nowait(job)
+                record, confidence = await job.result  # cancelled with us
+        except TimeoutError:  # the longest waits are to be seen, too
+            spent()
+            raise
+        return Answered(record, confidence, spent())
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             self._extractor, seconds = await loop.run_in_executor(self._model, self._timed, self._load_and_warm_up)
-        except Exception as error:  # a missing folder, no memory, a driver: the owner of the process decides
-            LOG.exception("model not loaded")
+            LOG.info("ready", extra={"facts": {"seconds": round(seconds, 3)}})
+            while True:
+                if batch := await self._next_batch():
+                    await self._answer(batch)
+        except Exception as error:  # a missing folder, no memory, a driver, a bug: the owner of the process decides
+            LOG.exception("the queue has ended" if self._extractor else "model not loaded")
             self.error = error
-            return
-        LOG.info("ready", extra={"facts": {"seconds": round(seconds, 3)}})
-        while True:
-            if batch := await self._next_batch():
-                await self._answer(batch)
 
     def _load_and_warm_up(self) -> Answerer:
         extractor = self._load()
@@ -164,28 +187,37 @@ class Batcher:
     async def _next_batch(self) -> list[_Job]:
         batch = [await self._ready.get()]
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.limits.wait):
+            async with asyncio.timeout_at(batch[0].ready + self.limits.wait):
                 while len(batch) < self.limits.batch:
                     batch.append(await self._ready.get())
         return [job for job in batch if not job.result.done()]
 
     async def _answer(self, batch: list[_Job]) -> None:
+        loop = asyncio.get_running_loop()
         pictures = [job.inputs for job in batch]
         ask = (self._extractor.answer_read, pictures, lambda number: not batch[number].result.done())
         self.meters.batch_size.observe(len(batch))
-        self._answering = len(batch)
+        self._answering, self._asked = len(batch), loop.time()
+        for job in batch:
+            job.begun = self._asked
         try:
-            results, seconds = await asyncio.get_running_loop().run_in_executor(self._model, self._timed, *ask)
+            results, seconds = await loop.run_in_executor(self._model, self._timed, *ask)
         except Exception:  # a driver's, say; the queue goes on
             LOG.exception("the model failed", extra={"facts": {"batch": len(batch)}})
+            if len(batch) > 1:  # one of them may be to blame: the others are answered all the same
+                for job in batch:
+                    if not job.result.done():
+                        await self._answer([job])
+                return
             self.failures += 1
-            results, seconds = [ModelFailure("the model failed on this batch")] * len(batch), 0.0
+            results = [ModelFailure("the model failed on this picture")]
         else:
             self.failures = 0
-            self._pace = 0.8 * self._pace + 0.2 * seconds / len(batch)
-        self._answering = 0
+            pace = seconds / len(batch)
+            self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
+        finally:
+            self._answering = 0
         for job, result in zip(batch, results, strict=True):
-            job.seconds = seconds
             if not job.result.done():
                 job.result.set_exception(result) if isinstance(result, Exception) else job.result.set_result(result)
 

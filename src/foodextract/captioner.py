@@ -6,7 +6,7 @@ names one thing at most.
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -38,11 +38,11 @@ def load(model_id: str | os.PathLike, device: str | None = None, precision: str 
 
 @dataclass(frozen=True)
 class Captioner:
-    """A model, its processor, and the record of each class in the order of their numbers."""
+    """A model, its processor, and the record of each class by its number."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
-    records: dict[str, FoodRecord]
+    records: dict[int, FoodRecord]
 
     @classmethod
     def from_pretrained(cls, model_id: str | os.PathLike, device: str | None = None, precision: str | None = None) -> Self:
@@ -54,13 +54,12 @@ class Captioner:
         try:
             model = BlipForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
             processor = BlipProcessor.from_pretrained(model_id)
-            labels = sorted(model.config.id2label.items())
-            records = {name: _record(name) for name in (label.replace("_", " ") for _, label in labels)}
+            records = {number: _record(label.replace("_", " ")) for number, label in sorted(model.config.id2label.items())}
         except ValidationError as error:
             raise ModelError(f"{model_id} has a class name that no record can hold ({error.errors()[0]['msg']}): shorten it") from error
         except Exception as error:  # transformers and safetensors raise some twenty types here
             raise ModelError(f"{model_id} cannot be loaded as a BLIP ({error}): save or download it again") from error
-        if all(re.fullmatch(r"LABEL \d+", name) for name in records):  # what a config says that was told no names
+        if all(re.fullmatch(r"LABEL \d+", record.image_title) for record in records.values()):  # what a config says that was told no names
             raise ModelError(f"{model_id} does not name its classes: put them into its config.json, as id2label")
         return cls(model.to(where).eval(), processor, records)
 
@@ -78,8 +77,10 @@ class Captioner:
         return [self._read(text) for text in self.processor.batch_decode(written, skip_special_tokens=True)]
 
     def _read(self, caption: str) -> tuple[FoodRecord, None] | AnswerError:
-        name = to_class(caption, list(self.records))
-        return (self.records[name], None) if name else AnswerError(f"the caption {caption!r} names none of {len(self.records)} classes")
+        number = to_number(caption, {number: record.image_title for number, record in self.records.items()})
+        if number is None:
+            return AnswerError(f"the caption {caption!r} names none of {len(self.records)} classes")
+        return self.records[number], None
 
 
 Answerer = Extractor | Captioner  # what a server needs of either: `read` and `answer_read`
@@ -94,12 +95,18 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, names: Sequence[str]
 
 
 def to_class(text: str, names: Sequence[str]) -> str | None:
-    """The class that a caption names by number or (nearly) by name, behind the target's words or alone; None when there is none."""
+    """The class among `names`, in the order of their numbers, that a caption names; None when there is none."""
+    number = to_number(text, dict(enumerate(names)))
+    return None if number is None else names[number]
+
+
+def to_number(text: str, names: Mapping[int, str]) -> int | None:
+    """The number of the class that a caption names by number or (nearly) by name, behind the target's words or alone, or None."""
     said = text.lower().strip().removeprefix(TARGET.format("").strip()).strip()
     if re.fullmatch(r"[0-9]+", said):
-        return names[int(said)] if int(said) < len(names) else None
+        return int(said) if int(said) in names else None
     found = process.extractOne(said, names, scorer=fuzz.ratio, score_cutoff=ALIKE)
-    return found[0] if found else None
+    return found[2] if found else None
 
 
 def _record(name: str) -> FoodRecord:

@@ -68,6 +68,9 @@ async def _read_form(request: Request, field: str, upload: Upload) -> list[bytes
     try:
         form = await parser.parse()
     except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            few = f"a form may have {upload.max_pictures} pictures here: send fewer at once"
+            raise Refusal(413, "too_many_pictures", few) from None
         raise Refusal(400, "bad_form", f"the form cannot be read ({error.message}): send multipart/form-data") from None
     pictures = [await part.read() for part in form.getlist(field) if not isinstance(part, str)]
     await form.close()

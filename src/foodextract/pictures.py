@@ -11,7 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none that runs a program, as EPS would
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"})
-MAX_PIXELS = 64_000_000  # checked before decoding: 64 megapixels are 192 MB once decoded
+MAX_PIXELS = 64_000_000  # checked before decoding: Pillow holds 4 bytes a pixel, so each copy of 64 megapixels is 256 MB
+SCALED = [(value + 128) // 257 for value in range(65536)]  # 16 bits as 8, rounded
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -35,7 +36,7 @@ def open_picture(source: Picture) -> Image.Image:
     first frame counts. Raises PictureError.
     """
     if isinstance(source, Image.Image):
-        return _as_rgb(source)
+        return _as_rgb(ImageOps.exif_transpose(source))
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)) or not source.size:
             shape = " x ".join(map(str, source.shape))
@@ -55,6 +56,7 @@ def open_picture(source: Picture) -> Image.Image:
                 megapixels = picture.width * picture.height / 1e6
                 raise PictureError(f"{megapixels:.0f} megapixels are more than the {MAX_PIXELS / 1e6:.0f} we decode: shrink it first")
             picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
             return _as_rgb(picture)
     except PictureError:
         raise
@@ -67,15 +69,17 @@ def open_picture(source: Picture) -> Image.Image:
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        values = np.asarray(picture).astype(np.float64)
-        top = 65535 if picture.mode != "F" else max(values.max(), 1.0)
-        picture = Image.fromarray(np.clip(values / top * 255, 0, 255).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+    """A copy, made without more than two others on the way: what is opened may fill a server's memory."""
+    if picture.mode == "F":
+        top = max(1.0, picture.getextrema()[1])
+        picture = picture.point(lambda value: value * (255 / top) + 0.5).convert("L")
+    elif picture.mode.startswith("I"):
+        picture = picture.convert("I").point(SCALED, "L")
+    elif picture.has_transparency_data:
+        white = Image.new("RGB", picture.size, "white")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        white.paste(picture, mask=picture)
+        return white
     return picture.convert("RGB")
 
 

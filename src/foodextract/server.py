@@ -12,7 +12,8 @@ from foodextract.batching import Batcher
 from foodextract.captioner import Answerer
 from foodextract.telemetry import log_json_lines
 
-MAX_CONNECTIONS = 512  # uvicorn answers 503 beyond
+MAX_CONNECTIONS = 4096  # uvicorn answers 503 beyond, probes as well: far more than callers who are told 429 at the same time
+WRITING_SECONDS = 5  # for the last answers; they are made before
 IDLE_SECONDS = 10.0  # within which a connection must send the whole head of a request
 
 
@@ -61,12 +62,13 @@ def make_server(load: Callable[[], Answerer], model: str, settings: Settings, ho
         host=host,
         port=port,
         http=_Patient,
+        ws="none",
         loop="asyncio",
         log_config=None,
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=5,  # to write the last answers; they are made before
+        timeout_graceful_shutdown=WRITING_SECONDS,
     )
     return Server(config, app.state.batcher)
 

@@ -22,7 +22,9 @@ class Meters:
         self.queue_depth = Gauge("foodextract_queue_depth", "Pictures accepted that the model has not begun with.", registry=registry)
         self.in_flight = Gauge("foodextract_in_flight", "Pictures before the model now.", registry=registry)
         self.batch_size = Histogram("foodextract_batch_size", "Pictures a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
-        self.phases = Histogram("foodextract_phase_seconds", "Seconds by phase.", ["phase"], buckets=SECONDS, registry=registry)
+        self.phases = Histogram(
+            "foodextract_phase_seconds", "Seconds by phase, of pictures.", ["phase"], buckets=SECONDS, registry=registry
+        )
         self.requests = Counter("foodextract_requests", "Requests by path and status.", ["path", "status"], registry=registry)
         self.rejects = Counter("foodextract_rejects", "Pictures and requests not answered, by reason.", ["reason"], registry=registry)
 
@@ -73,6 +75,6 @@ class Journal:
             seconds = time.perf_counter() - started
             path = getattr(scope.get("route"), "path", "unknown")  # of the route: a client's own words are not logged
             self.meters.requests.labels(path, str(status)).inc()
-            self.meters.phases.labels("total").observe(seconds)
             facts = {"request": number, "method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+            facts |= {"reason": scope["reason"]} if "reason" in scope else {}
             LOG.info("request", extra={"facts": facts})
