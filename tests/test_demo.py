@@ -5,6 +5,7 @@ import base64
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -167,6 +168,15 @@ def test_the_mcp_door_has_the_tool(page, picture, tuned):
     data = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
     answer = ask("tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): data})
     assert FoodRecord.parse(answer["content"][0]["text"]) == tuned.extract(picture)
+
+
+@pytest.mark.parametrize(
+    ("settings", "offline"), [({}, "1"), ({"FOODEXTRACT_MODEL": "a/b"}, "0"), ({"HF_HUB_OFFLINE": "1", "FOODEXTRACT_MODEL": "a/b"}, "1")]
+)
+def test_a_model_that_is_named_may_be_fetched(settings, offline):
+    unset = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "FOODEXTRACT_MODEL", "FOODEXTRACT_BASE")}
+    command = ["make", "--silent", "--eval", "what: ; @echo $$HF_HUB_OFFLINE.", "what"]
+    assert subprocess.run(command, cwd=ROOT, env=unset | settings, capture_output=True, text=True).stdout == f"{offline}.\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- front matter
