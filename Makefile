@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 OUT := outputs
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal  # a worker takes about 1.5 GiB
 
-export HF_HUB_OFFLINE ?= 1
+# A model that is named may have to be fetched.
+export HF_HUB_OFFLINE ?= $(if $(FOODEXTRACT_MODEL)$(FOODEXTRACT_BASE),0,1)
 export TOKENIZERS_PARALLELISM ?= false
 export TRANSFORMERS_VERBOSITY ?= error
 export TQDM_MININTERVAL ?= 5

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -74,15 +75,14 @@ def tuned():
     return Extractor.from_pretrained(models.TINY_TUNED, "cpu")
 
 
-@pytest.fixture(scope="session")
-def page(tmp_path_factory):
-    """The address of the Space's page, started as `make space` does, with the bundled model."""
+@contextmanager
+def space(folder, model):
+    """The address of the Space's page, started as `make space` does; what it writes goes into `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("space")
     app = Path(__file__).parents[1] / "demos" / "FoodExtract-Vision" / "app.py"
-    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder), "FOODEXTRACT_MODEL": str(models.TINY_TUNED)}
+    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder), "FOODEXTRACT_MODEL": str(model)}
     with (folder / "log.txt").open("w") as log, subprocess.Popen([sys.executable, app], env=env, cwd=folder, stdout=log, stderr=log) as run:
         try:
             while True:
@@ -95,3 +95,17 @@ def page(tmp_path_factory):
             yield f"http://127.0.0.1:{port}/"
         finally:
             run.terminate()
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    """The address of the Space's page with the bundled model."""
+    with space(tmp_path_factory.mktemp("space"), models.TINY_TUNED) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def page_without_model(tmp_path_factory):
+    """The same, where the model cannot be loaded."""
+    with space(tmp_path_factory.mktemp("space"), "/no/such/folder") as address:
+        yield address

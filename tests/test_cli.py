@@ -132,6 +132,18 @@ def test_damage_in_the_middle_is_not_mistaken_for_the_end():
         assert Path("out.csv").read_text().endswith(bad + good)
 
 
+def test_no_cell_is_a_formula_and_its_text_comes_back(tmp_path):
+    titles = ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\r=1", "'quoted'", "plain = text"]
+    rows = [{"file": title, "is_food": 1, "image_title": title, "food_items": ["=1"], "drink_items": []} for title in titles]
+    (tmp_path / "out.csv").write_text(answers.header("csv") + "".join(answers.as_line(row, "csv") for row in rows), newline="")
+    before = (tmp_path / "out.csv").read_bytes()
+    for row in list(csv.reader(io.StringIO(before.decode(), newline="")))[1:-1]:
+        assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in row)
+    assert answers.resume(tmp_path / "out.csv", "csv") == set(titles)
+    assert (tmp_path / "out.csv").read_bytes() == before
+    assert "'" not in answers.as_line(rows[0], "jsonl")
+
+
 def test_csv_with_confidence(pictures):
     (pictures / "1b.png").write_bytes(b"")
     result = run(pictures, "--format", "csv", "--confidence")

@@ -3,9 +3,12 @@
 import asyncio
 import base64
 import csv
+import dataclasses
 import io
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +18,7 @@ import gradio as gr
 import httpx
 import pytest
 import yaml
+from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client
 
 from foodextract import models, profiles, scenes
@@ -63,15 +67,16 @@ def test_bad_input_is_a_friendly_message(demo, tmp_path, picture, monkeypatch):
     with pytest.raises(gr.Error, match="There is no picture yet"):
         app.extract(None)
     monkeypatch.setattr(asking, "MAX_BYTES", 5)
-    with pytest.raises(gr.Error, match="shrink it first"):
-        app.extract(picture)
+    for ask in (asking.record_of, asking.compared):
+        with pytest.raises(gr.Error, match=r"The file a\.png is larger than 0 MB: shrink it first"):
+            ask(picture)
 
 
 def test_a_model_that_cannot_be_loaded_is_a_friendly_message(demo, picture, monkeypatch):
     app, asking = demo
     for broken in ("/no/such/folder", None):
         monkeypatch.setattr(asking, "TUNED", asking.load(broken))
-        with pytest.raises(gr.Error, match=r"neither a folder nor a Hub id|FOODEXTRACT_BASE"):
+        with pytest.raises(gr.Error, match=r"cannot be loaded: (folder is neither a folder nor a Hub id|.*FOODEXTRACT_BASE)"):
             app.extract(picture)
 
 
@@ -81,6 +86,33 @@ def test_what_the_model_writes_cannot_become_markup(demo):
     html = asking.as_html(record, asking.Confidence(0.5, [-0.1], []), 1)
     assert "<script>" not in html
     assert "&lt;b&gt;" in html
+
+
+def test_no_model_is_sure_to_the_full(demo):
+    _, asking = demo
+    shares = {0.5: "50 %", 0.994: "99 %", 0.995: "&gt; 99 %", 1.0: "&gt; 99 %"}
+    assert {share: asking.percent(share) for share in shares} == shares
+    food = FoodRecord(is_food=1, image_title="tea", food_items=[], drink_items=["tea"])
+    assert "sure that this is food or drink: &gt; 99 %" in asking.as_html(food, asking.Confidence(0.999, [], [0.0]), 1)
+    neither = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
+    assert "sure of that: 80 %" in asking.as_html(neither, asking.Confidence(0.8, [], []), 1)
+
+
+def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
+    _, asking = demo
+    measured = asking.evidence.find(models.TINY_TUNED)
+    photographs = dataclasses.replace(measured, dataset="somebody/photographs")
+    for model, evidence, known in (
+        (models.TINY_TUNED, measured, True),
+        (models.TINY_BASE, None, True),
+        ("outputs/offline/stage2", measured, True),
+        ("outputs/mine/stage2", photographs, False),
+        ("owner/name", None, False),
+        ("owner/name", dataclasses.replace(measured, base_model=models.HUB_BASE), False),
+    ):
+        monkeypatch.setattr(asking, "MODEL", str(model))
+        monkeypatch.setattr(asking, "EVIDENCE", evidence)
+        assert ("never seen a photograph" in asking.notice()) == known, model
 
 
 def test_a_broken_file_does_not_spoil_the_batch(demo, tmp_path, picture):
@@ -96,6 +128,85 @@ def test_a_broken_file_does_not_spoil_the_batch(demo, tmp_path, picture):
     assert json.loads(cells[0]["food_items"]) == rows[0]["food_items"]
     with pytest.raises(gr.Error, match="more than the 50"):
         asking.batch([picture] * 51)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_file_that_is_too_large_does_not_spoil_the_batch_and_is_not_opened(demo, tmp_path, picture, monkeypatch, place):
+    _, asking = demo
+    heavy = tmp_path / "heavy.png"
+    heavy.write_bytes(Path(picture).read_bytes() + bytes(100_000))
+    monkeypatch.setattr(asking, "MAX_BYTES", 90_000)
+    paths = [picture, picture]
+    paths.insert(place, str(heavy))
+    table, _, _ = asking.batch(paths)
+    assert [row[5].partition(":")[0] for row in table if row[5]] == ["the file heavy.png is larger than 0 MB"]
+    assert table[place][0] == "heavy.png"
+    assert all(row[1] for row in table if not row[5])
+    [alone], *_ = asking.batch([str(heavy)])
+    assert alone[5]
+
+
+def test_answers_to_download_are_deleted_with_what_was_uploaded(demo, picture):
+    app, _ = demo
+    _, as_csv, as_jsonl = app.many([picture])
+    paths = [Path(button.value["path"]) for button in (as_csv, as_jsonl)]
+    assert all(path.is_file() for path in paths)
+    delete_files_created_by_app(app.demo, age=None)
+    assert not any(path.exists() for path in paths)
+
+
+FORKED = """
+import multiprocessing, os, pickle, sys, types
+import gradio as gr
+
+def GPU(duration):
+    def decorate(function):
+        def asked(*arguments):
+            durations.append(duration(*arguments))
+            read, write = os.pipe()
+            if not os.fork():
+                try:
+                    result = function(*arguments)
+                except gr.Error as error:
+                    result = error
+                except Exception:
+                    result = gr.Error("GPU task error")
+                os.write(write, pickle.dumps(result))
+                os._exit(0)
+            os.close(write)
+            result = pickle.loads(open(read, "rb").read())
+            if isinstance(result, gr.Error):
+                raise result
+            return result
+        return asked
+    return decorate
+
+durations = []
+sys.modules["spaces"] = types.SimpleNamespace(GPU=GPU)
+import asking
+for ask in (asking.record_of, asking.compared):
+    try:
+        ask(sys.argv[2])
+    except gr.Error as error:
+        print(error.message)
+table, *_ = asking.batch(sys.argv[1:])
+print(table[0][1], table[1][5])
+print(*durations)
+"""
+
+
+def test_on_zero_gpu_messages_are_as_friendly(tmp_path, picture):
+    """There a function runs in a process of its own, from which only results and `gr.Error` come back."""
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    env = {**os.environ, "PYTHONPATH": f"{SPACE}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "FOODEXTRACT_MODEL": str(models.TINY_TUNED)}
+    command = [sys.executable, "-c", FORKED, picture, str(tmp_path / "b.png")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    alone, compared, both, durations = run.stdout.splitlines()
+    assert alone.startswith("Not a picture in a format we read")
+    assert compared == alone
+    assert re.match("(yes|no) not a picture in a format we read", both)
+    assert durations == "22 60 24"
 
 
 def test_the_page_shows_the_figures_of_its_model(demo, monkeypatch):
@@ -147,6 +258,7 @@ def test_only_extract_is_for_programs(page):
 
 def test_the_http_example_of_the_page_works(demo, page, tuned, picture, tmp_path):
     app, _ = demo
+    assert app.URL in app.API
     example = re.search(r"```bash\n(.*?)```", app.API, re.DOTALL)[1].replace(app.URL, page.rstrip("/")).replace("lunch.jpg", picture)
     run = subprocess.run(["bash", "-c", example], capture_output=True, text=True, check=True)
     [answer] = json.loads(run.stdout.partition("data: ")[2])
@@ -167,6 +279,76 @@ def test_the_mcp_door_has_the_tool(page, picture, tuned):
     data = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
     answer = ask("tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): data})
     assert FoodRecord.parse(answer["content"][0]["text"]) == tuned.extract(picture)
+    refused = ask("tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): f"{page}lunch.png"})
+    assert refused["isError"]
+    assert "send the picture itself" in refused["content"][0]["text"]
+
+
+def answer_to(page, data):
+    """What `extract` says over HTTP about what it is given as a picture: the kind of event, and its data."""
+    picture = {**data, "meta": {"_type": "gradio.FileData"}}
+    event = httpx.post(f"{page}gradio_api/call/extract", json={"data": [picture]}, trust_env=False).json()["event_id"]
+    text = httpx.get(f"{page}gradio_api/call/extract/{event}", timeout=60, trust_env=False).text
+    return re.search("event: (.*)", text)[1], json.loads(re.search("data: (.*)", text)[1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_address_is_not_fetched(page, stream):
+    """A server that listens hears nothing of it, and the caller is told what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.5)
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/lunch.png"
+        event, answer = answer_to(page, {"path": address, "is_stream": stream})
+        assert event == "error"
+        assert stream or "send the picture itself" in answer["error"]
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+def test_neither_data_in_a_path_nor_files_of_the_machine_are_read(page, picture):
+    data = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
+    for path in (data, "/etc/hostname"):
+        assert answer_to(page, {"path": path})[0] == "error"
+
+
+def test_bodies_are_bounded_before_they_are_read(page):
+    """Those that announce their length at once, the others when they have become too long; files may have more of it than text."""
+
+    for door in ("mcp/", "call/extract"):
+        for content in (bytes(40 * 2**20), iter([bytes(2**20)] * 40)):
+            assert httpx.post(f"{page}gradio_api/{door}", content=content, timeout=60, trust_env=False).status_code == 413
+    file = httpx.post(f"{page}gradio_api/upload", files={"files": ("a.png", bytes(40 * 2**20))}, timeout=60, trust_env=False)
+    assert file.status_code == 200
+    assert "larger than 20 MB: shrink it first" in answer_to(page, {"path": file.json()[0]})[1]["error"]
+
+
+def test_who_finds_the_queue_full_is_told_to_come_again(page, picture):
+    """In words that are Gradio's own; 503 is what its page turns into "currently busy, please try again"."""
+    path = httpx.post(f"{page}gradio_api/upload", files={"files": Path(picture).read_bytes()}, trust_env=False).json()[0]
+    body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
+
+    async def ask(number):
+        async with httpx.AsyncClient(base_url=page, timeout=120, trust_env=False) as user:
+            return await user.post("gradio_api/call/extract", json=body)
+
+    async def rush():
+        return await asyncio.gather(*map(ask, range(150)))
+
+    answers = asyncio.run(rush())
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert refused
+    assert "Queue is full" in refused[0].json()["detail"]
+    assert len(answers) - len(refused) >= 64
+    assert all(answer.is_success for answer in answers if answer not in refused)
+
+
+@pytest.mark.parametrize(
+    ("settings", "offline"), [({}, "1"), ({"FOODEXTRACT_MODEL": "a/b"}, "0"), ({"HF_HUB_OFFLINE": "1", "FOODEXTRACT_MODEL": "a/b"}, "1")]
+)
+def test_a_model_that_is_named_may_be_fetched(settings, offline):
+    unset = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "FOODEXTRACT_MODEL", "FOODEXTRACT_BASE")}
+    command = ["make", "--silent", "--eval", "what: ; @echo $$HF_HUB_OFFLINE.", "what"]
+    assert subprocess.run(command, cwd=ROOT, env=unset | settings, capture_output=True, text=True).stdout == f"{offline}.\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- front matter

@@ -248,7 +248,7 @@ def test_the_space_carries_this_very_package():
         if name.startswith("foodextract/"):
             assert data == (ROOT / "src" / name).read_bytes(), name
     assert {name.partition("/")[0] for name in sent} == {
-        "README.md", "LICENSE", "NOTICE", "app.py", "asking.py", "requirements.txt", "thumbnail.png", "foodextract",
+        "README.md", "LICENSE", "NOTICE", "app.py", "asking.py", "limits.py", "requirements.txt", "thumbnail.png", "foodextract",
     }  # fmt: skip
 
 

@@ -1,19 +1,24 @@
 """The Gradio Space: pictures in, strict JSON out. `asking` holds what is asked; here is only the page."""
 
-import os
+import json
 import tempfile
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import asking  # first: on ZeroGPU it imports `spaces`, which must come before torch
 import gradio as gr
+import limits
+from starlette.middleware import Middleware
 
 from foodextract.models import ModelError
 from foodextract.scenes import draw_scenes
 
-HOST = os.environ.get("SPACE_HOST")
-URL = f"https://{HOST}" if HOST else f"http://127.0.0.1:{os.environ.get('GRADIO_SERVER_PORT', 7860)}"
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}  # one after the other, in order
+URL = "http://127.0.0.1:7860"  # in the examples for programs, until the browser knows better
+# One after the other, in order; pictures as the files they are: `foodextract.pictures` decides what can be read, and says it better.
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "preprocess": False}
 INSIDE = {"api_visibility": "private", **MODEL}  # events of the page; `extract` is the one for programs
 
 CSS = """
@@ -41,7 +46,7 @@ body:not(.dark) { --link-text-color: var(--primary-800); }
 """
 
 API = f"""
-`extract` takes a picture and gives one line of JSON. From Python (`pip install gradio_client`):
+`extract` takes a picture, as a file and not as an address, and gives one line of JSON. From Python (`pip install gradio_client`):
 
 ```python
 from gradio_client import Client, handle_file
@@ -59,9 +64,20 @@ event=$(curl -s {URL}/gradio_api/call/extract -H 'Content-Type: application/json
 curl -sN {URL}/gradio_api/call/extract/$event
 ```
 
-For assistants that speak MCP the same function is a tool at `{URL}/gradio_api/mcp/` (where the package `mcp` is installed). A file may have
-{asking.MAX_BYTES / 2**20:.0f} MB; requests are answered one after the other, and when too many wait the next is told so at once.
+For assistants that speak MCP the same function is a tool at `{URL}/gradio_api/mcp/` (where the package `mcp` is installed), which takes a
+picture as a data URL. A file may have {asking.MAX_BYTES / 2**20:.0f} MB; requests are answered one after the other, and when too many wait
+the next is told so at once.
 """
+
+
+def on_paths(function: Callable) -> Callable:
+    """`function` about paths, for an event that is given files as Gradio describes them."""
+
+    @wraps(function)
+    def event(given: dict | list[dict] | None) -> Any:
+        return function([file["path"] for file in given] if isinstance(given, list) else given and given["path"])
+
+    return event
 
 
 def extract(picture: str) -> str:
@@ -92,14 +108,13 @@ def many(pictures: list[str] | None) -> tuple:
         rows, *paths = asking.batch(pictures)
     except gr.Error as error:
         return asking.problem_as_html(error), *[gr.DownloadButton(interactive=False)] * 2
+    csv.temp_files.update(paths)  # for `delete_cache`, which does not look at the buttons made here
     return asking.table_as_html(rows), *(gr.DownloadButton(value=path, interactive=True) for path in paths)
 
 
 def picture_input(label: str) -> gr.Image:
-    """A picture that reaches the function as the file it is: `foodextract.pictures` decides what can be read, and says it better."""
-    image = gr.Image(type="filepath", label=label, sources=["upload", "webcam", "clipboard"], height=320, buttons=[])
-    image.preprocess = lambda payload: payload.path if payload else None
-    return image
+    """Where one picture goes in."""
+    return gr.Image(type="filepath", label=label, sources=["upload", "webcam", "clipboard"], height=320, buttons=[])
 
 
 def drawn_examples() -> list[list[str]]:
@@ -114,12 +129,15 @@ def drawn_examples() -> list[list[str]]:
 
 
 EXAMPLES = drawn_examples()
+WAITING = "<p>The answer will stand here.</p>"
 
 with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
     gr.Markdown(
-        "# FoodExtract Vision\nGive it any picture. It answers with one line of strict JSON: is food or drink visible, a short title, "
+        "# FoodExtract Vision\nGive it a picture. It answers with one line of strict JSON: is food or drink visible, a short title, "
         f"the food items, the drink items. Model: `{Path(asking.MODEL).name}`."
     )
+    if notice := asking.notice():
+        gr.Markdown(notice)
     if isinstance(asking.TUNED, ModelError):
         gr.Markdown(f"**The model cannot be loaded, so nothing here can answer.** {asking.TUNED}")
     with gr.Tab("One picture"):
@@ -128,12 +146,12 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
                 picture = picture_input("Picture")
                 ask = gr.Button("What is in it?", variant="primary")
             with gr.Column(min_width=300):
-                shown = gr.HTML("<p>The answer will stand here.</p>", label="Answer", padding=False)
+                shown = gr.HTML(WAITING, label="Answer", padding=False)
                 text = gr.Code(
                     language="json", label="JSON", wrap_lines=True, interactive=False, show_line_numbers=False, elem_id="json",
                     lines=1, max_lines=9, buttons=["copy", "download"],
                 )  # fmt: skip
-        drawings = gr.Examples(EXAMPLES, picture, label="Or one of these drawings", api_visibility="private")
+        gr.Examples(EXAMPLES, picture, label="Or one of these drawings", api_visibility="private")
     with gr.Tab("Before / after"):
         gr.Markdown("What the model writes before and after fine-tuning, of its own accord: no grammar helps either of them.")
         with gr.Row():
@@ -141,8 +159,8 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
                 pair_picture = picture_input("Picture to compare")
                 pair_ask = gr.Button("Compare", variant="primary")
             with gr.Column(min_width=300):
-                pair_drawings = gr.Examples(EXAMPLES, pair_picture, label="Or one of these drawings", api_visibility="private")
-        pair = gr.HTML(padding=False)
+                gr.Examples(EXAMPLES, pair_picture, label="Or one of these drawings", api_visibility="private")
+        pair = gr.HTML(WAITING, padding=False)
     with gr.Tab("Many pictures"):
         gr.Markdown(f"Up to {asking.MAX_PICTURES} at once. One that cannot be read gets a line that says why; the others are answered.")
         files = gr.File(file_count="multiple", label="Pictures", height=180)
@@ -153,14 +171,17 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
     with gr.Tab("How good is it?"):
         gr.Markdown(asking.figures())
     with gr.Tab("For programs"):
-        gr.Markdown(API)
+        programs = gr.Markdown(API)
+    here = f"() => {json.dumps(API)}.replaceAll({json.dumps(URL)}, (location.origin + location.pathname).replace(/[/]$/, ''))"
+    demo.load(None, None, programs, js=here, api_visibility="private")
 
-    gr.on([ask.click, picture.input], show, picture, [shown, text], **INSIDE)
-    drawings.load_input_event.then(show, picture, [shown, text], **INSIDE)
-    gr.on([pair_ask.click, pair_picture.input], compare, pair_picture, pair, **INSIDE)
-    pair_drawings.load_input_event.then(compare, pair_picture, pair, **INSIDE)
-    files_ask.click(many, files, [table, csv, jsonl], **INSIDE)
-    gr.Button(visible=False).click(extract, picture, gr.Textbox(visible=False), api_name="extract", **MODEL)
+    ask.click(on_paths(show), picture, [shown, text], **INSIDE)
+    # `input` would come before a picture is gone, and be lost while another is asked about; `change` tells of the last one in the end.
+    picture.change(on_paths(lambda path: show(path) if path else (WAITING, "")), picture, [shown, text], **INSIDE)
+    pair_ask.click(on_paths(compare), pair_picture, pair, **INSIDE)
+    pair_picture.change(on_paths(lambda path: compare(path) if path else WAITING), pair_picture, pair, **INSIDE)
+    files_ask.click(on_paths(many), files, [table, csv, jsonl], **INSIDE)
+    gr.Button(visible=False).click(on_paths(extract), picture, gr.Textbox(visible=False), api_name="extract", **MODEL)
 
 demo.queue(max_size=64)
 
@@ -177,7 +198,7 @@ if __name__ == "__main__":
     }
     boxes = {"block_border_width": "1px", "body_background_fill": "*neutral_50"}
     demo.launch(
-        max_file_size=asking.MAX_BYTES,
+        app_kwargs={"middleware": [Middleware(limits.Limited)]},
         mcp_server=find_spec("mcp") is not None,
         ssr_mode=False,
         css=CSS,

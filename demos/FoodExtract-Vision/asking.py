@@ -14,10 +14,11 @@ except ImportError:
     spaces = None
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from foodextract import answers, evidence
 from foodextract.extractor import Confidence, Extractor
-from foodextract.models import ModelError, newest_tuned
+from foodextract.models import BUNDLED, ModelError, newest_tuned
 from foodextract.pictures import PictureError, open_picture
 from foodextract.schema import AnswerError, FoodRecord
 from foodextract.tables import metric_table
@@ -30,31 +31,38 @@ BASE = os.environ.get("FOODEXTRACT_BASE") or evidence.base_of(EVIDENCE)
 
 
 def load(model_id: str | None) -> Extractor | ModelError:
-    """The model, or why there is none: the page opens all the same and says so."""
+    """The model, or why there is none: the page opens all the same and says so, but not where on this machine the model should be."""
     try:
         if model_id is None:
             raise ModelError(f"{Path(MODEL).name} does not say which base it was made from: set FOODEXTRACT_BASE")
         return Extractor.from_pretrained(model_id, precision=os.environ.get("FOODEXTRACT_PRECISION"))
     except ModelError as error:
-        return error
+        path = Path(model_id or "")
+        return ModelError(str(error).replace(str(path), path.name) if path.is_absolute() else str(error))
 
 
 TUNED, UNTUNED = load(MODEL), load(BASE)
 
 
-def on_gpu(function):
-    """Models are globals and not arguments: ZeroGPU runs the function in a process of its own."""
-    return spaces.GPU(function) if spaces else function
+def on_gpu(seconds):
+    """Decorates what ZeroGPU runs in a process of its own, for at most as many seconds as `seconds` says of its arguments.
+
+    Models are globals and not arguments. What is wrong with a picture is returned: of what is raised there, only `gr.Error` arrives.
+    """
+    return spaces.GPU(duration=seconds) if spaces else lambda function: function
 
 
-@on_gpu
-def _records(paths: list[str]) -> list:
+@on_gpu(lambda paths: 20 + 2 * len(paths))  # of the two minutes that a call may take
+def _records(paths: list[str]) -> list[tuple[FoodRecord, Confidence] | PictureError]:
     return list(TUNED.extract_many_with_confidence(paths))
 
 
-@on_gpu
-def _texts(path: str) -> list[str]:
-    picture = open_picture(path)
+@on_gpu(lambda path: 60)
+def _texts(path: str) -> list[str] | PictureError:
+    try:
+        picture = open_picture(path)
+    except PictureError as error:
+        return error
     return [model.answer([picture])[0] for model in (UNTUNED, TUNED)]
 
 
@@ -67,18 +75,23 @@ def check(path: str | None, *models: Extractor | ModelError) -> None:
     """Raise what the reader should know before a model is asked."""
     for model in models:
         if isinstance(model, ModelError):
-            raise complaint(model)
+            raise complaint(f"the model cannot be loaded: {model}")
     if path is None:
         raise complaint("there is no picture yet: drop one, paste one, use the camera or take an example")
+
+
+def too_large(path: str) -> PictureError | None:
+    """Why a file will not be opened, if so."""
     if Path(path).stat().st_size > MAX_BYTES:
-        raise complaint(f"{Path(path).name} is larger than {MAX_BYTES / 2**20:.0f} MB: shrink it first")
+        return PictureError(f"the file {Path(path).name} is larger than {MAX_BYTES / 2**20:.0f} MB: shrink it first")
+    return None
 
 
 def record_of(path: str | None) -> tuple[FoodRecord, Confidence, float]:
     """The answer about one picture, how sure the model was, and the seconds it took."""
     check(path, TUNED)
     start = time.perf_counter()
-    [result] = _records([path])
+    result = too_large(path) or _records([path])[0]
     if isinstance(result, Exception):
         raise complaint(result)
     return *result, time.perf_counter() - start
@@ -87,10 +100,9 @@ def record_of(path: str | None) -> tuple[FoodRecord, Confidence, float]:
 def compared(path: str | None) -> str:
     """What base and tuned model write about one picture of their own accord, as HTML."""
     check(path, UNTUNED, TUNED)
-    try:
-        texts = _texts(path)
-    except PictureError as error:
-        raise complaint(error) from error
+    texts = too_large(path) or _texts(path)
+    if isinstance(texts, PictureError):
+        raise complaint(texts)
     columns = []
     for name, title, text in zip((BASE, MODEL), ("before", "after"), texts, strict=True):
         try:
@@ -103,13 +115,16 @@ def compared(path: str | None) -> str:
 
 
 def batch(paths: list[str] | None) -> tuple[list[list[str]], str, str]:
-    """Rows of a table, and the files answers.csv and answers.jsonl. A picture that cannot be read has a row that says why."""
+    """Rows of a table, and answers.csv and answers.jsonl among Gradio's files. A picture that cannot be read has a row that says why."""
     check(paths[0] if paths else None, TUNED)
     if len(paths) > MAX_PICTURES:
         raise complaint(f"{len(paths)} pictures are more than the {MAX_PICTURES} we take at once: send fewer")
+    refused = {path: too_large(path) for path in paths}
+    light = [path for path in paths if not refused[path]]
+    results = iter(_records(light) if light else ())
     rows, table = [], []
-    for path, result in zip(paths, _records(paths), strict=True):
-        name = Path(path).name
+    for path in paths:
+        name, result = Path(path).name, refused[path] or next(results)
         if isinstance(result, Exception):
             rows.append({"file": name, "error": str(result)})
             table.append([name, "", "", "", "", str(result)])
@@ -118,7 +133,7 @@ def batch(paths: list[str] | None) -> tuple[list[list[str]], str, str]:
             rows.append({"file": name, **record.model_dump(), "confidence": asdict(confidence)})
             verdict = ("no", "yes")[record.is_food]
             table.append([name, verdict, record.image_title, ", ".join(record.food_items), ", ".join(record.drink_items), ""])
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
     for form in ("csv", "jsonl"):
         lines = [answers.header(form), *(answers.as_line(row, form) for row in rows)]
         (folder / f"answers.{form}").write_text("".join(lines), encoding="utf-8")
@@ -127,15 +142,21 @@ def batch(paths: list[str] | None) -> tuple[list[list[str]], str, str]:
 
 def as_html(record: FoodRecord, confidence: Confidence, seconds: float) -> str:
     """Title, verdict and chips; every text of the model escaped."""
-    facts = f"{confidence.is_food:.0%} sure · {seconds:.1f} s"
+    facts = f"{percent(confidence.is_food)} · {seconds:.1f}&nbsp;s"
     if not record.is_food:
-        return f'<div class="answer" role="status"><h3>Neither food nor drink</h3><p>{facts}</p></div>'
+        return f'<div class="answer" role="status"><h3>Neither food nor drink</h3><p>sure of that: {facts}</p></div>'
     shelves = []
     for field, name in (("food_items", "Food"), ("drink_items", "Drinks")):
         pairs = zip(getattr(record, field), getattr(confidence, field), strict=True)
-        chips = [f'<li class="chip {field}">{escape(item)} <small>{exp(sure):.0%}</small></li>' for item, sure in pairs]
+        chips = [f'<li class="chip {field}">{escape(item)} <small>{percent(exp(sure))}</small></li>' for item, sure in pairs]
         shelves.append(f'<h4>{name}</h4><ul class="chips">{"".join(chips) or "<li>none</li>"}</ul>')
-    return f'<div class="answer" role="status"><h3>{escape(record.image_title)}</h3><p>{facts}</p>{"".join(shelves)}</div>'
+    sure = f"<p>sure that this is food or drink: {facts}</p>"
+    return f'<div class="answer" role="status"><h3>{escape(record.image_title)}</h3>{sure}{"".join(shelves)}</div>'
+
+
+def percent(share: float) -> str:
+    """Never 100 %: no model is as sure as that."""
+    return "&gt; 99 %" if share >= 0.995 else f"{share * 100:.0f} %"
 
 
 def table_as_html(rows: list[list[str]]) -> str:
@@ -151,6 +172,14 @@ def table_as_html(rows: list[list[str]]) -> str:
 def problem_as_html(error: gr.Error) -> str:
     """What went wrong, where the answer would stand; a screen reader says it at once."""
     return f'<div class="problem" role="alert"><h3>{escape(error.title)}</h3><p>{escape(error.message)}</p></div>'
+
+
+def notice() -> str:
+    """What a visitor should know of a model that is bundled, or was made from a bundled one by drawings alone; else nothing."""
+    taught = EVIDENCE is not None and EVIDENCE.dataset == "scenes" and Path(evidence.base_of(EVIDENCE) or "").parent == BUNDLED
+    if not taught and Path(MODEL).resolve().parent != BUNDLED:
+        return ""
+    return "**This model knows drawings only: it has never seen a photograph.** For photographs set `FOODEXTRACT_MODEL` to another."
 
 
 def figures() -> str:

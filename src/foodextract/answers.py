@@ -13,6 +13,9 @@ from foodextract.schema import FoodRecord
 
 Format = Literal["jsonl", "csv"]
 COLUMNS = ("file", *FoodRecord.model_fields, "confidence", "error")  # of a CSV file; lists and confidence as JSON in their cells
+# A cell of text that begins so gets an apostrophe before it, or a spreadsheet may run it (OWASP). One with an apostrophe of its own gets
+# another, so that reading can always take one away.
+MARKED = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 class AnswerFileError(ValueError):
@@ -23,10 +26,15 @@ def as_line(row: dict[str, Any], form: Format) -> str:
     """One row as text with its newline: `file`, and either the fields of a record or `error`."""
     if form == "jsonl":
         return json.dumps(row) + "\n"
-    cells = {key: value if isinstance(value, str | int) else json.dumps(value) for key, value in row.items()}
     text = io.StringIO()
-    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(cells)
-    return text.getvalue()
+    csv.DictWriter(text, COLUMNS).writerow({key: _cell(value) for key, value in row.items()})
+    return text.getvalue().removesuffix("\r\n") + "\n"  # a writer that ends its lines by "\n" would leave "\r" unquoted
+
+
+def _cell(value: Any) -> str | int:
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(MARKED) else value
+    return value if isinstance(value, int) else json.dumps(value)
 
 
 def header(form: Format) -> str:
@@ -90,7 +98,7 @@ def _rows(path: Path, form: Format) -> Iterator[dict[str, Any]]:
                     if next(table, None) is not None:
                         raise foreign
                     return
-                yield row
+                yield {key: value.removeprefix("'") for key, value in row.items()}
         except csv.Error:  # the file ends within a quoted cell
             if next(lines, None) is not None:
                 raise foreign from None
