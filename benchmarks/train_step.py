@@ -1,6 +1,6 @@
 """What training costs a picture: the seed projects' recipe beside ours, and what each change between the two is worth.
 
-    python benchmarks/train_step.py                     # 256M and 500M on this CPU, half an hour; writes results/train_cpu.json
+    python benchmarks/train_step.py                     # 256M and 500M on this CPU, half an hour to two; writes results/train_cpu.json
     python benchmarks/train_step.py --device cuda       # writes results/train_gpu_<name>.json
     python benchmarks/train_step.py --render            # table and plot once more, from what is in results/
     python benchmarks/train_step.py --size tiny --results /tmp/train.json       # does it run?
@@ -200,7 +200,8 @@ def main(
                 f"{done.memory / 2**30:5.2f} GiB"
             )
             bar.update(work)
-    command = f"python benchmarks/train_step.py --device {device} --repeats {repeats} --steps {steps}"
+    sizes = "".join(f" --size {one}" for one in size or [])
+    command = f"python benchmarks/train_step.py{sizes} --device {device} --repeats {repeats} --steps {steps}"
     write_results(results, summarise([found[planned[0].key] for planned in plan], results.stem, command))
     notes.unlink()
     render(results, ROOT)

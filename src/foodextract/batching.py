@@ -35,7 +35,7 @@ class Limits:
     batch: int = 8  # pictures the model sees at once
     wait: float = 0.01  # seconds that the first picture of a batch waits for others
     deadline: float = 30.0  # seconds from the whole upload to the answer
-    preparers: int = 2  # threads; each holds one picture of up to `pictures.MAX_PIXELS`, which takes 0.9 GB until it is resized
+    preparers: int = 2  # threads; each holds one picture of up to `pictures.MAX_PIXELS`, held up to three times until it is resized
 
 
 class FullError(Exception):
