@@ -28,6 +28,7 @@ class Recipe:
     answer_only: bool = False  # loss and LM head where an answer token follows, or on all text
     master: bool = False  # fp32 weights with the device's autocast, or bf16 weights
     prepared: bool = False
+    kept: bool = False  # on a CPU: memory that a step has freed, for the next
     batched: bool = False
     cached: bool = False  # what the frozen vision tower sees
     bf16: bool = False  # autocast where it is not the default
@@ -47,6 +48,7 @@ def ladder(stage: Stage, device: torch.device, parameters: int = 0, slow_bf16: b
         ("loss on the answer only", {"answer_only": True}),
         *([] if slow_bf16 else [("fp32 master weights", {"master": True})]),
         ("rows prepared once", {"prepared": True}),
+        *([("freed memory kept", {"kept": True})] if device.type == "cpu" else []),
         (SHARED, {"batched": True}),
     ]
     if stage.freeze:

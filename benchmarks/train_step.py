@@ -23,7 +23,7 @@ import json
 import re
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, SmolV
 
 from foodextract import models
 from foodextract.dataset import as_conversations
-from foodextract.performance import Step, flops_per_picture, matmul_rate, peak_memory, reset_peak_memory, wait_for
+from foodextract.performance import Step, flops_per_picture, matmul_rate, memory_kept, peak_memory, reset_peak_memory, wait_for
 from foodextract.prepared import prepare, vision_features
 from foodextract.results import commit, device_name, write_results
 from foodextract.scenes import draw_scenes
@@ -123,7 +123,8 @@ def measure(
         clock = Clock()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
-        trainer.train()
+        with memory_kept(device) if recipe.kept else nullcontext():
+            trainer.train()
         memory = peak_memory(device) - idle
     seconds = [work / cell.batch + update / UPDATE for work, update in zip(clock.work, clock.update, strict=True)]
     flops, rate = flops_per_picture(model.config, step), matmul_rate(device, dtype)

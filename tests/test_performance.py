@@ -1,12 +1,15 @@
 """The arithmetic of a training step at SmolVLM2-500M's size, against the sums done by hand from its published configuration."""
 
+import ctypes
+import resource
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import SmolVLMConfig
 
-from foodextract.performance import Step, flops_per_picture, matmul_rate, peak_memory, performance_rows, reset_peak_memory
+from foodextract.performance import Step, flops_per_picture, matmul_rate, memory_kept, peak_memory, performance_rows, reset_peak_memory
 
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 512, "patch_size": 16}
 TEXT = {
@@ -55,3 +58,23 @@ def test_the_peak_of_memory_counts_from_the_reset():
     assert peak_memory(cpu) > before + 0.9 * size
     reset_peak_memory(cpu)
     assert peak_memory(cpu) < before + 0.5 * size
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc is what gives memory back too early")
+def test_freed_memory_is_kept_for_the_next_tensor_and_given_back_in_the_end():
+    def tensors(count: int) -> int:
+        """The pages that making so many of 200 MB, one after the other, asked the kernel for."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(count):
+            torch.ones(200_000_000, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    as_usual, before = tensors(20), held()
+    with memory_kept(torch.device("cpu")):
+        tensors(1)
+        assert tensors(20) < as_usual / 5
+        assert held() > before + 150_000_000
+    assert held() < before + 50_000_000

@@ -22,7 +22,7 @@ from foodextract.collate import Collator
 from foodextract.dataset import as_conversations, record_of, scopes_of
 from foodextract.extractor import Extractor
 from foodextract.models import FINISHED, ModelError, Precision, load_model
-from foodextract.performance import performance_rows, reset_peak_memory
+from foodextract.performance import memory_kept, performance_rows, reset_peak_memory
 from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features, whole_text
 from foodextract.results import write_results
 from foodextract.stage import Stage, is_sharded, precision_of, training_config
@@ -91,7 +91,8 @@ def train_stage(
                 trainer = _trainer(model, trained, processor, run, split, config, precision)
                 trainer.remove_callback(PrinterCallback)
                 trainer.add_callback(progress)
-                trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+                with memory_kept(model.device):
+                    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             break
         except torch.OutOfMemoryError as error:
             if run.batch_size == 1:
