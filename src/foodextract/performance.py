@@ -100,9 +100,8 @@ def peak_memory(device: torch.device) -> int:
 def memory_kept(device: torch.device) -> Iterator[None]:
     """Keep what is freed in here for the next tensor, on a CPU with glibc; nothing changes elsewhere.
 
-    glibc gives tensors of more than some MB back to the kernel, which fills every page with zeros when the next one asks for it: 3 to
-    13 % of a training step, by size. The numbers are those of mallopt(3); in the end stand the values that glibc comes to by itself, and
-    the memory is given back.
+    glibc gives tensors of more than some MB back to the kernel, which fills every page with zeros when the next one asks for it. The
+    numbers are those of mallopt(3); in the end stand the values that glibc comes to by itself, and the memory is given back.
     """
     if device.type != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         yield
