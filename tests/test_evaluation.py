@@ -183,6 +183,12 @@ def test_models_can_be_compared_on_labels_of_any_scope():
     assert evaluation.f1_of_named(LABELS, ANSWERS, scopes) == pytest.approx(2 * 2 / (2 * 2 + 1 + 3))
 
 
+def test_who_says_the_same_of_all_pictures_does_not_look():
+    assert evaluation.looks_blind(LABELS, [LABELS[0].to_json()] * len(LABELS))
+    assert not evaluation.looks_blind(LABELS, ANSWERS)
+    assert not evaluation.looks_blind([NOTHING, NOTHING], [NOTHING.to_json()] * 2)  # there was nothing else to say
+
+
 def test_recall_of_names_that_a_model_has_met():
     found = evaluation.recall_of(LABELS, ANSWERS, {"pie", "taco", "tea", "air"})
     assert (found.name, found.n, found.value) == ("known_item_recall", 3, pytest.approx(2 / 3))  # pie and tea; taco is on the wrong shelf

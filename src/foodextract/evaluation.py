@@ -185,6 +185,11 @@ def recall_of(labels: Sequence[FoodRecord], answers: Sequence[str], names: Colle
     return rate("known_item_recall", hits) if hits else None
 
 
+def looks_blind(labels: Sequence[FoodRecord], answers: Sequence[str]) -> bool:
+    """Is there one answer to all pictures, though their labels differ? Training can break the way from picture to words."""
+    return len(set(answers)) == 1 and len({label.to_json() for label in labels}) > 1
+
+
 def rate(name: str, hits: Sequence[bool]) -> Metric:
     """A share with its Wilson interval."""
     return Table([{"pictures": 1, "hit": hit} for hit in hits]).metric(name, Measure(ratio, ("hit", "pictures"), wilson=True))
