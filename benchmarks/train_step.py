@@ -1,6 +1,6 @@
 """What training costs a picture: the seed projects' recipe beside ours, and what each change between the two is worth.
 
-    python benchmarks/train_step.py                     # 256M and 500M on this CPU, half an hour to two; writes results/train_cpu.json
+    python benchmarks/train_step.py                     # 256M and 500M on this CPU, about an hour; writes results/train_cpu.json
     python benchmarks/train_step.py --device cuda       # writes results/train_gpu_<name>.json
     python benchmarks/train_step.py --render            # table and plot once more, from what is in results/
     python benchmarks/train_step.py --size tiny --results /tmp/train.json       # does it run?
@@ -152,7 +152,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds. On a CPU recipes with several tiles run in the first one alone.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps a round, behind one to warm up; one for several tiles on a CPU.")] = 2,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once in ours (default: 4 on a CPU, else 32).")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once in ours (default: 8 on a CPU, as notebook 01 has them, else 32).")] = None,
     seed_batch: Annotated[int | None, typer.Option(min=1, help="The same in the seed's recipe (default: 1 on a CPU, else 8).")] = None,
     processor: Annotated[Path, typer.Option(help="A SmolVLM's folder to take the tokenizer from.")] = models.TINY_TUNED,
     results: Annotated[Path | None, typer.Option(help="Where the figures go (default: results/train_<device>.json).")] = None,
@@ -161,7 +161,7 @@ def main(
     """Measure, print, draw and write down."""
     on, name = models.choose_device(device), device_name()
     slow = on.type == "cpu"
-    batches = (seed_batch or (1 if slow else 8), batch or (4 if slow else 32))
+    batches = (seed_batch or (1 if slow else 8), batch or (8 if slow else 32))
     if results is None:
         gpu = re.sub("[^a-z0-9]+", "_", name.lower())
         results = ROOT / "results" / ("train_cpu.json" if slow else f"train_gpu_{gpu}.json")
@@ -203,6 +203,7 @@ def main(
             bar.update(work)
     sizes = "".join(f" --size {one}" for one in size or [])
     command = f"python benchmarks/train_step.py{sizes} --device {device} --repeats {repeats} --steps {steps}"
+    command += f" --batch {batches[1]} --seed-batch {batches[0]}"
     write_results(results, summarise([found[planned[0].key] for planned in plan], results.stem, command))
     notes.unlink()
     render(results, ROOT)
