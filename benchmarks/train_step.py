@@ -152,7 +152,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds. On a CPU recipes with several tiles run in the first one alone.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps a round, behind one to warm up; one for several tiles on a CPU.")] = 2,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once in ours (default: 8 on a CPU, as notebook 01 has them, else 32).")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once in ours (default: 8 on a CPU, else 32).")] = None,
     seed_batch: Annotated[int | None, typer.Option(min=1, help="The same in the seed's recipe (default: 1 on a CPU, else 8).")] = None,
     processor: Annotated[Path, typer.Option(help="A SmolVLM's folder to take the tokenizer from.")] = models.TINY_TUNED,
     results: Annotated[Path | None, typer.Option(help="Where the figures go (default: results/train_<device>.json).")] = None,
