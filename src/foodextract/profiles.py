@@ -9,9 +9,10 @@ from foodextract.models import HUB_BASE, TINY_BASE
 from foodextract.sources import HUB_DATASET
 from foodextract.stage import Stage
 
-OWNER = "berkeruveyik"
+GITHUB = "berkruveyik/vlm-foodVision-fine-tuning"  # where the code lives; the owner's names on GitHub and on the Hub differ
+CODE = f"https://github.com/{GITHUB}"
+OWNER = "berkeruveyik"  # on the Hub
 REPOSITORY = "FoodExtract-Vision"
-CODE = f"https://github.com/{OWNER}/{REPOSITORY}"
 HUB_MODEL = f"{OWNER}/{REPOSITORY}-SmolVLM2-500M"
 HUB_PICTURES = f"{OWNER}/{REPOSITORY}-dataset"  # what notebook 00 makes; the original is `sources.HUB_DATASET`
 HUB_SPACE = f"{OWNER}/{REPOSITORY}"

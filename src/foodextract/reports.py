@@ -129,7 +129,8 @@ def publish(root: Path) -> None:
             cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
-        notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
+        colab = {name: notebook.metadata[name] for name in ("accelerator", "colab")}  # the runtime that the badge asks for
+        notebook.metadata = {**colab, "kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
         nbformat.write(notebook, home / executed.name)
         row = next(row for row in read_results(root / "results" / results) if not archived or row.benchmark == executed.stem)
         where = f"The outputs below come from one run of `{row.command}`: profile `offline`, on {row.device}, at commit {row.commit}."
