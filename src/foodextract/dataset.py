@@ -136,7 +136,7 @@ def _arrow(folder: Path, split: Split, rows: list[dict[str, Any]], fingerprint: 
         for row in rows:
             yield {"image": str(folder / split / row["file_name"])} | {key: row[key] for key in FEATURES if key != "image"}
 
-    made = datasets.Dataset.from_generator(told, features=FEATURES, cache_dir=str(folder / "cache"), fingerprint=fingerprint)
+    made = datasets.Dataset.from_generator(told, features=FEATURES, cache_dir=str(folder / "cache"))
     return datasets.Dataset(made.data, datasets.DatasetInfo(features=FEATURES), fingerprint=fingerprint)  # no trace of when and where
 
 
