@@ -61,11 +61,11 @@ def die_in_second_epoch(monkeypatch):
         if state.epoch > 1.3:
             raise Killed
 
-    def run(*arguments):
+    def run(*arguments, **options):
         with monkeypatch.context() as patch:
             patch.setattr(training.Progress, "on_step_end", die)
             with pytest.raises(Killed):
-                training.train_stage(*arguments)
+                training.train_stage(*arguments, **options)
 
     return run
 

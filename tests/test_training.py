@@ -206,7 +206,7 @@ def test_not_even_one_picture_fits(base, processor, rows, tmp_path, monkeypatch)
     ids=["kernel", "safetensors", "numpy"],
 )
 def test_a_full_disk_leaves_the_last_checkpoint(base, processor, rows, tmp_path, monkeypatch, error):
-    stage = replace(STAGE1, epochs=2)
+    stage = replace(STAGE1, epochs=3)  # no checkpoint is written after the last
     save = PreparedTrainer._save_optimizer_and_scheduler
 
     def full(self, folder):
@@ -351,12 +351,19 @@ def test_compiling_is_left_to_transformers(tmp_path):
         assert config.torch_compile is wanted
 
 
-def test_a_finished_stage_is_taken_up_on_request(base, processor, rows, tmp_path, capsys):
+def test_a_finished_stage_is_not_trained_twice(base, processor, rows, tmp_path, capsys):
     once = training.train_stage(base, processor, STAGE1, rows["train"], tmp_path, max_steps=1)
-    again = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
-    assert training.train_stage(again, processor, STAGE1, rows["train"], tmp_path, max_steps=1, reuse=True) == once
+    seconds = training.seconds_of(tmp_path / "stage1")
+    again = fresh()
+    assert training.train_stage(again, processor, STAGE1, rows["train"], tmp_path, max_steps=1) == once
     assert "stage1: trained already" in capsys.readouterr().out
+    assert training.seconds_of(tmp_path / "stage1") == seconds > 0
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), base.parameters(), strict=True))
-    other = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
-    training.train_stage(other, processor, STAGE1, rows["train"], tmp_path, max_steps=1, seed=7, reuse=True)
-    assert "trained already" not in capsys.readouterr().out  # another start
+    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path, max_steps=1, seed=7)
+    assert "stage1: trained anew, since seed differs" in capsys.readouterr().out
+    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path, max_steps=1, seed=7, retrain=True)
+    assert "trained already" not in capsys.readouterr().out
+
+
+def fresh():
+    return models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)

@@ -113,6 +113,11 @@ def train(
     seed: Annotated[int, typer.Option(help="Order of the pictures.")] = 42,
     max_steps: Annotated[int, typer.Option(help="Stop each stage after so many optimizer steps; -1: never.")] = -1,
     report_to: Annotated[str, typer.Option(help="A tracker to watch the run in, if installed: tensorboard, trackio.")] = "none",
+    keep_in: Annotated[
+        Path | None,
+        typer.Option(help="A folder that outlives this machine, for copies of finished stages and checkpoints."),
+    ] = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train finished stages again.")] = False,
 ) -> None:
     """Both stages of fine-tuning without a notebook, on one device or, under `accelerate launch`, on several.
 
@@ -145,7 +150,8 @@ def train(
         for last, stage in zip([None, *stages], stages, strict=False):
             if last and is_sharded():  # what is spread over processes cannot be frozen anew
                 model = load_model(out / last.name, device, training=True)
-            train_stage(model, processor, stage, rows["train"], out, seed=seed, max_steps=max_steps, report_to=report_to, reuse=True)
+            options = {"seed": seed, "max_steps": max_steps, "report_to": report_to, "retrain": retrain, "keep_in": keep_in}
+            train_stage(model, processor, stage, rows["train"], out, **options)
     except (ModelError, DatasetError) as error:
         _stop(str(error))
     if processes.is_main_process:

@@ -1,22 +1,164 @@
-"""Checkpoints of a training: which one to go on from, and what to say when there is no room for another."""
+"""Checkpoints of a training: which one to resume from, copies that outlive the machine, and how much disk all of it takes."""
 
 import errno
+import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
-from foodextract.models import ModelError
+from foodextract.models import FINISHED, ModelError
+from foodextract.prepared import most_tiles
+from foodextract.stage import Stage, precision_of
 
 ROOM = 2**24  # bytes: a disk with less than this is full
+CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first: the trainer's state is what is written last."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.stat().st_size]
+    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: the trainer's state is what is written last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    """The newest complete checkpoint in `folder`."""
+    return str(whole[-1]) if (whole := whole_checkpoints(folder)) else None
+
+
+def finished_recipe(folder: Path) -> str | None:
+    """The recipe of the stage that finished in `folder`, if one did."""
+    return json.loads((folder / FINISHED).read_text()).get("recipe") if (folder / FINISHED).is_file() else None
+
+
+def interrupted_recipe(folder: Path) -> str | None:
+    """The recipe of the stage that was interrupted in `folder`, if it left a complete checkpoint."""
+    recipe = folder / CHECKPOINTS / RECIPE
+    return recipe.read_text() if recipe.is_file() and last_checkpoint(folder / CHECKPOINTS) else None
+
+
+def differences(recipe: str, other: str) -> str:
+    """What differs between two recipes, for a message: names of settings."""
+    mine, theirs = json.loads(recipe), json.loads(other)
+    return ", ".join(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)))
+
+
+# ------------------------------------------------------------------------------------------------------- copies that outlive the machine
+
+
+class Keeper(TrainerCallback):
+    """Copies a stage to a folder that outlives the machine (a mounted drive, say), and reads it back on the next machine.
+
+    A finished stage is copied as it is. A checkpoint is copied with the moments of its optimizer in bf16, which takes a third off its
+    size; `torch.optim` casts them back when it loads them. A resume from the copy therefore differs from a resume on the same machine by
+    rounding, as any change of the machine does.
+
+    `home` is the stage's folder on this machine, `kept` the one for its copies. An OSError while copying is printed, and training goes on.
+    """
+
+    def __init__(self, home: Path, kept: Path) -> None:
+        self.home, self.kept = home, kept
+
+    def read_back(self, recipe: str) -> bool:
+        """Copy a stage of this recipe back to `home`, finished or interrupted. True if there was one."""
+        if recipe not in (finished_recipe(self.kept), interrupted_recipe(self.kept)):
+            return False
+        print(f"{self.home.name}: copying from {self.kept} …", flush=True)
+        _replace(self.home, lambda folder: shutil.copytree(self.kept, folder, ignore=shutil.ignore_patterns("*.partial")))
+        return True
+
+    def on_save(self, args, state, control, **_):
+        """Copy the checkpoint that was just written, then delete the older copies."""
+        if not state.is_world_process_zero:
+            return
+        newest = Path(last_checkpoint(Path(args.output_dir)))
+        with self._unless_full(newest.name):
+            copies = self.kept / CHECKPOINTS
+            copies.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(newest.parent / RECIPE, copies / RECIPE)
+            _replace(copies / newest.name, lambda folder: _copy_small(newest, folder))
+            for older in whole_checkpoints(copies):
+                if older.name != newest.name:
+                    shutil.rmtree(older)
+
+    def keep_finished(self) -> None:
+        """Copy the finished stage in place of its checkpoints, unless it is there already."""
+        if finished_recipe(self.kept) == finished_recipe(self.home):
+            return
+        with self._unless_full("the finished stage"):
+            without = shutil.ignore_patterns(CHECKPOINTS)
+            _replace(self.kept, lambda folder: shutil.copytree(self.home, folder, ignore=without))
+
+    @contextmanager
+    def _unless_full(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            print(f"{self.home.name}: cannot copy {what} to {self.kept} ({error}); training goes on without this copy", flush=True)
+
+
+def _replace(folder: Path, write) -> None:
+    """Let `write` fill a new folder and put it in the place of `folder`, so that a kill leaves the old one or the new one."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    write(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _copy_small(checkpoint: Path, folder: Path) -> None:
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(OPTIMIZER_NAME))
+    if (checkpoint / OPTIMIZER_NAME).is_file():
+        optimizer = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+        for values in optimizer["state"].values():
+            for name, value in values.items():
+                if name != "step" and torch.is_tensor(value) and value.dtype is torch.float32:
+                    values[name] = value.to(torch.bfloat16)
+        torch.save(optimizer, folder / OPTIMIZER_NAME)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- disk
+
+
+def disk_needed(model: PreTrainedModel, processor: ProcessorMixin, stages: Sequence[Stage], rows: int) -> dict[str, int]:
+    """The most bytes that each stage of full fine-tuning has on disk at any moment, by its name, for so many `rows`.
+
+    This counts the models of earlier stages (fp32), what is prepared, and the checkpoints: fp32 weights with two fp32 moments of each
+    weight that trains. A frozen vision tower's features replace the pixels once they are written. Data set and base model come on top.
+    """
+    vision, images = model.config.vision_config, processor.image_processor
+    weights = 4 * model.num_parameters()
+    tiles, edge = most_tiles(images), images.max_image_size["longest_edge"]
+    pixels = rows * tiles * 3 * edge**2
+    needed, before = {}, 0
+    for stage in stages:
+        trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(stage.freeze))
+        frozen = all(name.startswith(stage.freeze) for name, _ in model.named_parameters() if name.startswith("model.vision_model"))
+        checkpoint, at_once = weights + 8 * trained, checkpoints_at_once(stage)
+        features = 0
+        if frozen and stage.fast and not stage.augment:
+            number = 2 if precision_of(stage, model.device, model.num_parameters()).autocast else 4  # bytes
+            features = rows * tiles * (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size * number
+        preparing, training = pixels + features, (features or pixels) + at_once * checkpoint
+        if not stage.fast:
+            preparing, training = 0, at_once * checkpoint
+        needed[stage.name] = before + max(preparing, training, at_once * checkpoint + weights)
+        before += weights
+    return needed
+
+
+def checkpoints_at_once(stage: Stage) -> int:
+    """How many checkpoints of a stage are on disk at the same time: one while none is replaced, and the best beside the last."""
+    if stage.validation:
+        return 3
+    return 2 if stage.every else min(max(math.ceil(stage.epochs) - 1, 0), 2)
 
 
 @contextmanager

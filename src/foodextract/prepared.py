@@ -26,6 +26,7 @@ from foodextract.dataset import as_conversations
 from foodextract.models import ModelError
 
 CHUNK = 32  # rows that one worker prepares at a time
+PIXELS = "pixels.npy"
 ROUND = 8  # the width of `tokens`, and of a batch, is a multiple of this, which is what matrix units like
 
 
@@ -36,8 +37,10 @@ class Prepared:
     prefix: torch.Tensor  # (1, L) int64: what every row begins with, up to the first picture token at most
     tokens: np.ndarray  # (N, S) int32: the rest of each row, padded on the right
     answers: np.ndarray  # (N, 2) int32: where in `tokens` the answer starts, and where the row ends
-    pixels: np.ndarray  # (N, T, 3, P, P) uint8
+    pixels: np.ndarray | None  # (N, T, 3, P, P) uint8; None where `features` stand for them
     tiles: np.ndarray  # (N,) int32: how many of the T tiles are real
+    shape: tuple[int, int]  # (T, P)
+    home: Path | None = None  # the folder of these files
     picture: int = -1  # the token id of a picture's placeholder, which is never a target
     features: torch.Tensor | None = None  # (N, T, patches, d): what a frozen vision tower makes of the pixels
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None  # changes a tile (3, P, P) uint8 at random
@@ -89,10 +92,13 @@ def real(tiles: torch.Tensor, most: int) -> torch.Tensor:
     return torch.arange(most, device=tiles.device) < tiles[:, None]
 
 
-def prepare(split: datasets.Dataset, processor: ProcessorMixin, folder: str | Path, target: str = "json") -> Prepared:
-    """Prepare a split of the data set below `folder`, or take up what an earlier run prepared there from the same rows and settings.
+def prepare(
+    split: datasets.Dataset, processor: ProcessorMixin, folder: str | Path, target: str = "json", *, with_pixels: bool = True
+) -> Prepared:
+    """Prepare a split of the data set below `folder`, or reuse what an earlier run prepared there from the same rows and settings.
 
-    `target` is what answers are written as; see `prompts.answer`.
+    `target` is what answers are written as; see `prompts.answer`. Without `with_pixels` the file of pixels is not needed: where it was
+    deleted to save disk, it is not written again.
     Raises ModelError when the processor does more to a picture than resize, rescale and normalise it.
     """
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
@@ -101,12 +107,15 @@ def prepare(split: datasets.Dataset, processor: ProcessorMixin, folder: str | Pa
     key = hashlib.sha256((split._fingerprint + settings + target).encode()).hexdigest()[:16]
     home = Path(folder) / f"prepared-{key}"
     ready = home / "ready.json"  # written last
-    if not ready.is_file():
+    if not ready.is_file() or (with_pixels and not (home / PIXELS).is_file()):
         home.mkdir(parents=True, exist_ok=True)
+        ready.unlink(missing_ok=True)
         ready.write_text(json.dumps(_prepare(split, processor, home, target)))
     facts = json.loads(ready.read_text())
-    arrays = {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "answers", "pixels", "tiles")}
-    return Prepared(prefix=torch.tensor([facts["prefix"]]), picture=processor.image_token_id, **arrays)
+    arrays = {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "answers", "tiles")}
+    pixels = np.load(home / PIXELS, mmap_mode="r") if with_pixels else None
+    shape = most_tiles(processor.image_processor), processor.image_processor.max_image_size["longest_edge"]
+    return Prepared(torch.tensor([facts["prefix"]]), pixels=pixels, shape=shape, picture=processor.image_token_id, home=home, **arrays)
 
 
 def whole_text(prepared: Prepared) -> Prepared:
@@ -123,10 +132,10 @@ def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path, tar
     prompts: dict[tuple, list[int]] = {}  # token ids by text and tile layout: one or a few for a whole data set
     ids, starts = [None] * len(rows), np.zeros(len(rows), np.int32)
     tiles = np.zeros(len(rows), np.int32)
-    most = _tiles(images)
+    most = most_tiles(images)
     edge = images.max_image_size["longest_edge"]
-    pixels = np.lib.format.open_memmap(home / "pixels.npy", "w+", np.uint8, (len(rows), most, 3, edge, edge))
-    reserve(home / "pixels.npy")
+    pixels = np.lib.format.open_memmap(home / PIXELS, "w+", np.uint8, (len(rows), most, 3, edge, edge))
+    reserve(home / PIXELS)
 
     def work(start: int) -> int:
         numbers = range(start, min(start + CHUNK, len(rows)))
@@ -169,7 +178,7 @@ def _shared(prompts: list[list[int]], picture: int) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _tiles(image_processor) -> int:
+def most_tiles(image_processor) -> int:
     """The most tiles that a picture can become: the overview alone, or with up to (longest edge / tile)² details."""
     if not image_processor.do_image_splitting:
         return 1
@@ -205,7 +214,12 @@ def augmentation(edge: int) -> Callable[[torch.Tensor], torch.Tensor]:
 def features_shape(model: PreTrainedModel, prepared: Prepared) -> torch.Size:
     """(N, T, patches, d) of `vision_features`."""
     vision = model.config.vision_config
-    return torch.Size([len(prepared), prepared.pixels.shape[1], (vision.image_size // vision.patch_size) ** 2, vision.hidden_size])
+    return torch.Size([len(prepared), prepared.shape[0], (vision.image_size // vision.patch_size) ** 2, vision.hidden_size])
+
+
+def are_stored(path: Path) -> bool:
+    """Whether an earlier call of `vision_features` finished the file at `path`."""
+    return path.is_file() and path.with_suffix(".done").is_file()
 
 
 @torch.inference_mode()
@@ -216,11 +230,10 @@ def vision_features(
 
     Memory-mapped at `path`, and taken from there when an earlier call had finished.
     """
-    shape = features_shape(model, prepared)
+    shape, finished, done = features_shape(model, prepared), are_stored(path), path.with_suffix(".done")
     features = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
     reserve(path)
-    done = path.with_suffix(".done")
-    if done.exists():
+    if finished:
         return features
     with tqdm(total=len(prepared), desc="looking once", unit="picture") as bar:
         for start in range(0, len(prepared), batch):

@@ -150,7 +150,9 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tens
 class Progress(TrainerCallback):
     """One bar a stage, in pictures, with the last loss: plain text, so that notebooks, logs and terminals all show it.
 
-    Keeps the time that steps took. Raises ModelError at the first loss that is not a number, which ends the stage.
+    Keeps the time that steps took, and writes to each entry of the log how long the stage has run, interruptions left out (`elapsed`,
+    seconds). Skips the checkpoint after the last step, since the finished stage is saved next; when checkpoints are compared
+    (`load_best_model_at_end`), the last one is written too. Raises ModelError at the first loss that is not a number.
     """
 
     def __init__(self, name: str, learning_rate: float) -> None:
@@ -163,6 +165,8 @@ class Progress(TrainerCallback):
         total, done = state.max_steps * self.per_step, state.global_step * self.per_step
         self.bar = tqdm(total=total, initial=done, desc=self.name, unit="picture", disable=hidden)
         self.first = state.global_step
+        self.began = time.perf_counter()
+        self.earlier = max((entry.get("elapsed", 0) for entry in state.log_history), default=0)  # of the runs before an interruption
 
     def on_step_begin(self, args, state, control, **_):
         self.start = time.perf_counter()
@@ -173,8 +177,18 @@ class Progress(TrainerCallback):
             self.seconds += time.perf_counter() - self.start
             self.pictures += self.per_step
         self.bar.update(self.per_step)
+        self._skip_last_checkpoint(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **_):
+        self._skip_last_checkpoint(args, state, control)
+
+    def _skip_last_checkpoint(self, args, state, control):
+        if state.global_step >= state.max_steps and not args.load_best_model_at_end:
+            control.should_save = False
 
     def on_log(self, args, state, control, logs=None, **_):
+        if state.log_history:
+            state.log_history[-1]["elapsed"] = self.earlier + time.perf_counter() - self.began
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
                 raise ModelError(

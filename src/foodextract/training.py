@@ -1,9 +1,11 @@
 """Two stages of full fine-tuning with TRL: what each one freezes, how it runs, and proof of which weights it moved."""
 
+import gc
 import hashlib
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,18 +19,28 @@ from trl import SFTConfig, SFTTrainer
 
 from foodextract import evaluation
 from foodextract.adapters import attach, untie
-from foodextract.checkpoints import full_disk_named, last_checkpoint
+from foodextract.checkpoints import (
+    CHECKPOINTS,
+    RECIPE,
+    Keeper,
+    differences,
+    finished_recipe,
+    full_disk_named,
+    interrupted_recipe,
+    last_checkpoint,
+)
 from foodextract.collate import Collator
 from foodextract.dataset import as_conversations, record_of, scopes_of
 from foodextract.extractor import Extractor
 from foodextract.models import FINISHED, ModelError, Precision, load_model
 from foodextract.performance import memory_kept, performance_rows, reset_peak_memory
-from foodextract.prepared import Prepared, augmentation, features_shape, prepare, vision_features, whole_text
+from foodextract.prepared import PIXELS, Prepared, are_stored, augmentation, features_shape, prepare, vision_features, whole_text
 from foodextract.results import write_results
 from foodextract.stage import Stage, is_sharded, precision_of, training_config
 from foodextract.trainer import PreparedTrainer, Progress
 from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole_state
 
+FEATURES = "features.bin"
 PERFORMANCE = "performance.json"  # how fast a stage went, in the format of results/, beside its weights
 
 
@@ -42,38 +54,52 @@ def train_stage(
     seed: int = 42,
     max_steps: int = -1,
     report_to: str = "none",
-    reuse: bool = False,
+    retrain: bool = False,
+    keep_in: str | Path | None = None,
 ) -> tuple[list[dict[str, float]], list[Moved]]:
     """Train `model` in place on a split of the data set and save it, with its processor, to `out`/stage.name.
 
-    Every stage starts with a fresh optimizer. An interrupted stage leaves a checkpoint an epoch, and the same call takes it up again. When
+    Every stage starts with a fresh optimizer. A stage that finished here with the same recipe (settings, rows, seed and start) is loaded,
+    not trained again, unless `retrain` says so. An interrupted stage resumes from its last checkpoint. `keep_in` is a folder that outlives
+    this machine: checkpoints and the finished stage are copied there, and read back where `out` lacks them (`checkpoints.Keeper`). When
     a GPU's memory does not suffice, smaller batches are accumulated to the same effective batch. `report_to` is a tracker of transformers,
-    such as "tensorboard" (its files go to `out`/runs). With `reuse` a stage that finished here from the same start is not trained again.
-    Returns the log (loss, learning rate, gradient norm by step) and the table of moved weights. Raises ModelError when the loss stops
-    being a number, when the disk is full and when not even one picture fits; the folder then keeps its last whole checkpoint. Raises it
-    before anything is done when the tracker is not installed.
+    such as "tensorboard" (its files go to `out`/runs).
+
+    The start of a stage is the checksum of the model's weights or, when the model is the outcome of an earlier stage, the recipe of that
+    stage: training it again on a GPU need not give the same bits, and must not cost the checkpoint of the stage that follows.
+
+    Returns the log (loss, learning rate, gradient norm by step) and the table of moved weights; `seconds_of` says how long it took.
+    Raises ModelError when the loss stops being a number, when the disk is full and when not even one picture fits; the folder then keeps
+    its last whole checkpoint. Raises it before anything is done when the tracker is not installed or `keep_in` is in no folder.
     """
+    began = time.perf_counter()
     if report_to != "none" and not find_spec(report_to):
         raise ModelError(f"nothing can be reported to {report_to!r}: `pip install {report_to}` first, or leave it out")
+    if keep_in and not (parent := Path(keep_in).absolute().parent).is_dir():
+        raise ModelError(f"keep_in is {keep_in}, but {parent} does not exist: mount the drive, or create that folder first")
     folder = Path(out) / stage.name
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(out) / "runs" / stage.name)  # transformers would choose a folder that is removed
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
+    keeper = Keeper(folder, Path(keep_in) / stage.name) if keep_in else None
     processes = PartialState()
     freeze(model, stage.freeze)
     if stage.lora and stage.lora.also:
         untie(model)
     before = snapshot(model)
-    start = {"weights": checksum(before), "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
+    start = {"start": _start(model, before), "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
     recipe = json.dumps({**asdict(stage), **start})
-    if reuse and (folder / FINISHED).is_file() and (finished := json.loads((folder / FINISHED).read_text())).get("recipe") == recipe:
-        print(f"{stage.name}: trained already, taken from {folder}")
-        model.load_state_dict(load_model(folder, model.device, training=True).state_dict())
-        return [entry for entry in finished["log"] if "loss" in entry], [Moved(**row) for row in finished["moved"]]
     with processes.main_process_first():
-        if not ((checkpoints / "recipe.json").is_file() and (checkpoints / "recipe.json").read_text() == recipe):
-            shutil.rmtree(folder, ignore_errors=True)
-            checkpoints.mkdir(parents=True)
-            (checkpoints / "recipe.json").write_text(recipe)
+        if processes.is_main_process:
+            _take_up(folder, recipe, keeper, retrain)
+    if finished_recipe(folder) == recipe:
+        finished = json.loads((folder / FINISHED).read_text())
+        if processes.is_main_process:
+            print(f"{stage.name}: trained already, taken from {folder}", flush=True)
+            if keeper:
+                keeper.keep_finished()
+        model.load_state_dict(load_model(folder, model.device, training=True).state_dict())
+        model.name_or_path = str(folder)
+        return [entry for entry in finished["log"] if "loss" in entry], [Moved(**row) for row in finished["moved"]]
     precision = precision_of(stage, model.device, model.num_parameters())
     reset_peak_memory(model.device)
     progress = Progress(stage.name, stage.learning_rate)
@@ -91,6 +117,9 @@ def train_stage(
                 trainer = _trainer(model, trained, processor, run, split, config, precision)
                 trainer.remove_callback(PrinterCallback)
                 trainer.add_callback(progress)
+                if keeper:
+                    trainer.add_callback(keeper)
+                prepared_in = time.perf_counter() - began
                 with memory_kept(model.device):
                     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
             break
@@ -108,6 +137,9 @@ def train_stage(
             torch.cuda.empty_cache()
     log = [entry for entry in trainer.state.log_history if {"loss", "eval_loss", "eval_item_f1"} & entry.keys()]
     step = trainer.step_of(model, run.batch_size) if stage.fast else None
+    cache = trainer.prepared.home if stage.fast else None
+    del trainer
+    gc.collect()  # maps of deleted files hold their disk space
     if stage.lora:
         if processes.is_main_process:
             trained.save_pretrained(folder / "adapter")
@@ -115,7 +147,10 @@ def train_stage(
     moved = weights_moved(model, before)
     processes.wait_for_everyone()
     state = whole_state(model)
+    after = checksum(snapshot(model))
     if processes.is_main_process:
+        for used in ((checkpoints / FEATURES), *([cache / PIXELS] if cache else [])):
+            used.unlink(missing_ok=True)
         with full_disk_named(stage.name, checkpoints):
             model.save_pretrained(folder, state_dict=state)
             processor.save_pretrained(folder)
@@ -123,6 +158,8 @@ def train_stage(
         finished = {
             **asdict(run),
             "recipe": recipe,
+            "weights": after,
+            "seconds": prepared_in + (log[-1]["elapsed"] if log else 0),
             "processes": processes.num_processes,
             "precision": precision.reason,
             "log": log,
@@ -135,8 +172,40 @@ def train_stage(
             write_results(folder / PERFORMANCE, rows)
             print("\n".join(f"{row.metric:>20} {row.value:10.3f} {row.unit}" for row in rows))
         (folder / FINISHED).write_text(json.dumps(finished, indent=1))
+        if keeper:
+            keeper.keep_finished()
+    model.name_or_path = str(folder)
     processes.wait_for_everyone()
     return [entry for entry in log if "loss" in entry], moved
+
+
+def seconds_of(folder: str | Path) -> float:
+    """How long the stage took that finished in `folder`: its steps in all runs, and the preparation of the last run."""
+    return json.loads((Path(folder) / FINISHED).read_text())["seconds"]
+
+
+def _start(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> str:
+    """What identifies the weights that a stage starts from; see `train_stage`."""
+    now = checksum(weights)
+    finished = Path(model.name_or_path) / FINISHED
+    if finished.is_file() and (found := json.loads(finished.read_text())).get("weights") == now:
+        return hashlib.sha256(found["recipe"].encode()).hexdigest()[:16]
+    return now
+
+
+def _take_up(folder: Path, recipe: str, keeper: Keeper | None, retrain: bool) -> None:
+    """Leave in `folder` what this recipe can be resumed from: its finished stage, its checkpoints, or nothing yet."""
+    checkpoints = folder / CHECKPOINTS
+    if not retrain:
+        if recipe in (finished_recipe(folder), interrupted_recipe(folder)) or (keeper and keeper.read_back(recipe)):
+            return
+        if (checkpoints / RECIPE).is_file() and (checkpoints / RECIPE).read_text() == recipe:  # no checkpoint yet, perhaps features
+            return
+        if other := finished_recipe(folder) or interrupted_recipe(folder):
+            print(f"{folder.name}: trained anew, since {differences(recipe, other)} differs from the training in {folder}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoints.mkdir(parents=True)
+    (checkpoints / RECIPE).write_text(recipe)
 
 
 def _trainer(
@@ -202,24 +271,32 @@ def validation_rows(split: datasets.Dataset, count: int) -> list[int]:
 def _prepared(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, split: datasets.Dataset, checkpoints: Path, precision: Precision
 ) -> Prepared:
-    """The rows, once for all stages; with what the vision tower makes of them if it is frozen and the disk has room for that."""
+    """The rows, once for all stages.
+
+    The features of a frozen vision tower replace the pixels, unless the disk has no room for both at once.
+    """
+    features_file = checkpoints / FEATURES
+    stored = are_stored(features_file)
     with PartialState().main_process_first():
-        prepared = prepare(split, processor, checkpoints.parents[1], stage.target)
+        prepared = prepare(split, processor, checkpoints.parents[1], stage.target, with_pixels=not stored)
     if is_sharded():
         prepared = prepared.unshared()
     if stage.whole_text:
         prepared = whole_text(prepared)
     if stage.augment:
-        if prepared.pixels.shape[1] > 1:
+        if prepared.shape[0] > 1:
             raise ModelError("pictures of several tiles cannot be augmented, since their tiles must fit together: take 1 tile")
-        return replace(prepared, augment=augmentation(prepared.pixels.shape[-1]))
+        return replace(prepared, augment=augmentation(prepared.shape[1]))
     if is_sharded() or any(parameter.requires_grad for parameter in model.model.vision_model.parameters()):
         return prepared
     dtype = precision.autocast or precision.weights
     needed = features_shape(model, prepared).numel() * dtype.itemsize
-    if needed > 0.5 * shutil.disk_usage(checkpoints).free:
+    if not stored and needed > 0.5 * shutil.disk_usage(checkpoints).free:
         print(f"what the frozen vision tower sees would take {needed / 1e9:.0f} GB, more than half of the free disk: not stored")
         return prepared
     with PartialState().main_process_first():
-        features = vision_features(model, prepared, processor.image_processor, checkpoints / "features.bin", dtype)
-    return replace(prepared, features=features)
+        features = vision_features(model, prepared, processor.image_processor, features_file, dtype)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        (prepared.home / PIXELS).unlink(missing_ok=True)  # a frozen tower looks only once; `prepare` writes them again for stage 2
+    return replace(prepared, pixels=None, features=features)

@@ -1,0 +1,194 @@
+"""A training that is interrupted, moved to another machine, or short of disk loses nothing that was finished."""
+
+import json
+import os
+import shutil
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from foodextract import checkpoints, models, training
+from foodextract.models import FINISHED, ModelError
+from foodextract.profiles import PROFILES
+from foodextract.stage import Stage
+
+STAGE1 = Stage("stage1", freeze=("model.vision_model",), learning_rate=7e-4, epochs=2, batch_size=8, accumulation=1)
+STAGE2 = replace(STAGE1, name="stage2", freeze=(), learning_rate=1e-5)
+
+
+def fresh():
+    return models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+
+
+def losses(folder):
+    return [entry["loss"] for entry in json.loads((folder / FINISHED).read_text())["log"]]
+
+
+def resumed_at(monkeypatch):
+    """Where the trainings that follow begin: the checkpoints they resume from, by stage."""
+    found, train = {}, training.PreparedTrainer.train
+
+    def note(self, resume_from_checkpoint=None):
+        found[self.args.output_dir.split("/")[-2]] = resume_from_checkpoint and resume_from_checkpoint.split("/")[-1]
+        return train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(training.PreparedTrainer, "train", note)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(rows, processor, tmp_path_factory):
+    """Both stages without an interruption."""
+    out, model = tmp_path_factory.mktemp("whole"), fresh()
+    for stage in (STAGE1, STAGE2):
+        training.train_stage(model, processor, stage, rows["train"], out)
+    return out
+
+
+def test_a_start_that_was_computed_again_does_not_cost_the_checkpoint_of_the_next_stage(
+    processor, rows, tmp_path, die_in_second_epoch, monkeypatch
+):
+    """On a GPU, stage 1 trained again gives other last bits. The checkpoint of stage 2 must survive that."""
+    model = fresh()
+    training.train_stage(model, processor, STAGE1, rows["train"], tmp_path)
+    die_in_second_epoch(model, processor, STAGE2, rows["train"], tmp_path)
+    shutil.rmtree(tmp_path / "stage1")
+    count = training.weights_moved
+
+    def other_bits(model, before):
+        with torch.no_grad():
+            model.model.connector.modality_projection.proj.weight += 1e-7
+        return count(model, before)
+
+    model = fresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "weights_moved", other_bits)
+        training.train_stage(model, processor, STAGE1, rows["train"], tmp_path)
+    found = resumed_at(monkeypatch)
+    training.train_stage(model, processor, STAGE2, rows["train"], tmp_path)
+    assert found == {"stage2": "checkpoint-5"}  # 5 steps an epoch
+
+
+def test_weights_that_were_changed_between_the_stages_are_another_start(processor, rows, tmp_path, capsys):
+    model = fresh()
+    training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1)
+    training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1)
+    model = models.load_model(tmp_path / "stage1", torch.device("cpu"), training=True)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1)
+    assert "stage2: trained anew, since start differs" in capsys.readouterr().out
+
+
+def test_a_new_machine_resumes_from_the_copies(processor, rows, tmp_path, die_in_second_epoch, monkeypatch, capsys, whole):
+    drive = tmp_path / "drive" / "FoodExtract"
+    drive.parent.mkdir()
+    options = {"keep_in": drive}
+    model = fresh()
+    training.train_stage(model, processor, STAGE1, rows["train"], tmp_path / "one", **options)
+    die_in_second_epoch(model, processor, STAGE2, rows["train"], tmp_path / "one", **options)
+    sizes = [(home / "stage2" / "checkpoints" / "checkpoint-5" / "optimizer.pt").stat().st_size for home in (drive, tmp_path / "one")]
+    assert sizes[0] < 0.55 * sizes[1]  # bf16 moments
+    assert not list(drive.glob("**/features*"))
+    shutil.rmtree(tmp_path / "one")  # the machine is gone
+
+    found, model = resumed_at(monkeypatch), fresh()
+    for stage in (STAGE1, STAGE2):
+        training.train_stage(model, processor, stage, rows["train"], tmp_path / "two", **options)
+    assert found == {"stage2": "checkpoint-5"}
+    assert "stage1: trained already" in capsys.readouterr().out
+    assert losses(tmp_path / "two" / "stage1") == losses(whole / "stage1")
+    assert losses(tmp_path / "two" / "stage2") == pytest.approx(losses(whole / "stage2"), rel=1e-2)
+    for stage in ("stage1", "stage2"):
+        assert (drive / stage / FINISHED).read_bytes() == (tmp_path / "two" / stage / FINISHED).read_bytes()
+        assert not (drive / stage / "checkpoints").exists()  # the finished stage replaces them
+
+
+def test_a_full_drive_does_not_end_the_training(processor, rows, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_replace", full)
+    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "out", keep_in=tmp_path / "drive")
+    said = capsys.readouterr().out
+    assert "stage1: cannot copy checkpoint-5 to" in said
+    assert "stage1: cannot copy the finished stage to" in said
+    assert (tmp_path / "out" / "stage1" / FINISHED).is_file()
+
+
+def test_a_drive_that_is_not_mounted_is_named_before_anything_is_done(processor, rows, tmp_path):
+    with pytest.raises(ModelError, match=r"keep_in is .*MyDrive/x, but .*MyDrive does not exist: mount the drive"):
+        training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "out", keep_in=tmp_path / "MyDrive" / "x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_seconds_add_up_over_an_interruption(processor, rows, tmp_path, die_in_second_epoch):
+    die_in_second_epoch(fresh(), processor, STAGE1, rows["train"], tmp_path)
+    state = json.loads((tmp_path / "stage1" / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())
+    first = state["log_history"][-1]["elapsed"]
+    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path)
+    elapsed = [entry["elapsed"] for entry in json.loads((tmp_path / "stage1" / FINISHED).read_text())["log"]]
+    assert elapsed == sorted(elapsed)
+    assert elapsed[4] == first
+    assert training.seconds_of(tmp_path / "stage1") > elapsed[-1] > first > 0
+
+
+def test_disk_is_what_was_computed(processor, rows, tmp_path):
+    """The largest sum of file sizes that a thread sees while both stages train, against the computed one."""
+    stages = STAGE1, STAGE2
+    peak, done = dict.fromkeys((stage.name for stage in stages), 0), threading.Event()
+    now = [stages[0].name]
+
+    def look():
+        while not done.is_set():
+            found = [Path(folder) / name for folder, _, names in os.walk(tmp_path) for name in names]
+            with suppress(FileNotFoundError):  # deleted meanwhile: look again
+                peak[now[0]] = max(peak[now[0]], sum(path.stat().st_size for path in found))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    model = fresh()
+    try:
+        for stage in stages:
+            now[0] = stage.name
+            training.train_stage(model, processor, stage, rows["train"], tmp_path)
+    finally:
+        done.set()
+        watcher.join()
+    needed = checkpoints.disk_needed(model, processor, stages, len(rows["train"]))
+    for name, most in peak.items():
+        assert most == pytest.approx(needed[name], rel=0.1), name  # tokenizer files and logs come on top
+
+
+def test_the_profile_hub_needs_at_most_12_gb():
+    """SmolVLM2-500M's own config and the 2,958 training rows of the original."""
+    config = AutoConfig.for_model("smolvlm", **HUB_CONFIG)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert model.num_parameters() == 507_482_304
+    processor = models.load_processor(models.TINY_BASE)
+    processor.image_processor.max_image_size = {"longest_edge": 512}
+    models.set_image_budget(processor, 1)
+    hub = PROFILES["hub"]
+    halves = [replace(stage, bf16=True) for stage in (hub.stage1, hub.stage2)]  # a GPU takes features in 16 bits
+    needed = checkpoints.disk_needed(model, processor, halves, 2958)
+    assert max(needed.values()) < 11e9  # one more for the base and the data set
+    assert checkpoints.disk_needed(model, processor, [replace(hub.stage1, epochs=4)], 2958)["stage1"] > 12e9
+
+
+HUB_CONFIG = {
+    "vision_config": {
+        "model_type": "smolvlm_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "patch_size": 16, "image_size": 512,
+    },
+    "text_config": {
+        "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+        "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49280, "tie_word_embeddings": False,
+    },
+    "scale_factor": 4, "tie_word_embeddings": False,
+}  # fmt: skip
