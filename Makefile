@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY ?= error
 export TQDM_MININTERVAL ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo experiments space test lint unit smoke refresh tiny-base clean
+.PHONY: help install demo experiments space test test-floors lint unit smoke refresh tiny-base clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt -r requirements-dev.txt -e .
+	@touch $@
+
+$(VENV)/floors/.installed: requirements.txt requirements-dev.txt requirements-floors.txt $(VENV)/.installed
+	@echo "installing the oldest supported versions into $(VENV)/floors (once) …"
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)/floors
+	@$(BIN)/uv pip install --quiet --python $(VENV)/floors/bin/python -r requirements.txt -r requirements-dev.txt --override requirements-floors.txt -e .
 	@touch $@
 
 $(VENV)/checkov/.installed: deploy/requirements-checkov.txt $(VENV)/.installed
@@ -59,6 +65,12 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 
 test: lint $(VENV)/checkov/.installed  ## Lint, unit tests and notebooks in small, spread over the cores.
 	$(PYTEST)
+
+FLOOR_TESTS := $(foreach name,captioner checkpoints cleaning cli collate dataset decoding duplicates evaluation extractor models pictures \
+	prepared reports scenes schema sources training,tests/test_$(name).py)
+
+test-floors: $(VENV)/floors/.installed  ## The fast tests against the oldest supported versions, which are those that Colab has.
+	$(VENV)/floors/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(FLOOR_TESTS)
 
 lint: install
 	$(BIN)/ruff check .

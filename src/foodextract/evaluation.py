@@ -8,20 +8,28 @@ Shares of pictures have Wilson's interval (1927), which holds near 0 % and 100 %
 bootstrap over pictures (Efron & Tibshirani 1993).
 """
 
+import hashlib
+import json
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
+import datasets
 import numpy as np
 from PIL import Image
 from scipy.stats import binomtest
 from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
+from foodextract import prompts
 from foodextract.judging import FIELDS, Columns, Counts, Reader, count_items, is_complete, judge, try_read
 from foodextract.metrics import MEASURES, Measure, f1, ratio
 from foodextract.pictures import open_picture
-from foodextract.results import Row, make_row
+from foodextract.results import Row, commit, make_row
 from foodextract.schema import EXHAUSTIVE, FoodRecord
+from foodextract.weights import checksum, snapshot
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -102,6 +110,46 @@ def ask(answer: BatchAnswer, pictures: Sequence[Image.Image], batch_size: int = 
             answers += answer(batch)
             bar.update(len(batch))
     return answers
+
+
+def key_of(model: PreTrainedModel, processor: ProcessorMixin, images: datasets.Dataset) -> str:
+    """What the answers of `ask_once` depend on: weights, prompt, image budget, images and this code's commit."""
+    prompt = processor.apply_chat_template(prompts.conversation(), add_generation_prompt=True)
+    parts = (checksum(snapshot(model)), prompt, processor.to_json_string(), images._fingerprint, str(len(images)), commit())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def ask_once(
+    path: str | Path, key: str, answer: BatchAnswer, pictures: Sequence[Image.Image], batch_size: int = 32, title: str = "model"
+) -> tuple[list[str], float]:
+    """`ask`, with the answers kept at `path` (JSON lines, one a batch): an interrupted or repeated call asks only what is missing.
+
+    `key` says what the answers depend on (`key_of`); answers under another key are deleted. Returns the answers and the seconds that
+    asking took in all.
+    """
+    path, answers, seconds = Path(path), [], 0.0
+    head = json.dumps({"key": key}) + "\n"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    if not lines or lines[0] != head:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(head, encoding="utf-8")
+        lines = [head]
+    whole = [line for line in lines[1:] if line.endswith("\n")]  # a killed run may leave half a line
+    path.write_text(head + "".join(whole), encoding="utf-8")
+    for batch in map(json.loads, whole):
+        answers += batch["answers"]
+        seconds += batch["seconds"]
+    with tqdm(total=len(pictures), initial=len(answers), desc=f"asking {title}", unit="picture") as bar:
+        for start in range(len(answers), len(pictures), batch_size):
+            began = time.perf_counter()
+            batch = answer([open_picture(picture) for picture in pictures[start : start + batch_size]])
+            took = time.perf_counter() - began
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"answers": batch, "seconds": took}) + "\n")
+            answers += batch
+            seconds += took
+            bar.update(len(batch))
+    return answers, seconds
 
 
 def each(answer: Callable[[Image.Image], str]) -> BatchAnswer:

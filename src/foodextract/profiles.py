@@ -5,7 +5,7 @@ Ids that name people or places stand here and nowhere else (the notebooks' Colab
 
 from dataclasses import dataclass
 
-from foodextract.models import HUB_BASE, TINY_BASE
+from foodextract.models import HUB_BASE, TINY_BASE, ModelError, choose_device
 from foodextract.sources import HUB_DATASET
 from foodextract.stage import Stage
 
@@ -31,6 +31,15 @@ class Profile:
     stage1: Stage
     stage2: Stage
     tiles: int = 1  # image budget: one 512 px tile is 64 tokens, the shipped 17 tiles are 1,088
+    needs_gpu: bool = False
+
+    def require_gpu(self, allow_cpu: bool = False) -> None:
+        """Raise ModelError where a GPU is needed and there is none, unless `allow_cpu`."""
+        if self.needs_gpu and not allow_cpu and choose_device().type == "cpu":
+            raise ModelError(
+                "this profile needs a GPU, and there is none here. In Colab choose Runtime > Change runtime type > T4 GPU and run all "
+                "cells again. To run on the CPU anyway, which takes days, set allow_cpu = True"
+            )
 
 
 PROFILES = {
@@ -40,6 +49,7 @@ PROFILES = {
         dataset_id=HUB_DATASET,
         stage1=Stage("stage1", freeze=(VISION,), learning_rate=2e-4, epochs=2),
         stage2=Stage("stage2", freeze=(), learning_rate=2e-6, epochs=2),
+        needs_gpu=True,
     ),
     # A model of 2.9 M parameters needs rates some ten times higher than one of 507 M, and more, smaller steps that die away at the end: at
     # a constant rate it stays in the noise of its last batches. And it names things twice, unless that costs. Stage 2 is short and gentle:
