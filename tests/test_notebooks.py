@@ -2,10 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import nbformat
 import papermill
+import psutil
 import pytest
+import yaml
 
 from foodextract import models
 from foodextract.results import read_results
@@ -50,3 +56,56 @@ def test_any_checkpoint_on_any_labelled_folder(tmp_path, drawn):
     run(ONE, tmp_path, profile="offline", seed=3, eval_pictures=4, **places, **SMALL)
     assert (tmp_path / "tuned" / "stage2" / "model.safetensors").is_file()
     assert {row.n for row in read_results(tmp_path / "figures.json") if row.metric == "strict_json_rate"} == {4}
+
+
+def printed(notebook):
+    """All that the cells of an executed notebook printed."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+
+
+def kill_once(there, where, parameters):
+    """Run notebook 01 in the folder `where` and kill its kernel with SIGKILL as soon as `there` matches a file."""
+    where.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "papermill", ROOT / ONE, where / ONE, "--cwd", where, "--no-progress-bar", "-y", yaml.dump(parameters)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while not there():
+            assert run.poll() is None, run.stderr.read()[-3000:]
+            time.sleep(0.01)
+    finally:
+        for process in psutil.Process(run.pid).children(recursive=True):  # the kernel
+            process.kill()
+        run.kill()
+        run.wait()
+
+
+def test_the_notebook_killed_in_both_stages_resumes_on_another_machine(drawn, tmp_path):
+    """Killed in stage 1 and run again in the same place; killed in stage 2 and run again where only `keep_in` is left."""
+    kept = tmp_path / "drive" / "FoodExtract"
+    kept.parent.mkdir()
+    epochs = {"epochs": 3, "batch_size": 8, "accumulation": 1}  # of 5 steps
+    parameters = {
+        "profile": "offline", "dataset": str(drawn), "stage1": epochs, "stage2": epochs, "eval_pictures": 4, "keep_in": str(kept),
+    }  # fmt: skip
+    for stage, machine in (("stage1", "one"), ("stage2", "one")):
+        kill_once(
+            lambda stage=stage: list(kept.glob(f"{stage}/checkpoints/checkpoint-*/trainer_state.json")), tmp_path / machine, parameters
+        )
+    trained = (kept / "stage1" / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    run(ONE, tmp_path / "two", **parameters)
+    said = printed(tmp_path / "two" / ONE)
+    assert "stage1: trained already" in said
+    assert "stage2: resumed from checkpoint-" in said
+    assert "stage1: resumed" not in said
+    assert (kept / "stage1" / "model.safetensors").stat().st_mtime_ns == trained
+    for stage in ("stage1", "stage2"):
+        finished = json.loads((kept / stage / models.FINISHED).read_text())
+        assert [entry["step"] for entry in finished["log"]] == list(range(1, 16))
+        assert not (kept / stage / "checkpoints").exists()
+    asked = [json.loads(line) for line in (kept / "answers" / "base.jsonl").read_text().splitlines()]
+    assert [len(batch["answers"]) for batch in asked[1:]] == [4]  # asked once, on the first machine
+    seconds = {row.subject: row.value for row in read_results(tmp_path / "two" / "results" / "offline.json") if row.metric == "seconds"}
+    assert seconds["ask_base"] == pytest.approx(asked[1]["seconds"], abs=1e-5)

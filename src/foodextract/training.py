@@ -120,8 +120,11 @@ def train_stage(
                 if keeper:
                     trainer.add_callback(keeper)
                 prepared_in = time.perf_counter() - began
+                resumed = last_checkpoint(checkpoints)
+                if resumed and processes.is_main_process:
+                    print(f"{stage.name}: resumed from {Path(resumed).name}", flush=True)
                 with memory_kept(model.device):
-                    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+                    trainer.train(resume_from_checkpoint=resumed)
             break
         except torch.OutOfMemoryError as error:
             if run.batch_size == 1:
