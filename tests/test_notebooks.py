@@ -74,7 +74,7 @@ def kill_once(there, where, parameters):
             assert run.poll() is None, run.stderr.read()[-3000:]
             time.sleep(0.01)
     finally:
-        for process in psutil.Process(run.pid).children(recursive=True):  # the kernel
+        for process in psutil.Process(run.pid).children(recursive=True) if run.poll() is None else ():  # the kernel
             process.kill()
         run.kill()
         run.wait()

@@ -22,9 +22,10 @@ CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first: the trainer's state is what is written last."""
+    """The complete checkpoints in `folder`, oldest first: the trainer's state is what is written last, and a copy is renamed last."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.stat().st_size]
-    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+    numbers = {int(step): path for path in whole if (step := path.name.removeprefix("checkpoint-")).isdigit()}
+    return [numbers[step] for step in sorted(numbers)]
 
 
 def last_checkpoint(folder: Path) -> str | None:
