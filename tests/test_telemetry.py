@@ -42,7 +42,10 @@ def test_the_user_can_choose_to_send_them(drawn, tmp_path):
 
 
 def test_download_counts_and_gradio_are_silent_unless_the_user_chooses_otherwise():
-    ask = "import foodextract, datasets.config, os; print(datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, os.environ['GRADIO_ANALYTICS_ENABLED'])"
+    ask = (
+        "import foodextract, os; from datasets import config; "
+        "print(config.HF_UPDATE_DOWNLOAD_COUNTS, os.environ['GRADIO_ANALYTICS_ENABLED'])"
+    )
     chosen = {"HF_UPDATE_DOWNLOAD_COUNTS": "TRUE", "GRADIO_ANALYTICS_ENABLED": "True"}
     env = {key: value for key, value in os.environ.items() if key not in chosen}
     told = [subprocess.run([sys.executable, "-c", ask], env=env | extra, capture_output=True, text=True).stdout for extra in ({}, chosen)]
