@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from foodextract import cards, dataset, evidence, hub_data, ingest, publish, sources
+from foodextract.__main__ import app
 from foodextract.models import TINY_TUNED
 from foodextract.profiles import PROFILES
 from foodextract.samples import DatasetError
@@ -278,8 +280,8 @@ def test_a_labeled_folder_is_built_once_as_long_as_it_is_the_same(tmp_path, monk
         (folder / "pie").mkdir(parents=True, exist_ok=True)
         textured(number).save(folder / "pie" / f"{number}.png")
     builds = []
-    build = dataset.build
-    monkeypatch.setattr(dataset, "build", lambda *args, **options: builds.append(1) or build(*args, **options))
+    read = dataset.ingest
+    monkeypatch.setattr(dataset, "ingest", lambda *args: builds.append(1) or read(*args))
 
     def count(seed=42):
         opened = dataset.open_dataset(folder, tmp_path / "built", seed=seed)
@@ -331,6 +333,26 @@ def test_what_an_interrupted_build_read_of_another_revision_is_not_used(online, 
     opened = dataset.open_dataset(ID, tmp_path / "built")
     images = {image.tobytes() for rows in opened.values() for image in rows["image"]}
     assert images == {textured(number).tobytes() for number in range(100, 130)}
+
+
+def test_what_another_build_goes_on_with_is_not_taken_for_the_data_set_of_the_hub(online, tmp_path):
+    """Notebook 00 may write where notebook 01 was interrupted."""
+    parts = [parquet(original(numbers)) for numbers in (range(15), range(15, 30))]
+    put(online, {f"data/train-0000{number}-of-00002.parquet": part for number, part in enumerate(parts)})
+    online.faults = [Fault("GET", "train-00001", 500)]
+    with pytest.raises(DatasetError, match="gave out after 15 rows"):
+        dataset.open_dataset(ID, tmp_path / "built")
+    dataset.build(sources.scenes(seed=1, train=10, test=5), tmp_path / "built")
+    assert not (tmp_path / "built" / dataset.ORIGIN).exists()
+
+
+def test_the_command_says_that_it_goes_on(online, tmp_path):
+    put(online, {"data/train.parquet": parquet(original(range(15)))})
+    online.faults = [Fault("GET", "data/train.parquet", 500)]
+    result = CliRunner().invoke(app, ["train", ID, "-o", str(tmp_path / "out"), "--profile", "offline"])
+    assert result.exit_code == 2
+    assert f"'{ID}'" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_passing_fault_is_not_noticed(online, tmp_path):

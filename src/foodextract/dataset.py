@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -59,24 +60,26 @@ def build(
     The same samples and seed give the same data set, byte for byte, in whatever order they come and however often the run was killed.
     Raises DatasetError when a split would be empty, and when `out` holds something that is not a data set built here.
     """
-    return _build(samples, out, total, lambda entries: judge(entries, seed=seed, test_share=test_share, policy=policy), seed=seed)
+    return _build(samples, out, partial(judge, seed=seed, test_share=test_share, policy=policy), seed=seed, total=total)
 
 
 def _build(
     samples: Iterable[Sample | Reject],
     out: str | Path,
-    total: int | None,
     decide: Callable[[list[dict[str, Any]]], Judged],
     *,
-    seed: int = 42,
+    seed: int | None,
+    total: int | None = None,
+    origin: dict[str, Any] | None = None,
     published: str = "",
 ) -> dict[str, Any]:
-    """`build` with any second step. `published` is the Hub id of a data set that is taken as it is."""
+    """`build` with any second step. `origin` is kept beside the data set; `published` is the Hub id of one that is taken as it is."""
     out = Path(out)
     if out.exists() and not (out / "report.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(f"{out} exists and is not a data set built here: choose another folder or empty it")
-    partial = _partial(out)
-    entries = ingest(samples, partial, total)
+    unfinished = out.with_name(out.name + ".partial")
+    _begin(unfinished, origin)
+    entries = ingest(samples, unfinished, total)
     judged = decide(entries)
     if not all(judged.rows.values()):
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in judged.rows.items())
@@ -86,14 +89,10 @@ def _build(
     split_here = any(row["pixels_sha256"] not in stated for row in judged.rows["test"])
     held_out = "test" if published else f"split by foodextract with seed {seed}" if split_here else "as the source states"
     report = _report(judged, len(entries), published) | {"held_out": held_out}
-    _write(partial, judged, report, published)
+    _write(unfinished, judged, report, published)
     shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    unfinished.rename(out)
     return report
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- write
@@ -184,8 +183,7 @@ def open_dataset(where: str | Path, build_in: str | Path, seed: int = 42) -> dat
     if where.is_dir():
         origin = {"folder": _state_of(where), "seed": seed}
         if _origin_of(build_in) != origin:
-            _begin(build_in, origin)
-            build(labelled_folder(where), build_in, seed=seed)
+            _build(labelled_folder(where), build_in, partial(judge, seed=seed), seed=seed, origin=origin)
     elif name.count("/") == 1 and not where.is_absolute():
         _fetch(name, build_in, seed)
     else:
@@ -207,11 +205,11 @@ def _fetch(name: str, build_in: Path, seed: int) -> None:
         print(f"{error}\n{build_in} holds revision {there['revision'][:12]} of {name}: this is used now", file=sys.stderr)
         return
     as_it_is = found.kind == "published" and {split_named(split) for split in found.streams} == {"train", "test"}
-    _begin(build_in, {"dataset": name, "revision": revision, "seed": None if as_it_is else seed})  # published splits have no seed
+    origin = {"dataset": name, "revision": revision, "seed": None if as_it_is else seed}  # published splits have no seed
     if as_it_is:
-        _build(found.samples(), build_in, found.total(), accept, published=name)
+        _build(found.samples(), build_in, accept, seed=None, total=found.total(), origin=origin, published=name)
     else:
-        build(hub_rows(found), build_in, seed=seed)
+        _build(hub_rows(found), build_in, partial(judge, seed=seed), seed=seed, origin=origin)
 
 
 def _origin_of(folder: Path) -> dict[str, Any]:
@@ -221,13 +219,16 @@ def _origin_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _begin(out: Path, origin: dict[str, Any]) -> None:
-    """Note what `out` will be built from; what an interrupted build has read from anything else goes."""
-    partial = _partial(out)
-    if _origin_of(partial) != origin:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
+def _begin(unfinished: Path, origin: dict[str, Any] | None) -> None:
+    """Note what is built from now on. What an interrupted build has read from another revision, or another state of a folder, goes."""
+    if _origin_of(unfinished) == (origin or {}):
+        return
+    if origin is None:  # `build` compares the ledger with what its source says
+        (unfinished / ORIGIN).unlink()
+        return
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
 
 
 def _state_of(folder: Path) -> str:
