@@ -7,8 +7,10 @@ import shutil
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import yaml
+from packaging.version import Version
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -117,6 +119,17 @@ def test_notebook_00_takes_a_published_data_set_too(published, rows, tmp_path):
         assert list(again[split]["licence"]) == list(rows[split]["licence"])
 
 
+def test_a_data_set_made_from_a_published_one_names_that_and_not_what_that_was_made_from(online, rows, tmp_path):
+    files = {}
+    for split, part in rows.items():
+        file = io.BytesIO()
+        part.map(lambda row: {"source": "some/where", "licence": "see the/original"}, features=part.features).to_parquet(file)
+        files[f"data/{split}-00000-of-00001.parquet"] = file.getvalue()
+    put(online, files)
+    dataset.build(sources.hub(ID), tmp_path / "out")
+    assert evidence.origin(dataset.load(tmp_path / "out")) == ID
+
+
 @pytest.mark.parametrize("stated", ["validation", "dev", "val", "valid", "test", "holdout"])
 def test_another_author_s_records_are_built_with_the_splits_that_they_state(online, tmp_path, stated):
     columns = {"category": "pies", "licence": "CC0", "label_scope": "primary"}
@@ -178,6 +191,13 @@ def test_other_columns_are_named_with_those_that_are_needed(online, tmp_path):
     for ask in (lambda: dataset.open_dataset(ID, tmp_path / "built"), lambda: sources.open_source("hub", dataset_id=ID)):
         with pytest.raises(DatasetError, match=f"'somebody/images' has the columns caption, image, label: it needs {wanted}"):
             ask()
+
+
+@pytest.mark.parametrize("files", [{}, {"images.py": b"import datasets"}, {"notes.txt": b""}], ids=["empty", "script", "text"])
+def test_what_is_no_data_set_is_named(online, tmp_path, files):
+    put(online, {"README.md": b"", **files})
+    with pytest.raises(DatasetError, match="'somebody/images'"):
+        dataset.open_dataset(ID, tmp_path / "built")
 
 
 # ------------------------------------------------------------------------------------------------------------------------- labels as found
@@ -433,6 +453,15 @@ def test_a_model_card_says_who_split_a_data_set_that_has_only_train(online, tmp_
     assert splits == {None}
     assert card.data.datasets == [ID]
     assert "Held-out pictures (split by foodextract with seed 7)" in card.content
+
+
+def test_the_data_set_card_says_which_datasets_can_read_its_files(published):
+    files = published.files("dataset", ID)
+    features = json.loads(pyarrow.parquet.read_schema(io.BytesIO(files["data/test-00000-of-00001.parquet"])).metadata[b"huggingface"])
+    types = {feature["_type"] for feature in features["info"]["features"].values()}
+    assert "List" in types, "the type that older releases do not know"
+    assert f"needs `datasets` {cards.OLDEST_DATASETS} or newer" in files["README.md"].decode()
+    assert Version(cards.OLDEST_DATASETS) <= Version(datasets.__version__)
 
 
 def test_figures_from_before_the_split_was_noted_can_be_read(tmp_path):

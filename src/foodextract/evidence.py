@@ -102,7 +102,7 @@ def origin(rows: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
             continue
         for source, licence in zip(split["source"], split["licence"], strict=True):
             where = licence.removeprefix("see ")  # how `sources` names a data set on the Hub
-            names[source if is_hub_id(source) else where if where != licence and is_hub_id(where) else source] += 1
+            names[where if where != licence and is_hub_id(where) else source] += 1
     most = [name for name, _ in names.most_common()]
     return AND.join(most if len(most) <= 5 else [*most[:4], f"{len(most) - 4} more"])
 

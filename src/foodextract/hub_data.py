@@ -67,7 +67,7 @@ class HubDataset:
             for name in streams:
                 if "image" in (streams[name].features or ()):
                     streams[name] = streams[name].cast_column("image", datasets.Image(decode=False))
-        except (*FAULTS, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (*FAULTS, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # a RuntimeError for loading scripts
             raise _unread(repo_id, error) from error
         files = {str(name): list(paths) for name, paths in (getattr(builder.config, "data_files", None) or {}).items()}
         return cls(repo_id, revision, dict(sorted(streams.items(), key=lambda stream: split_named(stream[0]) != "train")), files)
@@ -178,7 +178,7 @@ def _parquet_rows(file: str) -> int:
 
 def _unread(repo_id: str, error: Exception) -> DatasetError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    missing = isinstance(error, FileNotFoundError | ValueError) or (status is not None and status < 500 and status != 429)
+    missing = isinstance(error, FileNotFoundError | ValueError | RuntimeError) or (status is not None and status < 500 and status != 429)
     return (DatasetError if missing else HubUnreachableError)(
         f"cannot read {repo_id!r} from the Hub ({_first_line(error)}): check the name and the connection, or use drawn scenes or a folder"
     )

@@ -79,9 +79,15 @@ def hub(dataset_id: str = HUB_DATASET) -> Rows:
 
 def hub_rows(found: HubDataset) -> Rows:
     """The rows of a data set that is open already; see `hub`."""
-    published = found.kind == "published"  # its rows name the sources that they once had; here they come from the Hub
-    samples = (replace(row, source=found.repo_id) if published and isinstance(row, Sample) else row for row in found.samples())
+    samples = map(partial(_republished, found.repo_id), found.samples()) if found.kind == "published" else found.samples()
     return Rows(samples, total=found.total())
+
+
+def _republished(dataset_id: str, row: Sample | Reject) -> Sample | Reject:
+    """A row names the source that it had when it was published. Here it comes from the Hub, and so does what it says of its licence."""
+    if isinstance(row, Reject):
+        return row
+    return replace(row, source=dataset_id, licence=f"see {dataset_id}" if row.licence.startswith("see ") else row.licence)
 
 
 def food101(split: str = "train", dataset_id: str = FOOD101) -> Rows:
