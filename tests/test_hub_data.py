@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 
 import datasets
 import numpy as np
@@ -178,11 +179,34 @@ def test_images_that_lie_beside_their_metadata_are_fetched(online, tmp_path):
         dataset.build(sources.hub(ID), tmp_path / "again")
 
 
-def test_a_row_does_not_choose_a_file_of_this_machine(tmp_path):
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{here}/private.png",
+        "file://{here}/private.png",
+        "file://{here}/private.png::hf://datasets/somebody/images@main/a.zip",
+        "zip://a.png::file://{here}/private.zip::hf://datasets/somebody/images@main/a.zip",
+        "https://example.com/a.png",
+        "hf://datasets/somebody/private@main/a.png",
+        None,
+    ],
+)
+def test_a_row_does_not_choose_a_file_of_this_machine_or_of_another_place(tmp_path, path):
     textured(1).save(tmp_path / "private.png")
-    for path in (str(tmp_path / "private.png"), "https://example.com/a.png", f"{tmp_path}/private.png::hf", None):
-        with pytest.raises(OSError, match="the row has no image"):
-            hub_data.image_bytes(ID, {"bytes": None, "path": path})
+    with pytest.raises(OSError, match="the row has no image"):
+        hub_data.image_bytes(ID, {"bytes": None, "path": path and path.format(here=tmp_path)})
+
+
+def test_images_in_an_archive_are_read(online):
+    archive, image = io.BytesIO(), io.BytesIO()
+    textured(5).save(image, "PNG")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a.png", image.getvalue())
+        file.writestr("metadata.jsonl", json.dumps({"file_name": "a.png", **PIE, "drink_items": ["tea"]}))
+    put(online, {"train.zip": archive.getvalue()})
+    [sample] = sources.hub(ID)
+    assert sample.label["drink_items"] == ["tea"]
+    assert sample.read() == image.getvalue()
 
 
 def test_other_columns_are_named_with_those_that_are_needed(online, tmp_path):

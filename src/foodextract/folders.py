@@ -92,9 +92,8 @@ def _metadata_rows(folder: Path, rows: Iterator[tuple[str, dict[str, Any] | Reje
         name = str(row.get("file_name"))
         where = f"{where} ({name})"
         row = {"image_title": ""} | row
-        if missing := [
-            key for key in ("file_name", *FoodRecord.model_fields) if key not in row or (key == "file_name" and row[key] is None)
-        ]:
+        missing = ["file_name"] * (row.get("file_name") is None) + [key for key in FoodRecord.model_fields if key not in row]
+        if missing:
             yield Reject(where, f"lacks {', '.join(missing)}: every row needs file_name, is_food, food_items and drink_items")
         elif Path(name).is_absolute() or ".." in Path(name).parts:  # links that its owner put into the folder are welcome
             yield Reject(where, "file_name leads out of the folder: keep pictures below it")

@@ -4,6 +4,7 @@ Three kinds are known by their columns: what this project publishes, another aut
 A Hub that gives out raises a DatasetError at once or after a few attempts, each of which is logged.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from foodextract.columns import FEATURES, LATER
 from foodextract.samples import DatasetError, Reject, Sample, split_named
+from foodextract.scenes import Split
 from foodextract.schema import EXHAUSTIVE, AnswerError, FoodRecord, label_in
 
 Kind = Literal["published", "records", "original"]
@@ -110,14 +112,21 @@ class HubDataset:
         for index, (name, row) in enumerate(self.rows()):
             side = split_named(name) if stated else None
             if kind == "published":
-                scope = row.get("label_scope") or EXHAUSTIVE
-                label = {key: row[key] for key in FoodRecord.model_fields}
-                told = {key: row[key] or "" for key in ("source", "licence", "category", "group")}
-                yield Sample(row["name"], partial(self._bytes, row["image"]), label, split=side, label_scope=scope, **told)
+                yield self._published(index, row, side)
             else:
                 yield self._sample(index, row, side, kind)
 
-    def _sample(self, index: int, row: dict[str, Any], side: Any, kind: Kind) -> Sample | Reject:
+    def _published(self, index: int, row: dict[str, Any], side: Split | None) -> Sample:
+        return Sample(
+            name=row["name"] or f"{index:06d}",
+            read=partial(self._bytes, row["image"]),
+            label={key: row[key] for key in FoodRecord.model_fields},
+            split=side,
+            label_scope=row.get("label_scope") or EXHAUSTIVE,
+            **{key: row[key] or "" for key in ("source", "licence", "category", "group")},
+        )
+
+    def _sample(self, index: int, row: dict[str, Any], side: Split | None, kind: Kind) -> Sample | Reject:
         named = next((str(row[key]) for key in ("image_name", "image_id", "file_name", "name") if row.get(key)), "row")
         name = f"{index:06d}-{Path(named).stem}"
         try:
@@ -157,8 +166,9 @@ def image_bytes(repo_id: str, image: dict[str, Any] | None) -> bytes:
     if image and image["bytes"] is not None:
         return image["bytes"]
     path = (image or {}).get("path") or ""
-    if not path.rpartition("::")[2].startswith("hf://"):  # a row does not choose a file of this machine or an address elsewhere
-        raise OSError("the row has no image")
+    member, _, file = path.rpartition("::")  # of an archive, where there is one
+    if not file.startswith(f"hf://datasets/{repo_id}@") or not re.fullmatch(r"(zip://[^:]*)?", member):
+        raise OSError("the row has no image")  # a row does not choose a file of this machine or of another place
     try:
         with xopen(path, "rb") as file:
             return file.read()

@@ -96,7 +96,7 @@ def food101(split: str = "train", dataset_id: str = FOOD101) -> Rows:
     Raises DatasetError when it cannot be read.
     """
     found = HubDataset.open(dataset_id)
-    if "label" not in (found.streams[split].features if split in found.streams else ()):
+    if split not in found.streams or "label" not in (found.streams[split].features or ()):
         raise DatasetError(f"{dataset_id!r} has no split {split!r} with a column `label`: choose another data set or split")
     return Rows(_food101_rows(found, split), total=found.total(split))
 
