@@ -8,6 +8,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,10 +16,13 @@ os.environ["MPLBACKEND"] = "agg"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core: threads of several workers would only wait for one another
 
+import datasets as hf_datasets
+import huggingface_hub
 import pytest
 
 from foodextract import dataset, models, sources, training
 from foodextract.extractor import Extractor
+from hub_server import TOKEN, running_hub
 
 
 def pytest_collection_modifyitems(items):
@@ -73,6 +77,29 @@ def die_in_second_epoch(monkeypatch):
 @pytest.fixture(scope="session")
 def tuned():
     return Extractor.from_pretrained(models.TINY_TUNED, "cpu")
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """A Hub on this machine that this very process reaches by ids, as it would reach the real one; no wait between attempts."""
+    http = sys.modules["huggingface_hub.utils._http"]
+    monkeypatch.setattr(http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
+    constants, config = huggingface_hub.constants, hf_datasets.config
+    for interval in ("READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "READ_RATE_LIMIT_RETRY", "OPEN_RETRY"):
+        monkeypatch.setattr(config, f"STREAMING_{interval}_INTERVAL", 0)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with running_hub() as server:
+        for module in (constants, config):
+            monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(config, "HF_ENDPOINT", server.url)
+        monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        yield server
+    huggingface_hub.HfFileSystem.clear_instance_cache()
 
 
 @contextmanager

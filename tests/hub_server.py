@@ -64,13 +64,14 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server knows. `requests` are the (method, path) of everything it was asked."""
+    """What the server knows. `requests` are the (method, path) of everything it was asked, `sent` the bytes of all its answers."""
 
     url: str = ""
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)  # large files by their sha256
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    sent: int = 0
 
     def files(self, kind: str, repo_id: str) -> dict[str, bytes]:
         """Of the last commit, without what the Hub itself puts there."""
@@ -161,6 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.sent += len(data)
             self.wfile.write(data)
 
     def _repository(self, kind: str | None, repo_id: str) -> Repository | None:

@@ -136,18 +136,60 @@ def test_contradictions_of_is_food_are_read_in_favour_of_the_items(label, record
     ("label", "reason"),
     [
         ({}, "lacks is_food"),
-        (raw() | {"is_food": True}, "is_food is True"),
         (raw() | {"is_food": 2}, "is_food is 2"),
-        (raw() | {"image_title": None}, "image_title is None"),
-        (raw() | {"food_items": "pizza"}, "food_items is 'pizza'"),
-        (raw() | {"drink_items": ["tea", 1]}, "drink_items is"),
+        (raw() | {"is_food": None}, "is_food is None"),
+        (raw() | {"is_food": "perhaps"}, "is_food is 'perhaps'"),
+        (raw() | {"is_food": 0.5}, "is_food is 0.5"),
+        (raw() | {"is_food": float("nan")}, "is_food is nan"),
+        (raw() | {"image_title": 7}, "image_title is 7"),
+        (raw() | {"food_items": {"pizza": 1}}, "food_items is {'pizza': 1}"),
+        (raw() | {"food_items": "[1]"}, "food_items is '[1]'"),
+        (raw() | {"drink_items": ["tea", 1]}, "drink_items is ['tea', 1]"),
     ],
 )
 def test_what_is_no_record_is_rejected_with_its_reason(label, reason):
-    record, (finding,) = clean(label)
+    record, (*others, finding) = clean(label)
     assert record is None
     assert (finding.rule, finding.policy) == ("shape", "reject")
     assert reason in finding.reason
+    assert rules(others) <= {"type"}
+
+
+@pytest.mark.parametrize(
+    ("change", "record", "reasons"),
+    [
+        *(({"is_food": told}, raw("pie", ["pie"]), [f"is_food is {told!r}, read as 1"]) for told in (True, 1.0, "1", "true", " Yes ")),
+        *(
+            ({"is_food": told, "image_title": "", "food_items": []}, raw(is_food=0), [f"is_food is {told!r}, read as 0"])
+            for told in (False, 0.0, "0", "false", "No")
+        ),
+        ({"food_items": "soup, bread"}, raw("pie", ["soup", "bread"]), ["food_items is 'soup, bread', a text that was split"]),
+        ({"food_items": '["pie", "jam"]'}, raw("pie", ["pie", "jam"]), ["a text that was split into items"]),
+        ({"food_items": "['pie', \"jam\"]"}, raw("pie", ["pie", "jam"]), ["a text that was split into items"]),
+        ({"food_items": ""}, raw("pie"), ["food_items is '', a text that was split into items"]),
+        ({"drink_items": None}, raw("pie", ["pie"]), ["drink_items is None, read as an empty list"]),
+        ({"food_items": ["pie", None]}, raw("pie", ["pie"]), ["food_items has an item that is None, left out"]),
+        ({"image_title": None}, raw("pie", ["pie"]), ["image_title is None, read as an empty title"]),
+        ({"is_food": "true", "drink_items": None}, raw("pie", ["pie"]), ["is_food is 'true'", "drink_items is None"]),
+    ],
+)
+def test_another_type_that_can_be_read_is_mended_and_told(change, record, reasons):
+    label = raw("pie", ["pie"]) | change
+    cleaned, findings = clean(label)
+    assert cleaned == FoodRecord(**record)
+    found = [finding for finding in findings if finding.rule == "type"]
+    assert {(finding.severity, finding.policy) for finding in found} == {("medium", "fix")}
+    for finding, reason in zip(found, reasons, strict=True):
+        assert reason in finding.reason
+    assert clean(label, policies=POLICIES | {"type": "flag"})[0] == cleaned, "a record has the types of the schema, whatever the policy"
+
+
+def test_a_key_that_is_missing_is_told():
+    label = raw("pie", ["pie"])
+    del label["drink_items"]
+    cleaned, (finding,) = clean(label)
+    assert (cleaned, finding.rule) == (FoodRecord(**raw("pie", ["pie"])), "type")
+    assert finding.reason == "it lacks drink_items, read as an empty list"
 
 
 def test_further_keys_are_ignored():
@@ -187,6 +229,7 @@ def test_policies_decide_and_the_label_stays_where_they_say_flag():
 def test_any_rule_can_reject_a_row(rule):
     faults = {
         "shape": {},
+        "type": raw("pie", ["pie"]) | {"is_food": True},
         "contradiction": raw("pie", ["pie"], is_food=0),
         "empty": raw("pie"),
         "underscore": raw("a_pie", ["pie"]),

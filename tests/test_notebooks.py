@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from foodextract import models
+from foodextract import checkpoints, models
 from foodextract.results import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -89,9 +89,7 @@ def test_the_notebook_killed_in_both_stages_resumes_on_another_machine(drawn, tm
         "profile": "offline", "dataset": str(drawn), "stage1": epochs, "stage2": epochs, "eval_pictures": 4, "keep_in": str(kept),
     }  # fmt: skip
     for stage, machine in (("stage1", "one"), ("stage2", "one")):
-        kill_once(
-            lambda stage=stage: list(kept.glob(f"{stage}/checkpoints/checkpoint-*/trainer_state.json")), tmp_path / machine, parameters
-        )
+        kill_once(lambda stage=stage: checkpoints.last_checkpoint(kept / stage / "checkpoints"), tmp_path / "one", parameters)
     trained = (kept / "stage1" / "model.safetensors").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "two").mkdir()

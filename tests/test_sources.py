@@ -1,3 +1,4 @@
+import io
 import json
 from itertools import islice
 
@@ -8,7 +9,8 @@ from PIL import Image
 
 from foodextract import sources
 from foodextract.pictures import open_picture
-from foodextract.samples import NOTHING, DatasetError, Reject, Sample
+from foodextract.samples import NOTHING, DatasetError, Reject, Rows, Sample
+from hub_server import Repository
 
 BEER = {"is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}
 
@@ -70,7 +72,8 @@ def test_a_folder_may_hold_links_do_without_titles_and_say_what_its_labels_name(
     lines = [row | {"label_scope": "primary"}, row | {"image_title": None}]
     (tmp_path / "mine" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second = sources.labelled_folder(tmp_path / "mine")
-    assert first.label == second.label == {"is_food": 1, "image_title": "", "food_items": ["pie"], "drink_items": []}
+    assert first.label == {"is_food": 1, "image_title": "", "food_items": ["pie"], "drink_items": []}
+    assert second.label == {**first.label, "image_title": None}  # the label rules say so
     assert (first.label_scope, second.label_scope) == ("primary", "exhaustive")
     assert open_picture(first.read()).size == (8, 8)
 
@@ -82,6 +85,43 @@ def test_class_named_folders(tmp_path):
     assert [sample.name for sample in found] == ["apple_pie/1.png", "apple_pie/2.png", "not_food/3.png"]
     assert found[0].label == {"is_food": 1, "image_title": "apple pie", "food_items": ["apple pie"], "drink_items": []}
     assert found[2].label == NOTHING
+    assert [sample.label_scope for sample in found] == ["primary", "primary", "exhaustive"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "side"), [("train", "train"), ("test", "test"), ("validation", "test"), ("Dev", "test"), ("", None), (None, None)]
+)
+def test_what_a_folder_does_not_call_train_is_held_out(tmp_path, stated, side):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **BEER, "split": stated}))
+    [sample] = sources.labelled_folder(tmp_path)
+    assert sample.split == side
+
+
+def test_values_of_a_folder_reach_the_label_rules_as_they_are(tmp_path):
+    picture(tmp_path / "a.png")
+    odd = {"is_food": "true", "image_title": 7, "food_items": "soup, bread", "drink_items": None}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **odd}))
+    [sample] = sources.labelled_folder(tmp_path)
+    assert sample.label == odd
+
+
+def test_every_source_of_this_machine_knows_how_many_rows_it_has(tmp_path):
+    for name in ("a/1.png", "a/2.png", "not_food/3.png"):
+        picture(tmp_path / name)
+    assert sources.labelled_folder(tmp_path).total == sources.not_food_folder(tmp_path).total == 3
+    assert sources.scenes(train=30, test=4).total == 34
+    (tmp_path / "metadata.csv").write_text('file_name,is_food,image_title,food_items,drink_items\na/1.png,1,"a\nb",x,\n\na/2.png,0,,,\n')
+    assert sources.labelled_folder(tmp_path).total == len(list(sources.labelled_folder(tmp_path))) == 2
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a/1.png"}) + "\n\n{broken\n")
+    assert sources.labelled_folder(tmp_path).total == len(list(sources.labelled_folder(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("counts", [(10, 100), (100, 10), (0, 5), (7, 7)])
+def test_a_mix_knows_when_it_will_end(counts):
+    mixed = sources.mix([(Rows(numbered("a", counts[0]), counts[0]), 0.7), (Rows(numbered("b", counts[1]), counts[1]), 0.3)])
+    assert mixed.total == len(list(mixed))
+    assert sources.mix([(numbered("a", 3), 1)]).total is None  # a plain generator does not know
 
 
 def test_not_food_folder(tmp_path):
@@ -101,35 +141,39 @@ def test_bad_csv_rows_are_named(tmp_path):
     assert [row.name.split(" (")[0] for row in found] == [f"metadata.csv line {number}" for number in (2, 3, 4)]
 
 
-class Streamed(datasets.IterableDataset):
-    """Stands in for what the Hub would stream."""
-
-    @classmethod
-    def of(cls, monkeypatch, rows, features):
-        made = datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_iterable_dataset()
-        asked = []
-        monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or made)
-        return asked
+def put(hub, repo_id, rows, features):
+    """A data set on the Hub of this machine."""
+    file = io.BytesIO()
+    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(file)
+    hub.repositories["dataset", repo_id] = Repository(False)
+    hub.repositories["dataset", repo_id].commit({"data/train-00000-of-00001.parquet": file.getvalue()})
 
 
 @pytest.mark.parametrize("as_text", [str, json.dumps], ids=["Python repr", "JSON"])
-def test_hub_rows(monkeypatch, as_text):
+def test_hub_rows(online, as_text):
     label = {"is_food": 1, "image_title": "turkish_coffee", "food_items": [], "drink_items": ["coffee"]}
     row = {"image": Image.new("RGB", (8, 8)), "output_json": as_text(label), "image_name": "a.jpg", "food270_class_name": "coffee"}
     features = {"image": datasets.Image(), **dict.fromkeys(("output_json", "image_name", "food270_class_name"), datasets.Value("string"))}
-    asked = Streamed.of(monkeypatch, [row, {**row, "output_json": "nothing of use"}], features)
-    sample, reject = sources.hub()
-    assert asked == [(sources.HUB_DATASET, {"split": "train", "streaming": True})]
-    assert (sample.label, sample.category, sample.name) == (label, "coffee", "000000-a.jpg")
+    put(online, sources.HUB_DATASET, [row, {**row, "output_json": "nothing of use"}], features)
+    rows = sources.hub()
+    assert rows.total == 2
+    sample, reject = rows
+    assert (sample.label, sample.category, sample.name, sample.split) == (label, "coffee", "000000-a.jpg", None)
+    assert (sample.source, sample.licence) == (sources.HUB_DATASET, f"see {sources.HUB_DATASET}")
     assert open_picture(sample.read()).size == (8, 8)
     assert isinstance(reject, Reject)
 
 
-def test_food101_has_names_and_never_numbers(monkeypatch):
+def test_food101_has_names_and_never_numbers(online):
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["apple_pie", "beignets", "grilled_salmon"])}
-    Streamed.of(monkeypatch, [{"image": Image.new("RGB", (8, 8)), "label": 2}], features)
-    [sample] = sources.food101()
+    put(online, sources.FOOD101, [{"image": Image.new("RGB", (8, 8)), "label": 2}], features)
+    rows = sources.food101()
+    assert rows.total == 1
+    [sample] = rows
     assert (sample.category, sample.label["food_items"]) == ("grilled salmon", ["grilled salmon"])
+    assert sample.label_scope == "primary"
+    with pytest.raises(DatasetError, match="no split 'validation' with a column `label`"):
+        sources.food101("validation")
 
 
 @pytest.mark.parametrize("kind", ["hub", "food101"])

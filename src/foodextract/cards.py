@@ -11,6 +11,7 @@ from foodextract.tables import NAMES, markdown_table, metric_table
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
 UNNAMED = "owner/name"
+OLDEST_DATASETS = "4.0.0"  # the release that brought the feature type `List`, which `columns.FEATURES` has
 RECIPE = ("freeze", "learning_rate", "epochs", "batch_size", "accumulation", "warmup", "schedule", "against_repeats")
 
 
@@ -45,7 +46,7 @@ def model_card(evidence: Evidence, budget: str, repo_id: str) -> ModelCard:
                 task_type="image-text-to-text",
                 dataset_type=AND.join(data_names),
                 dataset_name=AND.join(data_names),
-                dataset_split="test",
+                dataset_split="test" if evidence.held_out == "test" else None,  # only where the data set has this split on the Hub
                 metric_type=row.metric,
                 metric_name=f"{NAMES[row.metric].replace('`', '')}, 95 % interval {row.low:.4f} to {row.high:.4f}, n = {row.n}",
                 metric_value=row.value,
@@ -79,9 +80,9 @@ def model_card(evidence: Evidence, budget: str, repo_id: str) -> ModelCard:
         f"A picture becomes {budget}. The saved processor says so, so serving agrees.\n",
         "## How good it is\n",
         f"{metric_table(evidence.scored)}\n",
-        "Held-out pictures, greedy, no grammar, the same prompt for all; 95 % intervals in brackets. Whatever is not exactly the canonical "
-        f"JSON scores nothing. The figures are about the weights with checksum `{evidence.weights}` and lie beside them in "
-        "`evaluation.json`.\n",
+        f"Held-out pictures{_chosen(evidence)}, greedy, no grammar, the same prompt for all; 95 % intervals in brackets. Whatever is not "
+        "exactly the canonical JSON scores nothing. The figures are about the weights with checksum "
+        f"`{evidence.weights}` and lie beside them in `evaluation.json`.\n",
         "## How it was trained\n",
         markdown_table(
             ("", *(stage["name"] for stage in evidence.stages)),
@@ -101,6 +102,12 @@ def model_card(evidence: Evidence, budget: str, repo_id: str) -> ModelCard:
         f"  version = {{{evidence.rows[0].commit}}}\n}}\n```\n",
     ]
     return ModelCard("\n".join(lines))
+
+
+def _chosen(evidence: Evidence) -> str:
+    if evidence.held_out == "test":
+        return f" (the split `test` of {evidence.dataset})"
+    return f" ({evidence.held_out})" if evidence.held_out else ""
 
 
 def _base_link(evidence: Evidence) -> str:
@@ -145,6 +152,7 @@ def dataset_card(report: dict[str, Any], title: str, seed: int, commit: str) -> 
         "## Use\n",
         "```python\nfrom datasets import load_dataset\n\n"
         f'row = load_dataset("{UNNAMED}", split="test")[0]\nprint(row["image"].size, row["image_title"], row["food_items"])\n```\n',
+        f"It needs `datasets` {OLDEST_DATASETS} or newer, which know the feature type `List` of its columns.\n",
         "## What is in it\n",
         markdown_table(
             ("split", "pictures", "show food or drink"),

@@ -14,6 +14,8 @@ the policy says `flag`, and what nobody can mend is flagged where it says `fix`;
 The word lists in `words/` are meant to be edited: which names are drinks, which are foods, and which ingredients no picture shows.
 """
 
+import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -36,20 +38,22 @@ def clean(
 ) -> tuple[FoodRecord | None, list[Finding]]:
     """Mend one label: the record (None where a rule rejects it) and everything that was found, in the order of the rules.
 
-    `raw` needs the four keys of a record and their types, and may break the schema in any other way; further keys are ignored. Cleaning a
-    cleaned record again changes nothing. Raises KeyError when `policies` lacks a rule.
+    `raw` is a label as it was found: it may lack keys, have values of other types and break the schema in any way; further keys are
+    ignored. Cleaning a cleaned record again changes nothing. Raises KeyError when `policies` lacks a rule.
     """
     raw = raw.model_dump() if isinstance(raw, FoodRecord) else raw
-    if reason := _misshapen(raw):
-        return None, [Finding("shape", RULES["shape"][0], "", reason, "reject")]
-    shelves = {shelf: list(raw[shelf]) for shelf in SHELVES}
-    draft = _Draft(category, statistics or NOTHING_KNOWN, policies, raw["is_food"], raw["image_title"], shelves)
+    typed, reasons = _typed(raw)
+    draft = _Draft(category, statistics or NOTHING_KNOWN, policies, typed["is_food"], typed["image_title"], {s: typed[s] for s in SHELVES})
+    for reason in reasons if "is_food" in raw else ():
+        draft.found("type", "", reason, "must")
+    if reason := _misshapen(typed, raw):
+        return None, [*draft.findings, Finding("shape", RULES["shape"][0], "", reason, "reject")]
     for rule in (_spelling, _shelves, _twins, _forms, _long_list, _pantry, _strangers, _is_food, _title):
         rule(draft)
     if draft.rejected:
         return None, draft.findings
     record = FoodRecord(is_food=draft.is_food, image_title=draft.title, **draft.shelves)
-    if any(value != raw[name] for name, value in record.model_dump().items()):  # what one rule mended may be news to another
+    if any(value != typed[name] for name, value in record.model_dump().items()):  # what one rule mended may be news to another
         record, more = clean(record, category, statistics, policies)
         known = {(finding.rule, finding.item) for finding in draft.findings}
         draft.findings += [finding for finding in more if (finding.rule, finding.item) not in known]
@@ -101,15 +105,53 @@ class _Draft:
             names[:] = [name for name in names if name != item]
 
 
-def _misshapen(raw: Mapping[str, Any]) -> str:
-    if missing := [key for key in FoodRecord.model_fields if key not in raw]:
-        return f"it lacks {', '.join(missing)}"
-    if type(raw["is_food"]) is not int or raw["is_food"] not in (0, 1):
-        return f"is_food is {raw['is_food']!r}, neither 0 nor 1"
-    if not isinstance(raw["image_title"], str):
-        return f"image_title is {raw['image_title']!r}, not a text"
+FLAGS = {"1": 1, "1.0": 1, "true": 1, "yes": 1, "0": 0, "0.0": 0, "false": 0, "no": 0}
+
+
+def _typed(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The four values in the types of a record, where they can be read so, and what was changed. Anything else stays as it is."""
+    typed, reasons = {"is_food": raw.get("is_food"), "image_title": raw.get("image_title")}, []
+    if type(typed["is_food"]) in (bool, float, str) and (flag := FLAGS.get(str(typed["is_food"]).strip().lower())) is not None:
+        reasons.append(f"is_food is {typed['is_food']!r}, read as {flag}")
+        typed["is_food"] = flag
+    if typed["image_title"] is None:
+        reasons.append(f"{'image_title is None' if 'image_title' in raw else 'it lacks image_title'}, read as an empty title")
+        typed["image_title"] = ""
     for shelf in SHELVES:
-        if not isinstance(raw[shelf], list | tuple) or not all(isinstance(item, str) for item in raw[shelf]):
+        items = raw.get(shelf)
+        if items is None:
+            reasons.append(f"{f'{shelf} is None' if shelf in raw else f'it lacks {shelf}'}, read as an empty list")
+            items = []
+        elif isinstance(items, str):
+            reasons.append(f"{shelf} is {items!r}, a text that was split into items")
+            items = _split(items)
+        if isinstance(items, list | tuple):
+            if None in items:
+                reasons.append(f"{shelf} has an item that is None, left out")
+            items = [item for item in items if item is not None]
+        typed[shelf] = items
+    return typed, reasons
+
+
+def _split(text: str) -> Any:
+    """The items of a list that was written as a text: as JSON or a Python repr, else between commas, semicolons or lines."""
+    for read in (json.loads, ast.literal_eval) if text.lstrip().startswith("[") else ():
+        try:
+            return read(text.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return [item.strip() for item in re.split(r"[,;\n]", text) if item.strip()]
+
+
+def _misshapen(typed: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
+    if "is_food" not in raw:
+        return f"it lacks {', '.join(key for key in FoodRecord.model_fields if key not in raw)}"
+    if type(typed["is_food"]) is not int or typed["is_food"] not in (0, 1):
+        return f"is_food is {typed['is_food']!r}, neither 0 nor 1"
+    if not isinstance(typed["image_title"], str):
+        return f"image_title is {typed['image_title']!r}, not a text"
+    for shelf in SHELVES:
+        if not isinstance(typed[shelf], list) or not all(isinstance(item, str) for item in typed[shelf]):
             return f"{shelf} is {raw[shelf]!r}, not a list of texts"
     return ""
 

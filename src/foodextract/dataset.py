@@ -19,9 +19,11 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,27 +32,18 @@ import datasets
 from tqdm import tqdm
 
 from foodextract import duplicates, prompts
+from foodextract.columns import FEATURES
 from foodextract.folders import labelled_folder
-from foodextract.ingest import LEDGER, PICTURES, ingest
+from foodextract.hub_data import HubDataset, HubUnreachableError, newest_revision
+from foodextract.ingest import LEDGER, PICTURES, identity, ingest
 from foodextract.pictures import PictureError, find_pictures, open_picture
-from foodextract.samples import METADATA, DatasetError, Reject, Sample
+from foodextract.samples import METADATA, DatasetError, Reject, Sample, split_named
 from foodextract.scenes import Split
 from foodextract.schema import EXHAUSTIVE, FoodRecord
-from foodextract.selection import SPLITS, TEST_SHARE, Judged, judge
-from foodextract.sources import hub
+from foodextract.selection import SPLITS, TEST_SHARE, Judged, accept, judge
+from foodextract.sources import hub_rows
 
-STRINGS = ("category", "group", "source", "licence", "label_scope", "pixels_sha256")
-FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(),
-        "name": datasets.Value("string"),
-        "is_food": datasets.Value("int8"),
-        "image_title": datasets.Value("string"),
-        "food_items": datasets.List(datasets.Value("string")),
-        "drink_items": datasets.List(datasets.Value("string")),
-        **{column: datasets.Value("string") for column in STRINGS},
-    }
-)
+ORIGIN = "origin.json"  # beside what `open_dataset` built: which data set or folder it was built from
 
 
 def build(
@@ -67,27 +60,45 @@ def build(
     The same samples and seed give the same data set, byte for byte, in whatever order they come and however often the run was killed.
     Raises DatasetError when a split would be empty, and when `out` holds something that is not a data set built here.
     """
+    return _build(samples, out, partial(judge, seed=seed, test_share=test_share, policy=policy), seed=seed, total=total)
+
+
+def _build(
+    samples: Iterable[Sample | Reject],
+    out: str | Path,
+    decide: Callable[[list[dict[str, Any]]], Judged],
+    *,
+    seed: int | None,
+    total: int | None = None,
+    origin: dict[str, Any] | None = None,
+    published: str = "",
+) -> dict[str, Any]:
+    """`build` with any second step. `origin` is kept beside the data set; `published` is the Hub id of one that is taken as it is."""
     out = Path(out)
     if out.exists() and not (out / "report.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(f"{out} exists and is not a data set built here: choose another folder or empty it")
-    partial = out.with_name(out.name + ".partial")
-    entries = ingest(samples, partial, total)
-    judged = judge(entries, seed=seed, test_share=test_share, policy=policy)
+    unfinished = out.with_name(out.name + ".partial")
+    _begin(unfinished, origin)
+    entries = ingest(samples, unfinished, total)
+    judged = decide(entries)
     if not all(judged.rows.values()):
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in judged.rows.items())
         reasons = "".join(f"\n  {reject.name}: {reject.reason}" for reject in judged.rejects[:5])
         raise DatasetError(f"too few usable pictures ({counts}, {len(judged.rejects)} rejected): add pictures or mend labels{reasons}")
-    report = _report(judged, len(entries))
-    _write(partial, judged, report)
+    stated = {entry["pixels"] for entry in entries if entry.get("split")}
+    split_here = any(row["pixels_sha256"] not in stated for row in judged.rows["test"])
+    held_out = "test" if published else f"split by foodextract with seed {seed}" if split_here else "as the source states"
+    report = _report(judged, len(entries), published) | {"held_out": held_out}
+    _write(unfinished, judged, report, published)
     shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    unfinished.rename(out)
     return report
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- write
 
 
-def _report(judged: Judged, read: int) -> dict[str, Any]:
+def _report(judged: Judged, read: int, published: str) -> dict[str, Any]:
     everything = list(chain(*judged.rows.values()))
     told = sorted(json.dumps({key: value for key, value in row.items() if key != "stored"}, sort_keys=True) for row in everything)
     by_category = {split: Counter(row["category"] for row in rows) for split, rows in judged.rows.items()}
@@ -104,13 +115,14 @@ def _report(judged: Judged, read: int) -> dict[str, Any]:
         "categories": {name: [by_category[split][name] for split in SPLITS] for name in sorted(set(chain(*by_category.values())))},
         "food_items": Counter(item for row in everything for item in row["food_items"]).most_common(),
         "drink_items": Counter(item for row in everything for item in row["drink_items"]).most_common(),
-        "sources": Counter(row["source"] for row in everything).most_common(),
+        "sources": Counter(published or row["source"] for row in everything).most_common(),
         "licences": Counter(row["licence"] for row in everything).most_common(),
         "fingerprint": hashlib.sha256("\n".join(told).encode()).hexdigest(),
     }
 
 
-def _write(folder: Path, judged: Judged, report: dict[str, Any]) -> None:
+def _write(folder: Path, judged: Judged, report: dict[str, Any], published: str) -> None:
+    info = datasets.DatasetInfo(report["held_out"], features=FEATURES, dataset_name=published or None)
     splits = {}
     for split, rows in judged.rows.items():
         shutil.rmtree(folder / split, ignore_errors=True)
@@ -120,7 +132,7 @@ def _write(folder: Path, judged: Judged, report: dict[str, Any]) -> None:
                 _link(folder / row["stored"], folder / split / row["file_name"])
                 metadata.write(json.dumps({key: value for key, value in row.items() if key != "stored"}) + "\n")
         print_of = f"{report['fingerprint'][:16]}-{split}"
-        splits[split] = _arrow(folder, split, rows, print_of)
+        splits[split] = _arrow(folder, split, rows, print_of, info)
     shutil.rmtree(folder / "arrow", ignore_errors=True)
     datasets.DatasetDict(splits).save_to_disk(folder / "arrow")  # the pictures' bytes go in with them
     for name, lines in (("rejects", map(asdict, judged.rejects)), ("findings", judged.findings), ("near_duplicates", judged.near)):
@@ -131,13 +143,13 @@ def _write(folder: Path, judged: Judged, report: dict[str, Any]) -> None:
         shutil.rmtree(folder / leftover, ignore_errors=True)
 
 
-def _arrow(folder: Path, split: Split, rows: list[dict[str, Any]], fingerprint: str) -> datasets.Dataset:
+def _arrow(folder: Path, split: Split, rows: list[dict[str, Any]], fingerprint: str, info: datasets.DatasetInfo) -> datasets.Dataset:
     def told() -> Iterator[dict[str, Any]]:
         for row in rows:
             yield {"image": str(folder / split / row["file_name"])} | {key: row[key] for key in FEATURES if key != "image"}
 
     made = datasets.Dataset.from_generator(told, features=FEATURES, cache_dir=str(folder / "cache"))
-    return datasets.Dataset(made.data, datasets.DatasetInfo(features=FEATURES), fingerprint=fingerprint)  # no trace of when and where
+    return datasets.Dataset(made.data, info, fingerprint=fingerprint)  # no trace of when and where
 
 
 def _link(stored: Path, target: Path) -> None:
@@ -159,20 +171,75 @@ def load(folder: str | Path) -> datasets.DatasetDict:
 
 
 def open_dataset(where: str | Path, build_in: str | Path, seed: int = 42) -> datasets.DatasetDict:
-    """A data set by whatever names it: a folder that `build` wrote, a labelled picture folder, or a Hub id of the original's columns.
+    """A data set by whatever names it: a folder that `build` wrote, a labeled image folder, or a Hub id (see `sources.hub`).
 
-    The latter two are built in `build_in` first. Raises DatasetError.
+    The latter two are built in `build_in`, once: as long as the folder, or the newest revision on the Hub, and the seed are the same, what
+    was built is used again. A data set that this project published keeps its rows and splits as they are. When the Hub cannot be reached,
+    what was built from this data set before is used, and a line on stderr says so. Raises DatasetError.
     """
-    where, name = Path(where), str(where)
+    where, name, build_in = Path(where), str(where), Path(build_in)
     if (where / "arrow").is_dir() or (where.exists() and not where.is_dir()):
         return load(where)
     if where.is_dir():
-        build(labelled_folder(where), build_in, seed=seed)
+        origin = {"folder": _state_of(where), "seed": seed}
+        if _origin_of(build_in) != origin:
+            _build(labelled_folder(where), build_in, partial(judge, seed=seed), seed=seed, origin=origin)
     elif name.count("/") == 1 and not where.is_absolute():
-        build(hub(name), build_in, seed=seed)
+        _fetch(name, build_in, seed)
     else:
         return load(where)
     return load(build_in)
+
+
+def _fetch(name: str, build_in: Path, seed: int) -> None:
+    there = _origin_of(build_in)
+    usable = there.get("dataset") == name and there["seed"] in (seed, None)
+    try:
+        revision = newest_revision(name)
+        if usable and there["revision"] == revision:
+            return
+        found = HubDataset.open(name, revision)
+    except HubUnreachableError as error:
+        if not usable:
+            raise
+        print(f"{error}\n{build_in} holds revision {there['revision'][:12]} of {name}: this is used now", file=sys.stderr)
+        return
+    as_it_is = found.kind == "published" and {split_named(split) for split in found.streams} == {"train", "test"}
+    origin = {"dataset": name, "revision": revision, "seed": None if as_it_is else seed}  # published splits have no seed
+    if as_it_is:
+        _build(found.samples(), build_in, accept, seed=None, total=found.total(), origin=origin, published=name)
+    else:
+        _build(hub_rows(found), build_in, partial(judge, seed=seed), seed=seed, origin=origin)
+
+
+def _origin_of(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _begin(unfinished: Path, origin: dict[str, Any] | None) -> None:
+    """Note what is built from now on. What an interrupted build has read from another revision, or another state of a folder, goes."""
+    if _origin_of(unfinished) == (origin or {}):
+        return
+    if origin is None:  # `build` compares the ledger with what its source says
+        (unfinished / ORIGIN).unlink()
+        return
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
+
+
+def _state_of(folder: Path) -> str:
+    """A hash of what a labeled folder holds: changes with any label, and with name, size or time of any image."""
+    state = hashlib.sha256()
+    for row in labelled_folder(folder):
+        state.update(identity(row).encode())
+        if isinstance(row, Sample):
+            file = (folder / row.name).stat()
+            state.update(f"{file.st_size} {file.st_mtime_ns}".encode())
+    return state.hexdigest()
 
 
 def leaks(folder: str | Path, other: str | Path) -> list[tuple[str, str]]:

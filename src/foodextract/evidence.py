@@ -34,7 +34,8 @@ class Evidence:
     """How a model came to be, and its figures.
 
     `weights` is the checksum of its tensors, `base_model` a Hub id or the name of a bundled model, `dataset` what `origin` says, `stages`
-    the values of each `stage.Stage`, `rows` what `results/` had to say, the model's own under the name of its last stage.
+    the values of each `stage.Stage`, `rows` what `results/` had to say, the model's own under the name of its last stage, `held_out` what
+    `held_out` says, "" where it was not noted.
     """
 
     weights: str
@@ -42,6 +43,7 @@ class Evidence:
     dataset: str
     stages: list[dict[str, Any]]
     rows: list[Row]
+    held_out: str = ""
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Self:
@@ -89,9 +91,15 @@ def name_of(where: str | os.PathLike) -> str:
 
 
 def origin(rows: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
-    """What a data set (split → column → values) was made of, the most frequent first: Hub ids, `scenes`, names of folders."""
+    """What a data set (split → column → values) was made of, the most frequent first: Hub ids, `scenes`, names of folders.
+
+    A published data set that is used by its Hub id is named by that id alone.
+    """
     names: Counter[str] = Counter()
     for split in rows.values():
+        if (published := getattr(split, "info", None)) and "/" in (published.dataset_name or ""):
+            names[published.dataset_name] += len(split)
+            continue
         for source, licence in zip(split["source"], split["licence"], strict=True):
             where = licence.removeprefix("see ")  # how `sources` names a data set on the Hub
             names[where if where != licence and is_hub_id(where) else source] += 1
@@ -99,10 +107,26 @@ def origin(rows: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
     return AND.join(most if len(most) <= 5 else [*most[:4], f"{len(most) - 4} more"])
 
 
-def write(folder: str | os.PathLike, base_model: str | os.PathLike, dataset: str, stages: Sequence[Any], rows: Sequence[Row]) -> Evidence:
-    """Bind figures to the weights saved in `folder`. `stages` are `stage.Stage`s; of a base or data in a folder only the name is kept."""
-    data = AND.join(name_of(part) for part in dataset.split(AND))
-    made = Evidence(weights_of(folder), name_of(base_model), data, [asdict(stage) for stage in stages], list(rows))
+def held_out(rows: Mapping[str, Any]) -> str:
+    """Where the held-out rows of a data set come from: "test" is the split of that name on the Hub, else it says how they were chosen."""
+    info = getattr(rows["test"], "info", None)
+    return (info.description if info else "") or ""
+
+
+def write(
+    folder: str | os.PathLike,
+    base_model: str | os.PathLike,
+    dataset: str | Mapping[str, Any],
+    stages: Sequence[Any],
+    rows: Sequence[Row],
+) -> Evidence:
+    """Bind figures to the weights saved in `folder`. `dataset` is the data set (split → rows), or what `origin` says of it.
+
+    `stages` are `stage.Stage`s; of a base or data in a folder only the name is kept.
+    """
+    name, chosen = (dataset, "") if isinstance(dataset, str) else (origin(dataset), held_out(dataset))
+    data = AND.join(name_of(part) for part in name.split(AND))
+    made = Evidence(weights_of(folder), name_of(base_model), data, [asdict(stage) for stage in stages], list(rows), chosen)
     (Path(folder) / EVALUATION).write_text(json.dumps(asdict(made), indent=1), encoding="utf-8")
     return made
 

@@ -13,7 +13,8 @@ SHELVES: tuple[Shelf, Shelf] = ("food_items", "drink_items")
 
 # rule: how bad it is for a model that learns from the label, and what is done about it unless the caller says otherwise
 RULES: dict[str, tuple[Severity, Policy]] = {
-    "shape": ("high", "reject"),  # not the four keys, or not of their types
+    "shape": ("high", "reject"),  # no is_food, or a value that cannot be read as what it should be
+    "type": ("medium", "fix"),  # another type that can be read: "true" for 1, "soup, bread" for a list, null for a title, a list or an item
     "contradiction": ("high", "fix"),  # is_food 0 beside a title or items; the items win, as in `FoodRecord.parse_lenient`
     "class_contradiction": ("high", "flag"),  # is_food differs from (nearly) all other rows of the class
     "empty": ("medium", "flag"),  # is_food 1 and nothing listed

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foodextract.pictures import SUFFIXES
-from foodextract.samples import METADATA, NOTHING, DatasetError, Reject, Rows, Sample
+from foodextract.samples import METADATA, NOTHING, PRIMARY, DatasetError, Reject, Rows, Sample, split_named
 from foodextract.schema import EXHAUSTIVE, FoodRecord
 
 NOT_FOOD_CLASSES = frozenset({"not food", "non food", "no food", "other"})  # names of class folders that hold neither food nor drink
@@ -20,19 +20,20 @@ def labelled_folder(folder: str | Path) -> Rows:
       optionally `category`, `group` (pictures to keep on one side of the split), `label_scope` ("exhaustive", or anything else where
       more than what is listed may be seen), `source`, `licence`, `split`
     - `metadata.csv` with the same columns; lists are JSON, or items between semicolons
-    - neither, but one subfolder a class, named after what its pictures show (`not_food` for neither food nor drink)
+    - neither, but one subfolder a class, named after what its pictures show (`not_food` for neither food nor drink). A class name
+      says the main item only, so the `label_scope` of what shows food is "primary".
+
+    A split other than "train" is held out, whatever it is called. Values go to the label rules as they are.
 
     Raises DatasetError for a folder that has none of the three.
     """
     folder = Path(folder)
-    jsonl, table = (folder / name for name in METADATA)
-    if jsonl.is_file():
-        return _metadata_rows(folder, _jsonl(jsonl))
-    if table.is_file():
-        return _metadata_rows(folder, _csv(table))
+    for name, read in zip(METADATA, (_jsonl, _csv), strict=True):
+        if (folder / name).is_file():
+            return Rows(_metadata_rows(folder, read(folder / name)), total=sum(1 for _ in read(folder / name)))
     classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if any(_pictures(path) for path in classes):
-        return _class_rows(folder, classes)
+    if images := [(path, image) for path in classes for image in _pictures(path)]:
+        return Rows(_class_rows(folder, images), total=len(images))
     raise DatasetError(
         f"{folder} has neither {' nor '.join(METADATA)} nor class-named subfolders with pictures: write one line of JSON a picture, "
         "for example\n"
@@ -46,8 +47,10 @@ def not_food_folder(folder: str | Path) -> Rows:
     pictures = _pictures(folder)
     if not pictures:
         raise DatasetError(f"{folder} has no pictures: name a folder that holds .jpg, .png, .webp … files")
-    for path in pictures:
-        yield Sample(_name(folder, path), path.read_bytes, dict(NOTHING), folder.name, "not stated", category="not food")
+    samples = (
+        Sample(_name(folder, path), path.read_bytes, dict(NOTHING), folder.name, "not stated", category="not food") for path in pictures
+    )
+    return Rows(samples, total=len(pictures))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
@@ -81,15 +84,16 @@ def _csv_list(cell: str) -> list[str]:
     return json.loads(cell) if cell.lstrip().startswith("[") else [item.strip() for item in cell.split(";") if item.strip()]
 
 
-def _metadata_rows(folder: Path, rows: Iterator[tuple[str, dict[str, Any] | Reject]]) -> Rows:
+def _metadata_rows(folder: Path, rows: Iterator[tuple[str, dict[str, Any] | Reject]]) -> Iterator[Sample | Reject]:
     for where, row in rows:
         if isinstance(row, Reject):
             yield row
             continue
         name = str(row.get("file_name"))
         where = f"{where} ({name})"
-        row = {"image_title": ""} | {key: value for key, value in row.items() if value is not None}
-        if missing := [key for key in ("file_name", *FoodRecord.model_fields) if key not in row]:
+        row = {"image_title": ""} | row
+        missing = ["file_name"] * (row.get("file_name") is None) + [key for key in FoodRecord.model_fields if key not in row]
+        if missing:
             yield Reject(where, f"lacks {', '.join(missing)}: every row needs file_name, is_food, food_items and drink_items")
         elif Path(name).is_absolute() or ".." in Path(name).parts:  # links that its owner put into the folder are welcome
             yield Reject(where, "file_name leads out of the folder: keep pictures below it")
@@ -104,17 +108,21 @@ def _metadata_rows(folder: Path, rows: Iterator[tuple[str, dict[str, Any] | Reje
                 licence=str(row.get("licence") or "not stated"),
                 category=str(row.get("category") or ""),
                 group=str(row.get("group") or ""),
-                split=row.get("split") if row.get("split") in ("train", "test") else None,
+                split=split_named(row.get("split")),
                 label_scope=str(row.get("label_scope") or EXHAUSTIVE),
             )
 
 
-def _class_rows(folder: Path, classes: list[Path]) -> Rows:
-    for path in classes:
+def _class_rows(folder: Path, images: list[tuple[Path, Path]]) -> Iterator[Sample]:
+    for path, image in images:
         name = " ".join(path.name.replace("_", " ").replace("-", " ").lower().split())
-        label = dict(NOTHING) if name in NOT_FOOD_CLASSES else {"is_food": 1, "image_title": name, "food_items": [name], "drink_items": []}
-        for picture in _pictures(path):
-            yield Sample(_name(folder, picture), picture.read_bytes, label, folder.name, "not stated", category=name)
+        label, scope = (dict(NOTHING), EXHAUSTIVE) if name in NOT_FOOD_CLASSES else (labelled_as(name), PRIMARY)
+        yield Sample(_name(folder, image), image.read_bytes, label, folder.name, "not stated", category=name, label_scope=scope)
+
+
+def labelled_as(name: str) -> dict[str, Any]:
+    """The label of an image of which only a class of food is known."""
+    return {"is_food": 1, "image_title": name, "food_items": [name], "drink_items": []}
 
 
 def _pictures(folder: Path) -> list[Path]:

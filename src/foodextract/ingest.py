@@ -9,7 +9,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from foodextract.duplicates import fingerprint
 from foodextract.pictures import SUFFIXES, PictureError, open_picture
-from foodextract.samples import Reject, Sample
+from foodextract.samples import DatasetError, Reject, Sample
 
 LEDGER, PICTURES = "ledger.jsonl", "pictures"
 AHEAD = 16  # pictures in work or waiting to be noted
@@ -27,22 +27,26 @@ AHEAD = 16  # pictures in work or waiting to be noted
 def ingest(samples: Iterable[Sample | Reject], folder: Path, total: int | None = None) -> list[dict[str, Any]]:
     """Store every picture of `samples` below `folder` and return the ledger: one entry a sample, with hashes, label and provenance.
 
+    The progress bar counts to `total`, or to what the source says of itself (`samples.Rows`).
+
     Entries of an earlier, killed run are kept as long as the source still yields the same samples; the first that differs, and all
     behind it, are read anew.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ledger = folder / LEDGER
     entries, kept_bytes = _read_ledger(ledger)
+    total = total if total is not None else getattr(samples, "total", None)
     stream = iter(samples)
     waiting: list[Sample | Reject] = []
-    for position, entry in enumerate(entries):
-        sample = next(stream, None)
-        if sample is None or _identity(sample) != entry["id"]:
-            kept_bytes = sum(entry["bytes"] for entry in entries[:position])
-            entries = entries[:position]
-            waiting = [sample] if sample is not None else []
-            break
-    with ledger.open("ab") as file, tqdm(total=total, initial=len(entries), desc="reading pictures", unit="picture") as bar:
+    with ledger.open("ab") as file, tqdm(total=total, desc="reading images", unit="image") as bar:
+        for position, entry in enumerate(entries):
+            sample = next(stream, None)
+            if sample is None or identity(sample) != entry["id"]:
+                kept_bytes = sum(entry["bytes"] for entry in entries[:position])
+                entries = entries[:position]
+                waiting = [sample] if sample is not None else []
+                break
+            bar.update()
         file.truncate(kept_bytes)
         for entry in _in_order(chain(waiting, stream), folder):
             line = json.dumps(entry).encode() + b"\n"
@@ -55,11 +59,19 @@ def ingest(samples: Iterable[Sample | Reject], folder: Path, total: int | None =
 
 def _in_order(samples: Iterator[Sample | Reject], folder: Path) -> Iterator[dict[str, Any]]:
     """The entries of `samples`, one after the other, while threads work on the next few: decoding and hashing let go of the interpreter."""
+    ahead: deque[Future[dict[str, Any]]] = deque()
+    fault: DatasetError | None = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead = deque(pool.submit(_entry, sample, folder) for sample in islice(samples, AHEAD))
-        while ahead:
+        while True:
+            try:
+                ahead.extend(pool.submit(_entry, sample, folder) for sample in islice(samples, AHEAD - len(ahead)))
+            except DatasetError as error:  # the source gave out: what it gave before is noted first
+                fault = error
+            if not ahead:
+                break
             yield ahead.popleft().result()
-            ahead.extend(pool.submit(_entry, sample, folder) for sample in islice(samples, 1))
+    if fault:
+        raise fault
 
 
 def _read_ledger(ledger: Path) -> tuple[list[dict[str, Any]], int]:
@@ -73,14 +85,14 @@ def _read_ledger(ledger: Path) -> tuple[list[dict[str, Any]], int]:
     return entries, size
 
 
-def _identity(sample: Sample | Reject) -> str:
+def identity(sample: Sample | Reject) -> str:
     """Changes whenever anything that the source says of a row does."""
     told = {name: value for name, value in vars(sample).items() if name != "read"}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _entry(sample: Sample | Reject, folder: Path) -> dict[str, Any]:
-    entry = {"id": _identity(sample), "name": sample.name}
+    entry = {"id": identity(sample), "name": sample.name}
     if isinstance(sample, Reject):
         return entry | {"reject": sample.reason}
     try:

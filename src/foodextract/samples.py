@@ -1,12 +1,13 @@
-"""What a source hands over: one `Sample` a picture, or a `Reject` where it cannot."""
+"""What a source hands over: one `Sample` an image, or a `Reject` where it cannot."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from foodextract.scenes import Split
 from foodextract.schema import EXHAUSTIVE
 
+PRIMARY = "primary"  # the scope of a label that names the main item only
 METADATA = ("metadata.jsonl", "metadata.csv")  # where a folder keeps its labels
 NOTHING = {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}
 
@@ -24,7 +25,7 @@ class Sample:
 
     name: str
     read: Callable[[], bytes]
-    label: dict[str, Any]  # the four keys of a record, as found
+    label: dict[str, Any]  # the four keys of a record, with their values as found
     source: str
     licence: str
     category: str = ""
@@ -41,4 +42,21 @@ class Reject:
     reason: str
 
 
-Rows = Iterator[Sample | Reject]
+@dataclass
+class Rows(Iterator[Sample | Reject]):
+    """The rows of a source, and how many there will be: `total` is for progress bars, and None where a source cannot know."""
+
+    rows: Iterable[Sample | Reject]
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        self.rows = iter(self.rows)
+
+    def __next__(self) -> Sample | Reject:
+        return next(self.rows)
+
+
+def split_named(name: object) -> Split | None:
+    """The side of a split that a source states: "train" is trained on, any other split never is, and nothing stated is None."""
+    stated = str(name if name is not None else "").strip().lower()
+    return ("train" if stated in ("train", "training") else "test") if stated else None

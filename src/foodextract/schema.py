@@ -8,6 +8,8 @@ same to a decoder, which can then write nothing else.
 import ast
 import json
 import re
+from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, conlist, model_validator
@@ -74,17 +76,43 @@ class FoodRecord(BaseModel):
 
         Contradictions are read in favour of the items: an answer that lists food counts as food. Raises AnswerError.
         """
-        for found in re.findall(r"\{.*?\}", text, re.DOTALL):
-            for read in (json.loads, ast.literal_eval):
-                try:
-                    raw = read(found)
-                    items = {key: _distinct(raw.get(key)) for key in ("food_items", "drink_items")}
-                    is_food = int(bool(raw.get("is_food")) or any(items.values()))
-                    title = str(raw.get("image_title") or "")[:MAX_TITLE] if is_food else ""
-                    return cls(is_food=is_food, image_title=title, **items)
-                except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
-                    continue
+        for raw in objects_in(text):
+            try:
+                items = {key: _distinct(raw.get(key)) for key in ("food_items", "drink_items")}
+                is_food = int(bool(raw.get("is_food")) or any(items.values()))
+                title = str(raw.get("image_title") or "")[:MAX_TITLE] if is_food else ""
+                return cls(is_food=is_food, image_title=title, **items)
+            except (ValueError, TypeError, RecursionError, MemoryError):
+                continue
         raise AnswerError("no object that could be read as a record")
+
+
+def objects_in(text: str) -> Iterator[dict]:
+    """The objects without nested ones in a text, in JSON or as Python reprs, one after the other."""
+    for found in re.findall(r"\{.*?\}", text, re.DOTALL):
+        yield from _read(found)
+
+
+def label_in(value: object) -> dict:
+    """A label as it was written, with no value changed: a mapping, or the first object in a text. Raises AnswerError where there is none.
+
+    The whole text is tried first, so that braces in a title do no harm. A set becomes a list, and what JSON does not know becomes text.
+    """
+    if isinstance(value, str):
+        value = next(chain(_read(value), objects_in(value)), None)
+    if not isinstance(value, dict):
+        raise AnswerError("no object that could be read as a record")
+    return json.loads(json.dumps(value, skipkeys=True, default=lambda part: sorted(map(str, part)) if isinstance(part, set) else str(part)))
+
+
+def _read(text: str) -> Iterator[dict]:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            raw = read(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(raw, dict):
+            yield raw
 
 
 def _distinct(items: object) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -61,12 +62,33 @@ def judge(entries: list[dict[str, Any]], *, seed: int, test_share: float = TEST_
         if entry["split"] not in (None, split):
             judged.rejects.append(Reject(entry["name"], f"near-duplicate of a picture held out, {component['held_out']}"))
             continue
-        judged.rows[split].append(
-            {"file_name": f"{Path(entry['name']).stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}", "name": entry["name"]}
-            | record.model_dump()
-            | {"category": entry["category"], "group": component["key"], "source": entry["source"], "licence": entry["licence"]}
-            | {"label_scope": entry["label_scope"], "pixels_sha256": entry["pixels"], "stored": entry["stored"]}
-        )
+        judged.rows[split].append(_row(entry, record, component["key"]))
+    return _sorted(judged)
+
+
+def accept(entries: list[dict[str, Any]]) -> Judged:
+    """Take every entry as it is, on the side that it states: for a data set that was judged before it was published."""
+    judged = Judged(rejects=[Reject(entry["name"], entry["reject"]) for entry in entries if "reject" in entry])
+    for entry in entries:
+        if "pixels" not in entry:
+            continue
+        try:
+            judged.rows[entry["split"] or "train"].append(_row(entry, FoodRecord(**entry["label"]), entry["group"]))
+        except ValidationError:
+            judged.rejects.append(Reject(entry["name"], f"the label breaks the schema: {entry['label']}"))
+    return _sorted(judged)
+
+
+def _row(entry: dict[str, Any], record: FoodRecord, group: str) -> dict[str, Any]:
+    return (
+        {"file_name": f"{Path(entry['name']).stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}", "name": entry["name"]}
+        | record.model_dump()
+        | {"category": entry["category"], "group": group, "source": entry["source"], "licence": entry["licence"]}
+        | {"label_scope": entry["label_scope"], "pixels_sha256": entry["pixels"], "stored": entry["stored"]}
+    )
+
+
+def _sorted(judged: Judged) -> Judged:
     for rows in judged.rows.values():
         rows.sort(key=lambda row: row["file_name"])
     judged.rejects.sort(key=lambda reject: (reject.name, reject.reason))

@@ -5,22 +5,21 @@ passing over a sample costs nothing. What a source cannot turn into a sample it 
 """
 
 import io
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-
-from foodextract.folders import labelled_folder, not_food_folder
-from foodextract.samples import DatasetError, Reject, Rows, Sample
+from foodextract.folders import labelled_as, labelled_folder, not_food_folder
+from foodextract.hub_data import HubDataset, image_bytes, suffix_of
+from foodextract.samples import PRIMARY, DatasetError, Reject, Rows, Sample
 from foodextract.scenes import Placed, Split, draw_scene, plan_scene, record_of
-from foodextract.schema import AnswerError, FoodRecord
 
 HUB_DATASET = "berkeruveyik/vlm-food-4k-not-food-dataset"
 FOOD101 = "ethz/food101"
+STOP = object()  # what an iterator gives when it has run out
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- offline
@@ -31,6 +30,10 @@ def scenes(seed: int = 42, train: int = 8000, test: int = 600) -> Rows:
 
     Test scenes are taken as they come, training scenes by what they teach: `_teaches`.
     """
+    return Rows(_scenes(seed, train, test), total=train + test)
+
+
+def _scenes(seed: int, train: int, test: int) -> Iterator[Sample]:
     for split, wanted in (("train", train), ("test", test)):
         planned = ((index, plan_scene(seed, split, index)[0]) for index in count())
         chosen = (scene for scene in planned if split == "test" or _teaches(*scene))
@@ -66,55 +69,46 @@ def _drawn(seed: int, split: Split, index: int) -> bytes:
 
 
 def hub(dataset_id: str = HUB_DATASET) -> Rows:
-    """The original project's data set: `image`, `output_json` and columns of provenance. Raises DatasetError when it cannot be read.
+    """A data set on the Hub: one that this project published, another author's records, or the original with its `output_json`.
 
-    Its labels were written by a larger model, some as Python reprs, so they are found as `FoodRecord.parse_lenient` finds them.
+    Labels are found as they are, in JSON, as Python reprs or in columns. A split that is stated is kept: what is not the train split is
+    never trained on. Raises DatasetError when the data set cannot be read, or has other columns.
     """
-    for index, row in enumerate(_streamed(dataset_id, "train")):
-        name = f"{index:06d}-{Path(str(row.get('image_name') or row.get('image_id') or 'row')).stem}"
-        label = row["output_json"]
-        try:
-            record = FoodRecord.parse_lenient(label if isinstance(label, str) else json.dumps(label))
-        except AnswerError as error:
-            yield Reject(name, f"output_json is no record: {error}")
-            continue
-        yield Sample(
-            name=name + _suffix(row["image"]),
-            read=partial(_bytes, row["image"]),
-            label=record.model_dump(),
-            source=str(row.get("image_source") or dataset_id),
-            licence=f"see {dataset_id}",
-            category=str(row.get("food270_class_name") or row.get("category") or ""),
-        )
+    return hub_rows(HubDataset.open(dataset_id))
+
+
+def hub_rows(found: HubDataset) -> Rows:
+    """The rows of a data set that is open already; see `hub`."""
+    samples = map(partial(_republished, found.repo_id), found.samples()) if found.kind == "published" else found.samples()
+    return Rows(samples, total=found.total())
+
+
+def _republished(dataset_id: str, row: Sample | Reject) -> Sample | Reject:
+    """A row names the source that it had when it was published. Here it comes from the Hub, and so does what it says of its licence."""
+    if isinstance(row, Reject):
+        return row
+    return replace(row, source=dataset_id, licence=f"see {dataset_id}" if row.licence.startswith("see ") else row.licence)
 
 
 def food101(split: str = "train", dataset_id: str = FOOD101) -> Rows:
-    """Food-101: one class a picture, by its name and never its number. Raises DatasetError when it cannot be read."""
-    rows = _streamed(dataset_id, split)
-    names = rows.features["label"]
-    for index, row in enumerate(rows):
+    """Food-101: one class an image, by its name and never its number. The class is the main item; more may be seen beside it.
+
+    Raises DatasetError when it cannot be read.
+    """
+    found = HubDataset.open(dataset_id)
+    if split not in found.streams or "label" not in (found.streams[split].features or ()):
+        raise DatasetError(f"{dataset_id!r} has no split {split!r} with a column `label`: choose another data set or split")
+    return Rows(_food101_rows(found, split), total=found.total(split))
+
+
+def _food101_rows(found: HubDataset, split: str) -> Iterator[Sample]:
+    names = found.streams[split].features["label"]
+    for index, (_, row) in enumerate(found.rows(split)):
         name = names.int2str(row["label"]).replace("_", " ")
-        label = {"is_food": 1, "image_title": name, "food_items": [name], "drink_items": []}
-        read = partial(_bytes, row["image"])
-        yield Sample(f"food101-{split}-{index:06d}{_suffix(row['image'])}", read, label, dataset_id, f"see {dataset_id}", category=name)
-
-
-def _streamed(dataset_id: str, split: str) -> datasets.IterableDataset:
-    try:
-        return datasets.load_dataset(dataset_id, split=split, streaming=True).cast_column("image", datasets.Image(decode=False))
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise DatasetError(
-            f"cannot read {dataset_id!r} from the Hub ({type(error).__name__}): check the name and the connection, "
-            "or use drawn scenes or a folder"
-        ) from error
-
-
-def _bytes(picture: dict[str, Any]) -> bytes:
-    return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
-
-
-def _suffix(picture: dict[str, Any]) -> str:
-    return Path(picture.get("path") or "").suffix.lower() or ".jpg"
+        read = partial(image_bytes, found.repo_id, row["image"])
+        sample_name = f"food101-{split}-{index:06d}{suffix_of(row['image'])}"
+        told = {"source": found.repo_id, "licence": f"see {found.repo_id}", "category": name, "label_scope": PRIMARY}
+        yield Sample(sample_name, read, labelled_as(name), **told)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- all together
@@ -149,18 +143,24 @@ def mix(parts: Iterable[tuple[Rows, float]]) -> Rows:
     """Several sources in given shares, such as `[(hub(), 0.7), (scenes(), 0.3)]`, until the first of them runs out.
 
     The source that is furthest behind its share goes next, so the shares hold at every point and the order is always the same.
-    Rejects pass through and do not count. Raises DatasetError for shares that are not positive.
+    Rejects pass through and do not count; where a source has some, `total` is a little too low. Raises DatasetError for shares that are
+    not positive.
     """
     parts = list(parts)
     if not parts or min(share for _, share in parts) <= 0:
         raise DatasetError("every source of a mix needs a share above 0")
-    total = sum(share for _, share in parts)
+    shares, totals = [share for _, share in parts], [getattr(rows, "total", None) for rows, _ in parts]
+    total = sum(1 for _ in _in_turn([iter(range(total)) for total in totals], shares)) if None not in totals else None
+    return Rows(_in_turn([iter(rows) for rows, _ in parts], shares), total)
+
+
+def _in_turn(parts: Sequence[Iterator[Any]], shares: Sequence[float]) -> Iterator[Any]:
     given = [0] * len(parts)
     while True:
-        behind = [share / total * (sum(given) + 1) - count for (_, share), count in zip(parts, given, strict=True)]
+        behind = [share / sum(shares) * (sum(given) + 1) - count for share, count in zip(shares, given, strict=True)]
         turn = behind.index(max(behind))
-        row = next(parts[turn][0], None)
-        if row is None:
+        row = next(parts[turn], STOP)
+        if row is STOP:
             return
-        given[turn] += isinstance(row, Sample)
+        given[turn] += not isinstance(row, Reject)
         yield row
