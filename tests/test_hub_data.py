@@ -463,7 +463,7 @@ def model_card(rows, tmp_path):
     folder = shutil.copytree(TINY_TUNED, tmp_path / "tuned", dirs_exist_ok=True)
     known = evidence.verified(TINY_TUNED)
     evidence.write(folder, "a/base", rows, [PROFILES["offline"].stage2], known.rows)
-    card = cards.model_card(evidence.verified(folder), "one tile", "somebody/model")
+    card = cards.model_card(evidence.verified(folder), "one tile", "somebody/model", {"F32": 1})
     return card, {result.dataset_split for result in card.data.eval_results}
 
 

@@ -88,7 +88,7 @@ def test_the_notebook_killed_in_both_stages_resumes_on_another_machine(drawn, tm
     parameters = {
         "profile": "offline", "dataset": str(drawn), "stage1": epochs, "stage2": epochs, "eval_pictures": 4, "keep_in": str(kept),
     }  # fmt: skip
-    for stage, machine in (("stage1", "one"), ("stage2", "one")):
+    for stage in ("stage1", "stage2"):
         kill_once(lambda stage=stage: checkpoints.last_checkpoint(kept / stage / "checkpoints"), tmp_path / "one", parameters)
     trained = (kept / "stage1" / "model.safetensors").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "one")

@@ -569,7 +569,7 @@ def test_model_card_of_a_hub_model_names_base_and_data(model_folder):
     found = replace(evidence.verified(model_folder), base_model="HuggingFaceTB/base", dataset="somebody/pictures")
     processor = json.loads((model_folder / "processor_config.json").read_text())
     processor["image_processor"] |= {"do_image_splitting": True, "size": {"longest_edge": 768}}
-    card = cards.model_card(found, cards.image_budget(processor), MODEL)
+    card = cards.model_card(found, cards.image_budget(processor), MODEL, {"F32": 1})
     assert (card.data.base_model, card.data.datasets) == ("HuggingFaceTB/base", ["somebody/pictures"])
     assert "up to 17 tiles" in card.content
 

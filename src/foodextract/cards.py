@@ -1,5 +1,6 @@
 """The README.md that goes with a data set or a model when it leaves this machine, rendered from its own figures."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
@@ -23,10 +24,15 @@ def image_budget(processor: dict[str, Any]) -> str:
     return f"{tiles} of {tile} x {tile} pixels"
 
 
-def model_card(evidence: Evidence, budget: str, repo_id: str) -> ModelCard:
+def stored_as(counts: Mapping[str, int]) -> str:
+    """The number formats of a model's weights, from the parameter count that safetensors gives by format."""
+    return " and ".join({"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(one, one.lower()) for one in counts)
+
+
+def model_card(evidence: Evidence, budget: str, repo_id: str, counts: Mapping[str, int]) -> ModelCard:
     """The README.md of a tuned model: front matter for the Hub with its figures as `model-index`, then how to use and how far to trust it.
 
-    `budget` is its `image_budget`.
+    `budget` is its `image_budget`, `counts` its parameters by number format (`stored_as`).
     """
     name = repo_id.split("/")[-1]
     data_names = [name_of(part) for part in evidence.dataset.split(AND)]
@@ -88,6 +94,8 @@ def model_card(evidence: Evidence, budget: str, repo_id: str) -> ModelCard:
             ("", *(stage["name"] for stage in evidence.stages)),
             [(field, *(_value(stage[field]) for stage in evidence.stages)) for field in RECIPE if field in evidence.stages[0]],
         ),
+        f"\nThe weights are stored in {stored_as(counts)}, bit for bit those that were measured. "
+        "Loaded with `dtype=torch.bfloat16`, fp32 weights take half the memory and answer slightly differently.\n"
         "\nFull fine-tuning with TRL's `SFTTrainer`; the loss is on the answer and its end token only; fp32 master weights.\n",
         "## Hardware and time\n",
         markdown_table(("step", "seconds"), [(row.subject, f"{row.value:,.0f}") for row in seconds]) if seconds else "Not noted.",

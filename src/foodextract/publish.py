@@ -28,7 +28,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, SpaceInfo
 
 from foodextract import evidence
-from foodextract.cards import UNNAMED, dataset_card, image_budget, model_card
+from foodextract.cards import UNNAMED, dataset_card, image_budget, model_card, stored_as
 from foodextract.dataset import SPLITS, load, record_of
 from foodextract.extractor import Extractor
 from foodextract.hub import PublishError, client, explained
@@ -104,12 +104,12 @@ def model_plan(folder: str | Path, repo_id: str = HUB_MODEL) -> Plan:
             f"{folder}/processor_config.json is missing or not SmolVLM's ({type(error).__name__}: {error}): save the processor again"
         ) from error
     try:
-        size = sum(get_local_safetensors_metadata(folder).parameter_count.values())
+        counts = get_local_safetensors_metadata(folder).parameter_count
     except (NotASafetensorsRepoError, OSError, ValueError, KeyError) as error:
         raise PublishError(f"{folder}/model.safetensors.index.json is missing or wrong ({error}): save the model again") from error
-    card = str(model_card(found, budget, repo_id))
+    card = str(model_card(found, budget, repo_id, counts))
     files = {**_allowed(folder, ALLOWED["model"]), "README.md": card.encode()}
-    return Plan("model", repo_id, files, f" from {folder}, {size:,} parameters")
+    return Plan("model", repo_id, files, f" from {folder}, {sum(counts.values()):,} parameters in {stored_as(counts)}")
 
 
 def dataset_plan(folder: str | Path, repo_id: str) -> Plan:
