@@ -19,7 +19,7 @@ from foodextract import prompts
 from foodextract.decoding import Answer, Decoder
 from foodextract.dialects import Dialect, recognize, undecided
 from foodextract.graphs import GraphModel, is_exported
-from foodextract.models import choose_device, load_model, load_processor
+from foodextract.models import ModelError, choose_device, image_budget, load_model, load_processor
 from foodextract.pictures import Picture, PictureError, find_pictures, open_picture
 from foodextract.schema import FIELDS, AnswerError, FoodRecord
 
@@ -58,16 +58,43 @@ class Extractor:
 
     @classmethod
     def from_pretrained(
-        cls, model_id: str | os.PathLike, device: str | None = None, precision: str | None = None, constrained: bool = True
+        cls,
+        model_id: str | os.PathLike,
+        device: str | None = None,
+        precision: str | None = None,
+        constrained: bool = True,
+        tiles: int | None = None,
     ) -> Self:
         """Load a folder or a Hub id, in one of `models.PRECISIONS` or the device's default. Raises ModelError.
 
-        A folder that `foodextract export onnx` wrote is answered by ONNX Runtime, on a CPU.
+        `tiles` is another image budget than the model came with: 1, 5 or 17. A budget of several tiles that nobody asked for is logged.
+        A folder that `foodextract export onnx` wrote is answered by ONNX Runtime, on a CPU, with the budget of the export.
         """
         if is_exported(model_id):
-            return cls(GraphModel(model_id, device, precision), load_processor(model_id), constrained)
-        model = load_model(model_id, choose_device(device), precision=precision).requires_grad_(False)
-        return cls(model, load_processor(model_id), constrained)
+            processor = load_processor(model_id)
+            if tiles not in (None, budget := image_budget(processor)):
+                raise ModelError(
+                    f"{model_id} was exported for {budget} tiles an image, not {tiles}: leave the tiles out, or export the model again "
+                    f"(`foodextract export onnx --tiles {tiles}`)"
+                )
+            model = GraphModel(model_id, device, precision)
+        else:
+            model = load_model(model_id, choose_device(device), precision=precision).requires_grad_(False)
+            processor = load_processor(model_id, tiles)
+        extractor = cls(model, processor, constrained)
+        if tiles is None and extractor.tiles > 1:
+            tokens = processor.image_seq_len
+            LOG.warning(
+                f"{model_id} cuts an image into up to {extractor.tiles} tiles ({extractor.tiles * tokens:,} image tokens; one tile has "
+                f"{tokens}), and each counts towards the batch size: --tiles 1 (in Python tiles=1) costs far less, but may change "
+                "the answers of a model that was trained on more"
+            )
+        return extractor
+
+    @cached_property
+    def tiles(self) -> int:
+        """The most tiles that one image takes."""
+        return image_budget(self.processor)
 
     def extract(self, picture: Picture) -> FoodRecord:
         """The record of one picture. Raises PictureError, or AnswerError when unconstrained."""
@@ -85,6 +112,7 @@ class Extractor:
     ) -> Iterator[FoodRecord | PictureError | AnswerError]:
         """One result a picture, in order: its record, or the error that this picture met. Others in its batch are answered all the same.
 
+        A batch holds at most `batch_size` tiles, but at least one image; an image counts `tiles`, whatever its shape.
         `pictures` may be endless, or a folder, whose pictures are then answered in the order of their paths. While the model is busy, a
         thread opens and resizes the next `PREPARED` batches and no more; they are asked for before the first answer comes.
         """
@@ -98,9 +126,10 @@ class Extractor:
         stream = iter(find_pictures([pictures]) if isinstance(pictures, str | os.PathLike) else pictures)
         worker = ThreadPoolExecutor(1)
         ahead: deque[Future] = deque()
+        images = max(1, batch_size // self.tiles)
         try:
             while True:
-                while len(ahead) <= PREPARED and (batch := list(islice(stream, batch_size))):
+                while len(ahead) <= PREPARED and (batch := list(islice(stream, images))):
                     ahead.append(worker.submit(self._open_and_prepare, batch))
                 if not ahead:
                     return
@@ -116,18 +145,20 @@ class Extractor:
         return self.prepare([open_picture(picture)])
 
     def answer_read(
-        self, pictures: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True
+        self, pictures: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True, batch_size: int = 8
     ) -> list[tuple[FoodRecord, Confidence | None] | AnswerError]:
-        """The results for pictures that `read` has prepared, in order: those of equal shapes (with one tile all have them) share a batch.
+        """The results for pictures that `read` has prepared, in order: those of equal shapes (with one tile all have them) share a batch
+        of at most `batch_size` tiles, but at least one image.
 
         `wanted` is asked between two tokens whether anybody still waits for picture 0, 1, …; the answer to one that nobody waits for
         ends where it is.
         """
-        batches: dict[tuple, list[int]] = {}
+        alike: dict[tuple, list[int]] = {}
         for number, picture in enumerate(pictures):
-            batches.setdefault(tuple(picture[name].shape for name in sorted(picture)), []).append(number)
+            alike.setdefault(tuple(picture[name].shape for name in sorted(picture)), []).append(number)
+        images = max(1, batch_size // self.tiles)
         results = {}
-        for numbers in batches.values():
+        for numbers in (group[first : first + images] for group in alike.values() for first in range(0, len(group), images)):
             together = BatchFeature({name: torch.cat([pictures[number][name] for number in numbers]) for name in pictures[numbers[0]]})
             answers = self._generate(together, self.constrained, lambda row, numbers=numbers: wanted(numbers[row]))
             results |= {number: self._read(answer) for number, answer in zip(numbers, answers, strict=True)}
