@@ -3,6 +3,8 @@
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -118,6 +120,14 @@ def test_many_tiles_are_said_aloud_unless_they_were_asked_for(many_tiles, caplog
     for folder, tiles in ((many_tiles, 1), (many_tiles, 17), (models.TINY_TUNED, None)):
         Extractor.from_pretrained(folder, "cpu", tiles=tiles)
     assert not caplog.records
+
+
+def test_the_command_says_it_on_stderr(many_tiles, images, tmp_path):
+    images[-1].save(tmp_path / "a.png")
+    command = [sys.executable, "-m", "foodextract", "extract", "a.png", "--model", str(many_tiles)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert told.stderr.count("up to 17 tiles") == 1
+    assert json.loads(told.stdout)["file"] == "a.png"
 
 
 def test_one_tile_gives_the_answers_of_the_model_with_one_tile(many_tiles, images, tuned, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The `foodextract` command."""
 
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -64,7 +65,8 @@ def extract(
     Exit status: 0 when all pictures were answered, 1 when some could not be (the others are answered all the same), 2 when nothing could
     start. Interrupted, the same command goes on where it was, and tries again what failed.
     """
-    from tqdm import tqdm  # the imports below take seconds, which `--help` should not
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm  # the imports below take seconds, which `--help` should not
 
     from foodextract.extractor import Extractor
     from foodextract.models import ModelError, newest_tuned
@@ -90,18 +92,19 @@ def extract(
     if not output:
         print(answers.header(form.value), end="")
     failed = 0
-    results = tqdm(extractor.extract_many_with_confidence(files, batch_size), total=len(files), unit="picture", file=sys.stderr)
-    for file, result in zip(files, results, strict=True):
-        if isinstance(result, Exception):
-            failed += 1
-            row = {"file": file, "error": str(result)}
-        else:
-            row = {"file": file, **result[0].model_dump(), **({"confidence": asdict(result[1])} if confidence else {})}
-        line = answers.as_line(row, form.value)
-        if output:
-            answers.append(output, line)
-        else:
-            print(line, end="", flush=True)
+    with logging_redirect_tqdm([logging.getLogger("foodextract")]):  # above the bar, on stderr
+        results = tqdm(extractor.extract_many_with_confidence(files, batch_size), total=len(files), unit="picture", file=sys.stderr)
+        for file, result in zip(files, results, strict=True):
+            if isinstance(result, Exception):
+                failed += 1
+                row = {"file": file, "error": str(result)}
+            else:
+                row = {"file": file, **result[0].model_dump(), **({"confidence": asdict(result[1])} if confidence else {})}
+            line = answers.as_line(row, form.value)
+            if output:
+                answers.append(output, line)
+            else:
+                print(line, end="", flush=True)
     if failed:
         print(f"{failed} of {len(files)} pictures could not be answered; their lines say why", file=sys.stderr)
         raise typer.Exit(1)
