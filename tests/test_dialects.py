@@ -280,7 +280,7 @@ def test_a_model_that_trains_is_looked_at_every_time(speaking, images, records):
     assert extractor.dialect.canonical
 
 
-def test_confidence_is_about_the_items_wherever_they_stand(speaking, images, records, tuned):
+def test_confidence_is_about_the_items_wherever_they_stand(images, tuned):
     doubtful = FoodRecord(is_food=1, image_title="ça, 'ça'", food_items=["brûlée", "crè?me", "thé"], drink_items=['"é"?', "🥨"])
     pixels = tuned.prepare(images[:1])["pixel_values"]
     for name in OTHERS:
@@ -293,7 +293,7 @@ def test_confidence_is_about_the_items_wherever_they_stand(speaking, images, rec
             assert sure == ["?" not in item for item in getattr(doubtful, field)], (name, confidence)
 
 
-def test_a_repeat_ends_the_list_in_any_dialect(speaking, images, tuned):
+def test_a_repeat_ends_the_list_in_any_dialect(images, tuned):
     twice = FoodRecord.model_construct(is_food=1, image_title="", food_items=["it's", "egg", "it's", "rice"], drink_items=[])
     pixels = tuned.prepare(images[:1])["pixel_values"]
     for name in OTHERS:
