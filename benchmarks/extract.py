@@ -137,8 +137,7 @@ class Subject:
                 with self.clock.measure("preprocess"):
                     inputs = self.extractor.prepare(pictures)
                 with self.clock.measure("generate"):
-                    answers = self.extractor._generate(inputs, self.extractor.constrained)
-                texts = [self.extractor._text(answer, self.extractor.constrained) for answer in answers]
+                    texts = [said.text for said in self.extractor._generate(inputs, self.extractor.constrained)]
         return texts
 
     def _through_pipe(self, picture: Image.Image) -> list[str]:

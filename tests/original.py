@@ -1,4 +1,4 @@
-"""What the profile `hub` finds on the Hub, in small: a base with SmolVLM2's files and token ids, and the original's data set with its dirt."""
+"""What the profile `hub` finds on the Hub, in small: a base with SmolVLM2's files and token ids, and the original's dirty data set."""
 
 import io
 import json
@@ -32,8 +32,9 @@ def save_base(folder: Path) -> None:
         "patch_size": 16,
     }
     text = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "vocab_size": VOCABULARY, "rope_theta": 100000, "bos_token_id": 1, "eos_token_id": 49279, "pad_token_id": 2, "max_position_embeddings": 8192,
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": VOCABULARY, "rope_theta": 100000, "bos_token_id": 1, "eos_token_id": 49279, "pad_token_id": 2,
+        "max_position_embeddings": 8192,
     }  # fmt: skip
     config = SmolVLMConfig(
         vision_config=vision, text_config=text, scale_factor=4, image_token_id=49190, pad_token_id=2, tie_word_embeddings=False
@@ -44,9 +45,9 @@ def save_base(folder: Path) -> None:
     model.generation_config.eos_token_id = 49279
     model.save_pretrained(folder)
     pictures = {
-        "image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor", "do_convert_rgb": True, "do_image_splitting": True,
-        "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 1,
-        "max_image_size": {"longest_edge": 512}, "rescale_factor": 1 / 255, "size": {"longest_edge": 2048},
+        "image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor", "do_convert_rgb": True,
+        "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "resample": 1, "max_image_size": {"longest_edge": 512}, "rescale_factor": 1 / 255, "size": {"longest_edge": 2048},
         "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}},
     }  # fmt: skip
     template = (TINY_BASE / "chat_template.jinja").read_text()

@@ -21,6 +21,8 @@ SECONDS = 30  # far more than any of this takes
 class Stub:
     """An extractor whose answer to a picture is the picture's bytes; it waits before every batch while `go` is not set."""
 
+    tiles = 1
+
     def __init__(self):
         self.read_so_far, self.batches, self.unwanted = [], [], []
         self.go, self.asked = threading.Event(), threading.Event()
@@ -34,7 +36,7 @@ class Stub:
             raise PictureError("bad")
         return picture
 
-    def answer_read(self, pictures, wanted=lambda number: True):
+    def answer_read(self, pictures, wanted=lambda number: True, batch_size=8):
         if pictures == [b"warm-up"]:
             return [None]
         self.batches.append(pictures)
@@ -210,7 +212,7 @@ def test_a_model_that_does_not_load_is_an_error_of_the_process():
 
 def test_a_queue_that_breaks_is_an_error_of_the_process():
     class Forgetful(Stub):
-        def answer_read(self, pictures, wanted=None):
+        def answer_read(self, pictures, wanted=None, batch_size=8):
             return []
 
     async def story():
@@ -225,7 +227,7 @@ def test_a_queue_that_breaks_is_an_error_of_the_process():
 
 def test_a_model_that_hangs_is_not_healthy():
     class Hanging(Stub):
-        def answer_read(self, pictures, wanted=None):
+        def answer_read(self, pictures, wanted=None, batch_size=8):
             self.go.wait(SECONDS)  # whether or not anybody waits
             return super().answer_read(pictures)
 

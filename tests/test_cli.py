@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from foodextract import answers, scenes
 from foodextract.__main__ import app
+from foodextract.dialects import Dialect
 from foodextract.extractor import Extractor
 from foodextract.pictures import PictureError, open_picture
 from foodextract.schema import FoodRecord
@@ -144,6 +145,13 @@ def test_no_cell_is_a_formula_and_its_text_comes_back(tmp_path):
     assert "'" not in answers.as_line(rows[0], "jsonl")
 
 
+def test_the_form_that_a_model_writes_is_told_once_on_stderr(pictures, monkeypatch):
+    monkeypatch.setattr(Extractor, "_probe", lambda self: Dialect(" ", python=True))
+    result = run(pictures, "--batch-size", "1")
+    assert result.stderr.count("the model writes Python reprs") == 1
+    assert all(FoodRecord(**{key: line[key] for key in FoodRecord.model_fields}) for line in map(json.loads, result.stdout.splitlines()))
+
+
 def test_csv_with_confidence(pictures):
     (pictures / "1b.png").write_bytes(b"")
     result = run(pictures, "--format", "csv", "--confidence")
@@ -163,5 +171,5 @@ def test_free_answers_are_those_without_the_grammar(pictures, tuned):
 
 def test_the_module_is_the_command_and_help_is_quick_to_read():
     shown = subprocess.run([sys.executable, "-m", "foodextract", "extract", "--help"], capture_output=True, text=True, check=True).stdout
-    for option in ("--model", "--output", "--format", "--batch-size", "--device", "--confidence", "--free", "Exit status"):
+    for option in ("--model", "--output", "--format", "--batch-size", "--tiles", "--device", "--confidence", "--free", "Exit status"):
         assert option in shown

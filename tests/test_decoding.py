@@ -10,10 +10,13 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SmolVLMFo
 
 from foodextract import models, scenes, schema
 from foodextract.decoding import Decoder, GrammarError
+from foodextract.dialects import Dialect
 from foodextract.extractor import MAX_NEW_TOKENS, Extractor
 from foodextract.schema import FoodRecord
 from odd_pictures import odd_pictures
 from test_schema import GOOD, NOTHING, records
+
+JSON, BEHIND_SPACE = Dialect(), Dialect(" ")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def accepts(tuned):
-    decoder = tuned._strict
+    decoder = tuned._guided(BEHIND_SPACE)
 
     def accepts(text):
         matcher = decoder.matcher.deep_copy()
@@ -86,23 +89,23 @@ def test_the_grammar_has_nothing_else(accepts, text):
 def test_a_list_ends_before_its_first_repeat():
     begun = '{"is_food": 1, "image_title": "\\"food_items\\": [\\"a\\", \\"a\\"]", "food_items": ["a", "a b", "b"'
     for fine in ("", " {", begun, begun + ', "a', begun + '], "drink_items": ["a", "b"]}', GOOD, NOTHING):
-        assert schema.without_repeats(fine) == fine
-    assert schema.without_repeats(begun + ', "a b"') == begun + '], "drink_items":'
-    assert schema.without_repeats(begun + ', "a b", "') == begun + '], "drink_items":'
-    assert schema.without_repeats(begun + '], "drink_items": ["\\\\", "\\\\"') == begun + '], "drink_items": ["\\\\"]}'
+        assert JSON.without_repeats(fine) == fine
+    assert JSON.without_repeats(begun + ', "a b"') == begun + '], "drink_items":'
+    assert JSON.without_repeats(begun + ', "a b", "') == begun + '], "drink_items":'
+    assert JSON.without_repeats(begun + '], "drink_items": ["\\\\", "\\\\"') == begun + '], "drink_items": ["\\\\"]}'
 
 
 def test_a_beginning_is_closed_with_what_is_complete_in_it():
     text = '{"is_food": 1, "image_title": "a, \\"b\\"", "food_items": ["c", "d]"], "drink_items": ["e"]}'
-    assert schema.closed(text) == text
+    assert JSON.read(text).to_json() == text
     whole = FoodRecord.parse(text)
     for length in range(len(text)):
-        cut = FoodRecord.parse(schema.closed(text[:length]))
+        cut = JSON.read(text[:length])
         assert cut.is_food == (length > text.index("1"))
         assert cut.image_title in ("", whole.image_title)
         for field in ("food_items", "drink_items"):
             assert getattr(cut, field) == getattr(whole, field)[: len(getattr(cut, field))]
-    assert FoodRecord.parse(schema.closed(text[:-3])).food_items == ["c", "d]"]
+    assert JSON.read(text[:-3]).food_items == ["c", "d]"]
 
 
 @pytest.mark.parametrize("name", ["tuned", "base", "random_weights"])
@@ -165,17 +168,17 @@ def replay(decoder, inputs, answers, rows):
 def test_cache_padding_and_forced_tokens_change_nothing(name, request, pictures):
     extractor = request.getfixturevalue(name)
     inputs = extractor.prepare(pictures)
-    answers = extractor._strict.generate(inputs, 120)
-    replay(extractor._strict, inputs, answers, rows=(0, 3, 9, 15))
+    answers = extractor._guided(BEHIND_SPACE).generate(inputs, 120)
+    replay(extractor._guided(BEHIND_SPACE), inputs, answers, rows=(0, 3, 9, 15))
     assert any(logprob is None for answer in answers for logprob in answer.logprobs)
 
 
 def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, pictures):
-    tuned._strict.generate(tuned.prepare(pictures[:1]), 1)  # the prefix has been read
+    tuned._guided(BEHIND_SPACE).generate(tuned.prepare(pictures[:1]), 1)  # the prefix has been read
     shapes = []
     hook = tuned.model.register_forward_pre_hook(lambda model, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
     try:
-        answers = tuned._strict.generate(tuned.prepare(pictures), MAX_NEW_TOKENS)
+        answers = tuned._guided(BEHIND_SPACE).generate(tuned.prepare(pictures), MAX_NEW_TOKENS)
     finally:
         hook.remove()
     chosen = [sum(logprob is not None for logprob in answer.logprobs) for answer in answers]
@@ -188,8 +191,8 @@ def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, pictures):
 def test_the_prefix_is_read_once_and_changes_no_answer(tuned, pictures):
     model = copy.deepcopy(tuned.model)
     prefix = tuned._prefix
-    whole = Decoder.build(model, tuned.processor.tokenizer, schema.grammar(" "), schema.without_repeats)
-    spared = Decoder.build(model, tuned.processor.tokenizer, schema.grammar(" "), schema.without_repeats, prefix)
+    whole = Decoder.build(model, tuned.processor.tokenizer, BEHIND_SPACE.grammar(), BEHIND_SPACE.without_repeats)
+    spared = Decoder.build(model, tuned.processor.tokenizer, BEHIND_SPACE.grammar(), BEHIND_SPACE.without_repeats, prefix)
     inputs, shapes = tuned.prepare(pictures), []
     length = inputs["input_ids"].shape[1]
     assert len(prefix) > length / 3
@@ -217,7 +220,7 @@ def test_the_prefix_is_read_once_and_changes_no_answer(tuned, pictures):
 
 def test_a_repeat_is_taken_back_and_forgotten(tuned, pictures):
     """The model is made to write a list with a repeat; from there on its answer is the one it gives where the repeat never stood."""
-    decoder = copy.copy(tuned._strict)
+    decoder = copy.copy(tuned._guided(BEHIND_SPACE))
     said = '{"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad", "pizza", "taco"], "drink_items": []}'
     script = decoder.lltokenizer.tokenize_str(" " + said)
     inputs = tuned.prepare(pictures[:3])
@@ -225,7 +228,7 @@ def test_a_repeat_is_taken_back_and_forgotten(tuned, pictures):
     changed = []
 
     def amend(text):
-        better = schema.without_repeats(text)
+        better = BEHIND_SPACE.without_repeats(text)
         changed.append(better != text)
         return better
 
@@ -253,7 +256,7 @@ def test_a_repeat_is_taken_back_and_forgotten(tuned, pictures):
 
 def test_an_answer_that_runs_out_of_tokens_says_so(tuned):
     food = next(scene.image for scene in scenes.draw_scenes(5, "test", 50) if tuned.extract(scene.image).is_food)
-    [answer] = tuned._strict.generate(tuned.prepare([food]), 12)
+    [answer] = tuned._guided(BEHIND_SPACE).generate(tuned.prepare([food]), 12)
     assert answer.finished is False
     assert 12 <= len(answer.tokens) < 24
 
@@ -274,7 +277,7 @@ def test_another_architecture_with_sliding_windows_and_token_types(tuned):
     )  # fmt: skip
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config).eval()
-    decoder = Decoder.build(model, tokenizer, schema.grammar(), schema.without_repeats)
+    decoder = Decoder.build(model, tokenizer, JSON.grammar(), JSON.without_repeats)
     prompts = [[1, 60, 991, 990, 990, 990, 990, 992, 61, 62], [2, 2, 1, 991, 990, 990, 990, 990, 992, 63]]
     ids = torch.tensor(prompts)
     inputs = {
@@ -291,7 +294,7 @@ def test_another_architecture_with_sliding_windows_and_token_types(tuned):
         apart += decoder.generate(one, 60)
     assert [answer.tokens for answer in together] == [answer.tokens for answer in apart]
     for answer in together:
-        assert valid(schema.closed(decoder.text(answer)))
+        assert valid(JSON.read(decoder.text(answer)).to_json())
 
 
 def test_a_broken_grammar_is_refused(tuned):
@@ -300,7 +303,7 @@ def test_a_broken_grammar_is_refused(tuned):
 
 
 def test_the_grammar_is_one_that_llguidance_takes_without_a_warning(tuned):
-    failed, messages = LLMatcher.validate_grammar_with_warnings(schema.grammar(" "), tuned._strict.lltokenizer)
+    failed, messages = LLMatcher.validate_grammar_with_warnings(BEHIND_SPACE.grammar(), tuned._guided(BEHIND_SPACE).lltokenizer)
     assert (failed, messages) == (False, [])
 
 

@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import pytest
 import yaml
 from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client
+from PIL import Image
 
 from foodextract import models, profiles, scenes
 from foodextract.results import read_results
@@ -55,6 +58,19 @@ def test_the_space_answers_like_the_command_line(demo, tuned, picture):
     html, text = app.show(picture)
     record = FoodRecord.parse(text)
     assert [item for item in re.findall(r'<li class="chip \w+">(.*?) <small>', html)] == record.food_items + record.drink_items
+
+
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_before_and_after_have_the_image_budget_of_the_tuned_model(tiles, tmp_path, monkeypatch):
+    """Though the base comes with 17 tiles, as SmolVLM2 does: notebook 01 measured both alike."""
+    for name, folder, budget in (("MODEL", models.TINY_TUNED, tiles), ("BASE", models.TINY_BASE, 17)):
+        shutil.copytree(folder, tmp_path / name)
+        models.load_processor(folder, budget).save_pretrained(tmp_path / name)
+        monkeypatch.setenv(f"FOODEXTRACT_{name}", str(tmp_path / name))
+    asking = runpy.run_path(str(SPACE / "asking.py"))
+    before, after = (asking[name].prepare([Image.new("RGB", (64, 64))]) for name in ("UNTUNED", "TUNED"))
+    assert before["pixel_values"].shape[1] == after["pixel_values"].shape[1] == tiles
+    assert before["input_ids"].tolist() == after["input_ids"].tolist()
 
 
 def test_bad_input_is_a_friendly_message(demo, tmp_path, picture, monkeypatch):

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from foodextract import models, prompts, scenes, schema
 from foodextract.__main__ import app
+from foodextract.dialects import Dialect
 from foodextract.extractor import MAX_NEW_TOKENS, Extractor
 from foodextract.schema import FoodRecord
 
@@ -77,6 +78,15 @@ def test_the_command_leaves_room_for_the_longest_prompt_and_answer(exported, tun
     assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
     assert (exported / options["--chat-template"]).exists()
     assert client["ANSWER_TOKENS"] == label_many["ANSWER_TOKENS"] == MAX_NEW_TOKENS
+
+
+def test_a_model_that_writes_another_dialect_is_not_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(Extractor, "dialect", Dialect(" ", python=True))
+    result = CliRunner().invoke(app, ["export", "vllm", str(tmp_path / "out"), "--model", str(models.TINY_TUNED)])
+    assert result.exit_code == 2
+    assert "tiny-tuned writes Python reprs" in result.stderr
+    assert "foodextract train --base" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tiles", [1, 5])

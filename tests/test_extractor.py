@@ -48,7 +48,7 @@ def test_a_bad_picture_does_not_spoil_its_batch(tuned, pictures):
 
 
 def test_without_the_grammar_an_answer_that_is_not_strict_is_an_error_that_shows_it(tuned, monkeypatch):
-    monkeypatch.setattr(Extractor, "_text", lambda self, answer, constrained: "{'is_food': 1}")
+    monkeypatch.setattr(Extractor, "_text", lambda self, answer, dialect: "{'is_food': 1}")
     [result] = replace(tuned, constrained=False).extract_many([Image.new("RGB", (9, 9))])
     assert isinstance(result, AnswerError)
     assert "{'is_food': 1}" in str(result)
@@ -109,7 +109,8 @@ def test_confidence_has_a_value_for_every_item(tuned, pictures):
             assert len(getattr(record, field)) == len(getattr(confidence, field))
             assert all(value <= 0 for value in getattr(confidence, field))
     assert len({confidence.is_food for _, confidence in results}) > 6
-    assert replace(tuned, constrained=False)._read(tuned._generate(tuned.prepare(pictures[:1]), True)[0])[1] is None
+    free = next(result for result in replace(tuned, constrained=False).extract_many_with_confidence(pictures) if isinstance(result, tuple))
+    assert free[1] is None
 
 
 def test_confidence_in_is_food_is_its_probability_among_both_values(tuned, pictures):

@@ -46,6 +46,17 @@ def test_offline_figures_meet_their_targets(metric, target):
     assert figures(OFFLINE, "stage2")[metric].value >= target
 
 
+def test_a_checkpoint_of_python_reprs_keeps_its_items_and_one_of_json_its_answers():
+    path = ROOT / "results" / "dialects.json"
+    lenient = figures(path, "repr free")["item_f1_micro_lenient"]
+    guided, under_json = (figures(path, f"repr {way}")["item_f1_micro"] for way in ("extract", "JSON grammar"))
+    assert guided.low <= lenient.value <= guided.high
+    assert under_json.high < guided.low
+    assert lenient.value >= 0.8
+    same = [{name: row.value for name, row in figures(path, f"json {way}").items()} for way in ("extract", "JSON grammar")]
+    assert same[0] == same[1]
+
+
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
     """The very scenes that `make demo` holds out."""

@@ -30,18 +30,22 @@ EVIDENCE = evidence.find(MODEL)
 BASE = os.environ.get("FOODEXTRACT_BASE") or evidence.base_of(EVIDENCE)
 
 
-def load(model_id: str | None) -> Extractor | ModelError:
-    """The model, or why there is none: the page opens all the same and says so, but not where on this machine the model should be."""
+def load(model_id: str | None, tiles: int | None = None) -> Extractor | ModelError:
+    """The model, or why there is none: the page opens all the same and says so, but not where on this machine the model should be.
+
+    `tiles` is another image budget than the model came with.
+    """
     try:
         if model_id is None:
             raise ModelError(f"{Path(MODEL).name} does not say which base it was made from: set FOODEXTRACT_BASE")
-        return Extractor.from_pretrained(model_id, precision=os.environ.get("FOODEXTRACT_PRECISION"))
+        return Extractor.from_pretrained(model_id, precision=os.environ.get("FOODEXTRACT_PRECISION"), tiles=tiles)
     except ModelError as error:
         path = Path(model_id or "")
         return ModelError(str(error).replace(str(path), path.name) if path.is_absolute() else str(error))
 
 
-TUNED, UNTUNED = load(MODEL), load(BASE)
+TUNED = load(MODEL)
+UNTUNED = load(BASE, TUNED.tiles if isinstance(TUNED, Extractor) else None)  # the budget at which notebook 01 measured both
 
 
 def on_gpu(seconds):

@@ -1,6 +1,7 @@
 """The `foodextract` command."""
 
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -30,6 +31,10 @@ def main(context: typer.Context) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported
 
 
+_BATCH_SIZE = "Tiles the model sees at once: images, where one takes one tile. At least one image."
+_TILES = "Another image budget than the model came with: 1, 5 or 17 tiles an image. One tile costs the least."
+
+
 class Format(StrEnum):
     """Of the output."""
 
@@ -48,7 +53,8 @@ def extract(
         typer.Option("--output", "-o", help="Append the lines to this file. Pictures that it answers already are skipped."),
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="JSON lines, or CSV with lists as JSON in their cells.")] = Format.jsonl,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures the model sees at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help=_BATCH_SIZE)] = 8,
+    tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … (default: the best there is)")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")] = None,
     confidence: Annotated[bool, typer.Option("--confidence", help="Add how sure the model was, of is_food and of each item.")] = False,
@@ -59,7 +65,8 @@ def extract(
     Exit status: 0 when all pictures were answered, 1 when some could not be (the others are answered all the same), 2 when nothing could
     start. Interrupted, the same command goes on where it was, and tries again what failed.
     """
-    from tqdm import tqdm  # the imports below take seconds, which `--help` should not
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm  # the imports below take seconds, which `--help` should not
 
     from foodextract.extractor import Extractor
     from foodextract.models import ModelError, newest_tuned
@@ -79,24 +86,25 @@ def extract(
             return
         source = model or newest_tuned()
         print(f"model: {source}", file=sys.stderr)
-        extractor = Extractor.from_pretrained(source, device, precision, constrained=not free)
+        extractor = Extractor.from_pretrained(source, device, precision, constrained=not free, tiles=tiles)
     except (ModelError, answers.AnswerFileError) as error:
         _stop(str(error))
     if not output:
         print(answers.header(form.value), end="")
     failed = 0
-    results = tqdm(extractor.extract_many_with_confidence(files, batch_size), total=len(files), unit="picture", file=sys.stderr)
-    for file, result in zip(files, results, strict=True):
-        if isinstance(result, Exception):
-            failed += 1
-            row = {"file": file, "error": str(result)}
-        else:
-            row = {"file": file, **result[0].model_dump(), **({"confidence": asdict(result[1])} if confidence else {})}
-        line = answers.as_line(row, form.value)
-        if output:
-            answers.append(output, line)
-        else:
-            print(line, end="", flush=True)
+    with logging_redirect_tqdm([logging.getLogger("foodextract")]):  # above the bar, on stderr
+        results = tqdm(extractor.extract_many_with_confidence(files, batch_size), total=len(files), unit="picture", file=sys.stderr)
+        for file, result in zip(files, results, strict=True):
+            if isinstance(result, Exception):
+                failed += 1
+                row = {"file": file, "error": str(result)}
+            else:
+                row = {"file": file, **result[0].model_dump(), **({"confidence": asdict(result[1])} if confidence else {})}
+            line = answers.as_line(row, form.value)
+            if output:
+                answers.append(output, line)
+            else:
+                print(line, end="", flush=True)
     if failed:
         print(f"{failed} of {len(files)} pictures could not be answered; their lines say why", file=sys.stderr)
         raise typer.Exit(1)
@@ -212,7 +220,8 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … (default: the best there is)")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")] = None,
     places: Annotated[int, typer.Option(min=1, help="Pictures taken on at once, uploads included; more are told to come back.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures the model sees at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help=_BATCH_SIZE)] = 8,
+    tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds to an answer; nobody waits longer.")] = 30.0,
     max_megabytes: Annotated[float, typer.Option(min=0.001, help="Largest body of a request.")] = 10.0,
     origin: Annotated[list[str] | None, typer.Option(help="Web page that may ask, as https://host; may be given more than once.")] = None,
@@ -238,7 +247,7 @@ def serve(
         origins=tuple(origin or ()),
     )
     try:
-        run(lambda: load(source, device, precision), name, settings, host, port)
+        run(lambda: load(source, device, precision, tiles), name, settings, host, port)
     except ModelError as error:
         _stop(str(error))
 
@@ -249,7 +258,7 @@ def export_vllm(
     model: Annotated[
         str | None, typer.Option(help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one).")
     ] = None,
-    tiles: Annotated[int | None, typer.Option(help="Another image budget than the model came with: 1, 5 or 17 tiles a picture.")] = None,
+    tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
 ) -> None:
     """A folder that vLLM serves with our prompt, image budget and JSON schema; OUT/serve.sh is the exact command."""
     from foodextract.export import export_vllm as write
@@ -268,7 +277,7 @@ def export_onnx(
     model: Annotated[
         str | None, typer.Option(help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one).")
     ] = None,
-    tiles: Annotated[int | None, typer.Option(help="Another image budget than the model came with: 1, 5 or 17 tiles a picture.")] = None,
+    tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
 ) -> None:
     """Vision and text as ONNX graphs, fp32 and int8: a folder that `foodextract extract --model OUT` takes. Needs the extra `onnx`."""
     from foodextract.graphs import export_onnx as write

@@ -32,7 +32,7 @@ class Limits:
     """How much is taken on at once, and for how long."""
 
     places: int = 64  # pictures in the house: being uploaded, waiting, before the model
-    batch: int = 8  # pictures the model sees at once
+    batch: int = 8  # tiles the model sees at once: images, where one takes one tile; at least one image
     wait: float = 0.01  # seconds that the first picture of a batch waits for others
     deadline: float = 30.0  # seconds from the whole upload to the answer
     preparers: int = 2  # threads; each holds one picture of up to `pictures.MAX_PIXELS`, held up to three times until it is resized
@@ -84,7 +84,8 @@ class Batcher:
         self._extractor: Answerer | None = None
         self._pace = 0.0  # seconds a picture, lately
         self._ready: asyncio.Queue[_Job] = asyncio.Queue()
-        self._shelf = asyncio.Semaphore((1 + PREPARED) * limits.batch)
+        self._images = 0  # a batch, once the model is loaded: its images may take several tiles each
+        self._shelf = asyncio.Semaphore(0)  # at most so many images are prepared
         self._preparers = ThreadPoolExecutor(limits.preparers, "prepare")
         self._model = ThreadPoolExecutor(1, "model")
         self._answering = 0  # pictures before the model
@@ -170,6 +171,8 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             self._extractor, seconds = await loop.run_in_executor(self._model, self._timed, self._load_and_warm_up)
+            self._images = max(1, self.limits.batch // self._extractor.tiles)
+            self._shelf = asyncio.Semaphore((1 + PREPARED) * self._images)
             LOG.info("ready", extra={"facts": {"seconds": round(seconds, 3)}})
             while True:
                 if batch := await self._next_batch():
@@ -188,14 +191,14 @@ class Batcher:
         batch = [await self._ready.get()]
         with suppress(TimeoutError):
             async with asyncio.timeout_at(batch[0].ready + self.limits.wait):
-                while len(batch) < self.limits.batch:
+                while len(batch) < self._images:
                     batch.append(await self._ready.get())
         return [job for job in batch if not job.result.done()]
 
     async def _answer(self, batch: list[_Job]) -> None:
         loop = asyncio.get_running_loop()
         pictures = [job.inputs for job in batch]
-        ask = (self._extractor.answer_read, pictures, lambda number: not batch[number].result.done())
+        ask = (self._extractor.answer_read, pictures, lambda number: not batch[number].result.done(), self.limits.batch)
         self.meters.batch_size.observe(len(batch))
         self._answering, self._asked = len(batch), loop.time()
         for job in batch:

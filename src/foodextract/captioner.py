@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import ValidationError
@@ -27,13 +27,17 @@ ALIKE = 70  # rapidfuzz's ratio, 0 to 100, from which on a text counts as a clas
 MAX_NEW_TOKENS = 20
 
 
-def load(model_id: str | os.PathLike, device: str | None = None, precision: str | None = None) -> "Answerer":
+def load(model_id: str | os.PathLike, device: str | None = None, precision: str | None = None, tiles: int | None = None) -> "Answerer":
     """Who answers with the model in a folder or on the Hub: a captioner for a BLIP, an extractor for all others. Raises ModelError."""
     try:
         kind = PretrainedConfig.get_config_dict(model_id)[0].get("model_type")
     except Exception:  # the extractor says what is wrong
         kind = None
-    return (Captioner if kind == "blip" else Extractor).from_pretrained(model_id, device, precision)
+    if kind != "blip":
+        return Extractor.from_pretrained(model_id, device, precision, tiles=tiles)
+    if tiles not in (None, Captioner.tiles):
+        raise ModelError(f"{model_id} is a BLIP, which takes an image whole: leave the tiles out")
+    return Captioner.from_pretrained(model_id, device, precision)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Captioner:
     model: PreTrainedModel
     processor: ProcessorMixin
     records: dict[int, FoodRecord]
+    tiles: ClassVar[int] = 1
 
     @classmethod
     def from_pretrained(cls, model_id: str | os.PathLike, device: str | None = None, precision: str | None = None) -> Self:
@@ -69,12 +74,16 @@ class Captioner:
 
     @torch.inference_mode()
     def answer_read(
-        self, pictures: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True
+        self, pictures: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True, batch_size: int = 8
     ) -> list[tuple[FoodRecord, None] | AnswerError]:
         """The results for pictures that `read` has prepared, in order. All are answered, `wanted` or not: a caption is soon written."""
-        pixels = torch.cat([picture["pixel_values"] for picture in pictures]).to(self.model.device, self.model.dtype)
-        written = self.model.generate(pixel_values=pixels, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        return [self._read(text) for text in self.processor.batch_decode(written, skip_special_tokens=True)]
+        results = []
+        for first in range(0, len(pictures), batch_size):
+            batch = [picture["pixel_values"] for picture in pictures[first : first + batch_size]]
+            pixels = torch.cat(batch).to(self.model.device, self.model.dtype)
+            written = self.model.generate(pixel_values=pixels, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            results += map(self._read, self.processor.batch_decode(written, skip_special_tokens=True))
+        return results
 
     def _read(self, caption: str) -> tuple[FoodRecord, None] | AnswerError:
         number = to_number(caption, {number: record.image_title for number, record in self.records.items()})
@@ -83,7 +92,7 @@ class Captioner:
         return self.records[number], None
 
 
-Answerer = Extractor | Captioner  # what a server needs of either: `read` and `answer_read`
+Answerer = Extractor | Captioner  # what a server needs of either: `tiles`, `read` and `answer_read`
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, names: Sequence[str], folder: str | os.PathLike) -> None:

@@ -14,7 +14,7 @@ reaches a little less far in a batch.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -92,11 +92,15 @@ class Decoder:
         amend: Callable[[str], str] | None = None,
         prefix: Sequence[int] = (),
     ) -> Self:
-        """Compile `grammar` (llguidance's dialect of Lark) for a fast tokenizer. Raises GrammarError."""
-        lltokenizer = from_tokenizer(tokenizer)
-        if grammar is not None and (fault := LLMatcher.validate_grammar(grammar, lltokenizer)):
+        """Compile `grammar` (llguidance's variety of Lark) for a fast tokenizer. Raises GrammarError."""
+        free = cls(model, tokenizer, from_tokenizer(tokenizer), None, amend, tuple(prefix))
+        return free if grammar is None else free.under(grammar, amend)
+
+    def under(self, grammar: str, amend: Callable[[str], str] | None = None) -> Self:
+        """The same model under a grammar. Both share what is read of the prefix. Raises GrammarError."""
+        if fault := LLMatcher.validate_grammar(grammar, self.lltokenizer):
             raise GrammarError(f"llguidance refuses the grammar: {fault}")
-        return cls(model, tokenizer, lltokenizer, None if grammar is None else LLMatcher(lltokenizer, grammar), amend, tuple(prefix))
+        return replace(self, matcher=LLMatcher(self.lltokenizer, grammar), amend=amend)
 
     @torch.inference_mode()
     def generate(
@@ -150,6 +154,10 @@ class Decoder:
     def text(self, answer: Answer) -> str:
         """What the tokens say, without special ones, and with every space where it was written."""
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def written(self, tokens: Sequence[int]) -> str:
+        """What the tokens say, special ones too, as `amend` gets it."""
+        return self.lltokenizer.decode_str(list(tokens))
 
     def pieces(self, answer: Answer) -> list[tuple[bytes, float | None]]:
         """The bytes of each token with its log-probability."""
@@ -205,7 +213,7 @@ class Decoder:
         return torch.nn.functional.pad(torch.from_numpy(bits).bool(), (0, vocabulary - bits.shape[1]))
 
     def _amend(self, row: _Row) -> int:
-        if self.amend is None or (better := self.amend(text := self.lltokenizer.decode_str(row.answer.tokens))) == text:
+        if self.amend is None or (better := self.amend(text := self.written(row.answer.tokens))) == text:
             return 0
         tokens = self.lltokenizer.tokenize_str(better)
         pairs = enumerate(zip(tokens, row.answer.tokens, strict=False))

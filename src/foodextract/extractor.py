@@ -1,12 +1,13 @@
 """Pictures → answers: the one door between a model and everybody who asks it."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from math import exp
 from typing import Self
 
@@ -14,14 +15,18 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from foodextract import prompts, schema
+from foodextract import prompts
 from foodextract.decoding import Answer, Decoder
+from foodextract.dialects import Dialect, recognize, undecided
 from foodextract.graphs import GraphModel, is_exported
-from foodextract.models import choose_device, load_model, load_processor
+from foodextract.models import ModelError, choose_device, image_budget, load_model, load_processor
 from foodextract.pictures import Picture, PictureError, find_pictures, open_picture
-from foodextract.schema import AnswerError, FoodRecord
+from foodextract.schema import FIELDS, AnswerError, FoodRecord
 
+LOG = logging.getLogger("foodextract")
 MAX_NEW_TOKENS = 256
+MAX_PROBE_TOKENS = 48  # of the free answer that tells a model's dialect
+PROBE = Image.new("RGB", (256, 256), "white")  # what that answer is about: always the same, so that no batch changes another's answers
 PREPARED = 2  # batches that may be ready before the model asks for them
 
 
@@ -42,9 +47,9 @@ class Confidence:
 class Extractor:
     """A model and its processor, asked with the one prompt.
 
-    `extract` and `extract_many` keep the answer on the rails of the grammar, so that it is always a record, whatever the weights say.
-    With `constrained=False` an answer of another form is an AnswerError, and confidence is None. `answer` is what the model writes of
-    its own accord.
+    `extract` and `extract_many` keep the answer on the rails of a grammar, so that it is always a record, whatever the weights say. The
+    grammar is that of the model's own dialect (see `dialects`). With `constrained=False` an answer that is not canonical JSON is an
+    AnswerError, and confidence is None. `answer` is what the model writes of its own accord.
     """
 
     model: PreTrainedModel
@@ -53,16 +58,43 @@ class Extractor:
 
     @classmethod
     def from_pretrained(
-        cls, model_id: str | os.PathLike, device: str | None = None, precision: str | None = None, constrained: bool = True
+        cls,
+        model_id: str | os.PathLike,
+        device: str | None = None,
+        precision: str | None = None,
+        constrained: bool = True,
+        tiles: int | None = None,
     ) -> Self:
         """Load a folder or a Hub id, in one of `models.PRECISIONS` or the device's default. Raises ModelError.
 
-        A folder that `foodextract export onnx` wrote is answered by ONNX Runtime, on a CPU.
+        `tiles` is another image budget than the model came with: 1, 5 or 17. A budget of several tiles that nobody asked for is logged.
+        A folder that `foodextract export onnx` wrote is answered by ONNX Runtime, on a CPU, with the budget of the export.
         """
         if is_exported(model_id):
-            return cls(GraphModel(model_id, device, precision), load_processor(model_id), constrained)
-        model = load_model(model_id, choose_device(device), precision=precision).requires_grad_(False)
-        return cls(model, load_processor(model_id), constrained)
+            processor = load_processor(model_id)
+            if tiles not in (None, budget := image_budget(processor)):
+                raise ModelError(
+                    f"{model_id} was exported for {budget} tiles an image, not {tiles}: leave the tiles out, or export the model again "
+                    f"(`foodextract export onnx --tiles {tiles}`)"
+                )
+            model = GraphModel(model_id, device, precision)
+        else:
+            model = load_model(model_id, choose_device(device), precision=precision).requires_grad_(False)
+            processor = load_processor(model_id, tiles)
+        extractor = cls(model, processor, constrained)
+        if tiles is None and extractor.tiles > 1:
+            tokens = processor.image_seq_len
+            LOG.warning(
+                f"{model_id} cuts an image into up to {extractor.tiles} tiles ({extractor.tiles * tokens:,} image tokens; one tile has "
+                f"{tokens}), and each counts towards the batch size: --tiles 1 (in Python tiles=1) costs far less, but may change "
+                "the answers of a model that was trained on more"
+            )
+        return extractor
+
+    @cached_property
+    def tiles(self) -> int:
+        """The most tiles that one image takes."""
+        return image_budget(self.processor)
 
     def extract(self, picture: Picture) -> FoodRecord:
         """The record of one picture. Raises PictureError, or AnswerError when unconstrained."""
@@ -80,6 +112,7 @@ class Extractor:
     ) -> Iterator[FoodRecord | PictureError | AnswerError]:
         """One result a picture, in order: its record, or the error that this picture met. Others in its batch are answered all the same.
 
+        A batch holds at most `batch_size` tiles, but at least one image; an image counts `tiles`, whatever its shape.
         `pictures` may be endless, or a folder, whose pictures are then answered in the order of their paths. While the model is busy, a
         thread opens and resizes the next `PREPARED` batches and no more; they are asked for before the first answer comes.
         """
@@ -93,9 +126,10 @@ class Extractor:
         stream = iter(find_pictures([pictures]) if isinstance(pictures, str | os.PathLike) else pictures)
         worker = ThreadPoolExecutor(1)
         ahead: deque[Future] = deque()
+        images = max(1, batch_size // self.tiles)
         try:
             while True:
-                while len(ahead) <= PREPARED and (batch := list(islice(stream, batch_size))):
+                while len(ahead) <= PREPARED and (batch := list(islice(stream, images))):
                     ahead.append(worker.submit(self._open_and_prepare, batch))
                 if not ahead:
                     return
@@ -111,18 +145,20 @@ class Extractor:
         return self.prepare([open_picture(picture)])
 
     def answer_read(
-        self, pictures: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True
+        self, pictures: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True, batch_size: int = 8
     ) -> list[tuple[FoodRecord, Confidence | None] | AnswerError]:
-        """The results for pictures that `read` has prepared, in order: those of equal shapes (with one tile all have them) share a batch.
+        """The results for pictures that `read` has prepared, in order: those of equal shapes (with one tile all have them) share a batch
+        of at most `batch_size` tiles, but at least one image.
 
         `wanted` is asked between two tokens whether anybody still waits for picture 0, 1, …; the answer to one that nobody waits for
         ends where it is.
         """
-        batches: dict[tuple, list[int]] = {}
+        alike: dict[tuple, list[int]] = {}
         for number, picture in enumerate(pictures):
-            batches.setdefault(tuple(picture[name].shape for name in sorted(picture)), []).append(number)
+            alike.setdefault(tuple(picture[name].shape for name in sorted(picture)), []).append(number)
+        images = max(1, batch_size // self.tiles)
         results = {}
-        for numbers in batches.values():
+        for numbers in (group[first : first + images] for group in alike.values() for first in range(0, len(group), images)):
             together = BatchFeature({name: torch.cat([pictures[number][name] for number in numbers]) for name in pictures[numbers[0]]})
             answers = self._generate(together, self.constrained, lambda row, numbers=numbers: wanted(numbers[row]))
             results |= {number: self._read(answer) for number, answer in zip(numbers, answers, strict=True)}
@@ -131,10 +167,9 @@ class Extractor:
     def answer(self, pictures: list[Image.Image], constrained: bool = False) -> list[str]:
         """What the model writes about each RGB picture: greedy, exactly as written but for what the template puts before an answer.
 
-        Unconstrained unless asked otherwise: this is what is measured.
+        Unconstrained unless asked otherwise: this is what is measured. Constrained answers are canonical JSON, whatever the dialect.
         """
-        answers = self._generate(self.prepare(pictures), constrained)
-        return [self._text(answer, constrained) for answer in answers]
+        return [said.text for said in self._generate(self.prepare(pictures), constrained)]
 
     def prepare(self, pictures: list[Image.Image]) -> BatchFeature:
         """What the model's forward takes for B RGB pictures: prompts of S tokens padded on the left, `input_ids` and `attention_mask`
@@ -171,9 +206,42 @@ class Extractor:
     def _free(self) -> Decoder:
         return Decoder.build(self.model, self.processor.tokenizer, prefix=self._prefix)
 
+    @property
+    def dialect(self) -> Dialect:
+        """How the model writes records of its own accord: what its free answer about `PROBE` shows, or canonical JSON where that is no
+        record.
+
+        A model that trains (a parameter asks for a gradient) is probed every time: its weights may be others now.
+        """
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            self._dialects.clear()
+            return self._probe()
+        if not self._dialects:
+            self._dialects.append(self._probe())
+        return self._dialects[0]
+
     @cached_property
-    def _strict(self) -> Decoder:
-        return Decoder.build(self.model, self.processor.tokenizer, schema.grammar(self._lead), schema.without_repeats, self._prefix)
+    def _dialects(self) -> list[Dialect]:
+        return []  # the dialect, once it is known
+
+    @cached_property
+    def _decoders(self) -> dict[Dialect, Decoder]:
+        return {}
+
+    def _probe(self) -> Dialect:
+        texts = [""]
+        listening = replace(self._free, amend=lambda text: texts.append(text) or text)
+        self._run(listening, self.prepare([PROBE]), MAX_PROBE_TOKENS, lambda number: undecided(texts[-1]))
+        dialect = recognize(texts[-1])
+        return Dialect(self._lead) if dialect is None or dialect.canonical else dialect
+
+    def _guided(self, dialect: Dialect) -> Decoder:
+        """The model under the grammar of a dialect. The first use of one that is not canonical is logged."""
+        if dialect not in self._decoders:
+            if not dialect.canonical:
+                LOG.warning(f"the model writes {dialect}: it is constrained to that form, and its answers are converted to canonical JSON")
+            self._decoders[dialect] = self._free.under(dialect.grammar(), dialect.without_repeats)
+        return self._decoders[dialect]
 
     def _open_and_prepare(self, pictures: list[Picture]) -> tuple[list[PictureError | None], BatchFeature | None]:
         """The error of each picture that cannot be read, and what the model takes for the others."""
@@ -186,37 +254,52 @@ class Extractor:
                 errors.append(error)
         return errors, self.prepare(readable) if readable else None
 
-    def _generate(self, inputs: BatchFeature, constrained: bool, wanted: Callable[[int], bool] = lambda number: True) -> list[Answer]:
+    def _generate(self, inputs: BatchFeature, constrained: bool, wanted: Callable[[int], bool] = lambda number: True) -> list["_Said"]:
+        dialect = self.dialect if constrained else None
+        decoder = self._guided(dialect) if dialect else self._free
+        answers = self._run(decoder, inputs, MAX_NEW_TOKENS, wanted)
+        return [_Said(self._text(answer, dialect), answer, dialect) for answer in answers]
+
+    def _run(self, decoder: Decoder, inputs: BatchFeature, max_new_tokens: int, wanted: Callable[[int], bool]) -> list[Answer]:
         training = self.model.training
         self.model.eval()
-        decoder = self._strict if constrained else self._free
-        answers = decoder.generate(inputs.to(self.model.device, self.model.dtype), MAX_NEW_TOKENS, wanted)
+        answers = decoder.generate(inputs.to(self.model.device, self.model.dtype), max_new_tokens, wanted)
         self.model.train(training)
         return answers
 
-    def _text(self, answer: Answer, constrained: bool) -> str:
-        text = self._free.text(answer).removeprefix(self._lead)
-        return text if answer.finished or not constrained else schema.closed(text)
+    def _text(self, answer: Answer, dialect: Dialect | None) -> str:
+        """An answer as it is written, or in a dialect the canonical JSON of it."""
+        if dialect:
+            return dialect.read(self._free.written(answer.tokens)).to_json()
+        return self._free.text(answer).removeprefix(self._lead)
 
-    def _read(self, answer: Answer) -> tuple[FoodRecord, Confidence | None] | AnswerError:
-        text = self._text(answer, self.constrained)
+    def _read(self, said: "_Said") -> tuple[FoodRecord, Confidence | None] | AnswerError:
         try:
-            return FoodRecord.parse(text), self._confidence(answer) if self.constrained else None
+            return FoodRecord.parse(said.text), self._confidence(said.answer, said.dialect) if said.dialect else None
         except AnswerError as error:
-            return AnswerError(f"the model's answer is {error}; it wrote {text!r}")
+            return AnswerError(f"the model's answer is {error}; it wrote {said.text!r}")
 
-    def _confidence(self, answer: Answer) -> Confidence:
+    def _confidence(self, answer: Answer, dialect: Dialect) -> Confidence:
         pieces = self._free.pieces(answer)
-        text = b"".join(piece for piece, _ in pieces).decode()
-        owner = [number for number, (piece, _) in enumerate(pieces) for _ in piece]  # character → token: the grammar allows only ASCII
+        written = b"".join(piece for piece, _ in pieces)
+        text = written.decode(errors="replace")  # the last character may be unfinished
+        places = list(accumulate((len(character.encode()) for character in text), initial=0))  # character → byte
+        owner = [number for number, (piece, _) in enumerate(pieces) for _ in piece]  # byte → token
 
         def mean(start: int, end: int) -> float:
-            chosen = [pieces[number][1] for number in sorted(set(owner[start:end]))]
+            chosen = [pieces[number][1] for number in sorted(set(owner[places[start] : places[end]]))]
             chosen = [logprob for logprob in chosen if logprob is not None]
             return sum(chosen) / len(chosen) if chosen else 0.0
 
-        value = text.index('"is_food": ') + len('"is_food": ')
-        lists = {
-            field: [mean(item.start() + 1, item.end()) for item in schema.items_in(text, field)] for field in ("food_items", "drink_items")
-        }
-        return Confidence(is_food=exp(mean(value, value + 1)), **lists)
+        spans = dialect.spans(text)
+        [is_food] = spans["is_food"] or [(0, 0)]  # nobody waits for an answer that ends before it
+        return Confidence(exp(mean(*is_food)), **{field: [mean(start + 1, end) for start, end in spans[field]] for field in FIELDS})
+
+
+@dataclass(frozen=True)
+class _Said:
+    """One answer: its text, canonical where it was written in a dialect; its tokens; and the dialect that guided it, if any."""
+
+    text: str
+    answer: Answer
+    dialect: Dialect | None

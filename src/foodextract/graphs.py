@@ -144,7 +144,10 @@ def is_exported(model_id: str | os.PathLike) -> bool:
 
 
 def export_onnx(model_id: str | os.PathLike, out: Path, tiles: int | None = None) -> dict[str, float]:
-    """Write a SmolVLM into `out`, as a folder that `Extractor.from_pretrained` loads; megabytes by file. Raises ModelError."""
+    """Write a SmolVLM into `out`, as a folder that `Extractor.from_pretrained` loads; megabytes by file. Raises ModelError.
+
+    Nothing in the folder names a form of answers: the extractor notices the graphs' dialect as it does the model's.
+    """
     for package in PACKAGES:
         _need(package)
     processor = load_processor(model_id, tiles)

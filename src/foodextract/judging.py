@@ -14,9 +14,8 @@ from pydantic_core import from_json
 from rapidfuzz import fuzz, process, utils
 from scipy.optimize import linear_sum_assignment
 
-from foodextract.schema import EXHAUSTIVE, AnswerError, FoodRecord
+from foodextract.schema import EXHAUSTIVE, FIELDS, AnswerError, FoodRecord
 
-FIELDS = ("food_items", "drink_items")
 SHELVES = {"item": FIELDS, "food": FIELDS[:1], "drink": FIELDS[1:]}
 THRESHOLD = 80  # rapidfuzz's token_sort_ratio, 0 to 100: eggs is egg (86), burger is hamburger (80); but rice is ice, too (86)
 LOOP = re.compile(r"(.{4,60}?)\1{2,}", re.DOTALL)  # the same 4 to 60 characters three times in a row

@@ -93,6 +93,15 @@ def set_image_budget(processor: ProcessorMixin, tiles: int) -> None:
     image_processor.size = {"longest_edge": TILE_BUDGETS[tiles] * tile}
 
 
+def image_budget(processor: ProcessorMixin) -> int:
+    """The most tiles that one image takes; 1 for a processor that splits none."""
+    image_processor = processor.image_processor
+    if not getattr(image_processor, "do_image_splitting", False):
+        return 1
+    edge = -(-image_processor.size["longest_edge"] // image_processor.max_image_size["longest_edge"])  # in tiles, rounded up
+    return edge * edge + 1 if edge > 1 else 1
+
+
 def load_model(
     model_id: str | os.PathLike, device: torch.device | None = None, training: bool = False, precision: str | None = None
 ) -> PreTrainedModel:

@@ -23,6 +23,7 @@ from foodextract.figures import (
 )
 from foodextract.results import Row, read_results
 from foodextract.tables import (
+    EFFECTS,
     MORE_NAMES,
     NAMES,
     difference_table,
@@ -93,6 +94,10 @@ def _peers_in_full(rows: list[Row]) -> str:
     return "\n\n".join([metric_table(rows, MORE_NAMES), item_table(rows, "tuned"), *groups])
 
 
+def _dialects(rows: list[Row]) -> str:
+    return metric_table(rows, {name: (NAMES | MORE_NAMES)[name] for name in EFFECTS})
+
+
 ABLATION = "ablation.json", ".venv/bin/python experiments/ablation.py"
 peers_table = _shown("peers.json", ".venv/bin/python benchmarks/peers.py", _peers)
 Places = dict[str, Callable[[Path], str]]
@@ -112,6 +117,7 @@ PAGES: dict[str, Places] = {
         "offline in full": _shown("offline.json", "make demo", _offline_in_full),
         "peers in full": _shown("peers.json", ".venv/bin/python benchmarks/peers.py", _peers_in_full),
     },
+    "benchmarks/README.md": {"dialects": _shown("dialects.json", ".venv/bin/python benchmarks/dialects.py", _dialects)},
 }
 
 

@@ -1,7 +1,7 @@
 """The answer format: one record, one canonical text, one strict parser.
 
 Whatever writes an answer (labels, model, command line, server) writes `FoodRecord.to_json()`; whatever counts an answer as
-right form first asks `FoodRecord.parse()`. The lenient parser exists only to give other models' outputs a fair score. `grammar()` says the
+right form first asks `FoodRecord.parse()`. The lenient parser exists only to give other models' outputs a fair score. `dialects` says the
 same to a decoder, which can then write nothing else.
 """
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 # Small models loop when nothing bounds them. The bounds leave room: the 3,698 Hub rows and all photographs we measured fit.
 MAX_TITLE, MAX_ITEM, MAX_ITEMS = 100, 50, 20
+FIELDS = ("food_items", "drink_items")  # the lists of a record
 EXHAUSTIVE = "exhaustive"  # the scope of a label that names everything; every other scope means that there may be more to see
 
 Flag = Annotated[int, Field(ge=0, le=1, json_schema_extra={"enum": [0, 1]})]  # strict: true is not 1
@@ -42,7 +43,7 @@ class FoodRecord(BaseModel):
     def _consistent(self) -> Self:
         if not self.is_food and (self.image_title or self.food_items or self.drink_items):
             raise ValueError("is_food is 0, so image_title, food_items and drink_items must be empty")
-        for name in ("food_items", "drink_items"):
+        for name in FIELDS:
             items = getattr(self, name)
             if len(set(items)) < len(items):
                 raise ValueError(f"{name} names an item twice")
@@ -78,7 +79,7 @@ class FoodRecord(BaseModel):
         """
         for raw in objects_in(text):
             try:
-                items = {key: _distinct(raw.get(key)) for key in ("food_items", "drink_items")}
+                items = {key: _distinct(raw.get(key)) for key in FIELDS}
                 is_food = int(bool(raw.get("is_food")) or any(items.values()))
                 title = str(raw.get("image_title") or "")[:MAX_TITLE] if is_food else ""
                 return cls(is_food=is_food, image_title=title, **items)
@@ -135,60 +136,3 @@ def guided_schema() -> dict:
     Other engines pass over `x-guidance`, and choose their own white space.
     """
     return json_schema() | {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-
-
-# -------------------------------------------------------------------------------------------------------- answers that are being written
-
-# One character of a string as `json.dumps` writes it: printable ASCII, a short escape, \uXXXX in lower case, two of them above U+FFFF.
-_CHARACTER = (
-    r'[ !#-\[\]-~]|\\(["\\bfnrt]|u(000[0-7bef]|001[0-9a-f]|007f|00[89a-f][0-9a-f]|0[1-9a-f][0-9a-f]{2}|[1-9a-ce-f][0-9a-f]{3}'
-    r"|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))"
-)
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-
-
-def grammar(lead: str = "") -> str:
-    """A Lark grammar of the canonical texts, behind `lead`, which a chat template may put before an answer.
-
-    It says all that the schema says but one thing, that no item comes twice: see `without_repeats`.
-    """
-    return rf"""
-start: {json.dumps(lead + '{"is_food": ')} (nothing | something)
-nothing: "0, \"image_title\": \"\", \"food_items\": [], \"drink_items\": []}}"
-something: "1, \"image_title\": " TITLE ", \"food_items\": [" items? "], \"drink_items\": [" items? "]}}"
-items: ITEM (", " ITEM){{0,{MAX_ITEMS - 1}}}
-TITLE: "\"" CHARACTER{{0,{MAX_TITLE}}} "\""
-ITEM: "\"" CHARACTER{{1,{MAX_ITEM}}} "\""
-CHARACTER: /{_CHARACTER}/
-"""
-
-
-def items_in(text: str, field: str) -> list[re.Match]:
-    """The complete items, quotation marks included, of one list in the beginning of a canonical text."""
-    items = re.search(rf'"{field}": \[((?:{_STRING.pattern}(?:, )?)*)', text)
-    return list(_STRING.finditer(text, items.start(1), items.end(1))) if items else []
-
-
-def without_repeats(text: str) -> str:
-    """The beginning of an answer as it is, or, when an item comes twice in a list, with the list ended before the second.
-
-    A model that repeats itself has nothing more to say. To forbid only the closing quotation mark of the second "pizza" would make it
-    write "pizzas".
-    """
-    for field, end in (("food_items", '], "drink_items":'), ("drink_items", "]}")):
-        items = items_in(text, field)
-        distinct = dict.fromkeys(item[0] for item in items)
-        if len(distinct) < len(items):
-            return text[: items[0].start()] + ", ".join(distinct) + end
-    return text
-
-
-def closed(text: str) -> str:
-    """The canonical answer for the beginning of one: what is complete in it, without an unfinished title or item."""
-    title = re.search(rf'"image_title": ({_STRING.pattern})', text)
-    return FoodRecord(
-        is_food=int('"is_food": 1' in text),
-        image_title=json.loads(title[1]) if title else "",
-        food_items=[json.loads(item[0]) for item in items_in(text, "food_items")],
-        drink_items=[json.loads(item[0]) for item in items_in(text, "drink_items")],
-    ).to_json()

@@ -1,0 +1,97 @@
+"""Does `extract` lose what a checkpoint knows when it writes another form than canonical JSON?
+
+    python benchmarks/dialects.py                                  # some ten minutes on one core; writes results/dialects.json
+    python benchmarks/dialects.py --repr owner/name --json ""      # a checkpoint of somebody else's instead, and no other
+
+The bundled tuned model is trained on with each target text (`Stage.target`) on the same drawings. Each model is then asked three times:
+free, its answers read by `FoodRecord.parse_lenient`; by `extract`; and under the grammar of canonical JSON, which `extract` used for every
+checkpoint before it knew dialects.
+"""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from datasets import DatasetDict
+from PIL import Image
+
+from foodextract import dataset, evaluation, models, sources
+from foodextract.dialects import Dialect
+from foodextract.extractor import Extractor
+from foodextract.profiles import SMALL_STEPS, VISION
+from foodextract.results import Row, write_results
+from foodextract.schema import FoodRecord
+from foodextract.stage import Stage
+from foodextract.training import train_stage
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = ("strict_json_rate", "is_food_accuracy", "item_f1_micro")
+LENIENT = "item_f1_micro_lenient"  # items of whatever can be read as a record
+
+
+def trained(target: str, rows: DatasetDict, work: Path, rate: float, seed: int) -> Path:
+    """The folder of the bundled tuned model after one more epoch with another target text."""
+    model = models.load_model(models.TINY_TUNED, models.choose_device("cpu"), training=True)
+    processor = models.load_processor(models.TINY_TUNED)
+    stage = Stage(target, freeze=(VISION,), learning_rate=rate, epochs=1, **SMALL_STEPS, target=target)
+    train_stage(model, processor, stage, rows["train"], work, seed=seed, reuse=True)
+    return work / target
+
+
+def under_json(extractor: Extractor) -> Extractor:
+    """The same model under the grammar of canonical JSON, whatever its dialect."""
+    forced = Extractor(extractor.model, extractor.processor)
+    forced._dialects.append(Dialect(forced._lead))
+    return forced
+
+
+def measure(name: str, folder: str | Path, images: list[Image.Image], labels: list[FoodRecord], command: str) -> list[Row]:
+    """Rows of one checkpoint."""
+    extractor = Extractor.from_pretrained(folder, "cpu")
+    print(f"{name}: writes {extractor.dialect}")
+    ways = {
+        "free": extractor.answer,
+        "extract": partial(extractor.answer, constrained=True),
+        "JSON grammar": partial(under_json(extractor).answer, constrained=True),
+    }
+    rows = []
+    for way, answer in ways.items():
+        texts = evaluation.ask(answer, images, 25, f"{name} {way}")
+        kept = [metric for metric in evaluation.score(labels, texts) if metric.name in METRICS]
+        if way == "free":
+            lenient = evaluation.score(labels, texts, read=FoodRecord.parse_lenient)
+            kept += [replace(metric, name=LENIENT) for metric in lenient if metric.name == "item_f1_micro"]
+        rows += evaluation.to_rows("dialects", f"{name} {way}", kept, command)
+    return rows
+
+
+def main(
+    json_model: Annotated[str, typer.Option("--json", help="A model that was trained on JSON; `train`: make one; empty: none.")] = "train",
+    repr_model: Annotated[str, typer.Option("--repr", help="The same for Python reprs.")] = "train",
+    train: Annotated[int, typer.Option(min=16, help="Drawings to train on.")] = 3600,
+    test: Annotated[int, typer.Option(min=2, help="Held-out drawings.")] = 300,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 7e-4,
+    seed: Annotated[int, typer.Option(help="Of the drawings and their order.")] = 5,
+    work: Annotated[Path, typer.Option(help="Where models and drawings are kept.")] = ROOT / "outputs" / "dialects",
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "dialects.json",
+) -> None:
+    """Train, ask, score, print and write down."""
+    if not (work / "dataset").exists():
+        dataset.build(sources.scenes(seed=seed, train=train, test=test), work / "dataset")
+    drawn = dataset.load(work / "dataset")
+    images, labels = list(drawn["test"]["image"]), [dataset.record_of(row) for row in drawn["test"].remove_columns("image")]
+    rows: list[Row] = []
+    for name, model in (("json", json_model), ("repr", repr_model)):
+        if model:
+            folder = trained(name, drawn, work, rate, seed) if model == "train" else model
+            rows += measure(name, folder, images, labels, " ".join(["python benchmarks/dialects.py", *sys.argv[1:]]))
+            write_results(out, rows)
+    for row in rows:
+        print(f"{row.subject:24} {row.metric:24} {row.value:8.3f} ({row.low:.3f} to {row.high:.3f})  n = {row.n}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
