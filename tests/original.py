@@ -32,8 +32,10 @@ def save_base(folder: Path) -> None:
         "patch_size": 16,
     }
     text = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "vocab_size": VOCABULARY, "rope_theta": 100000, "bos_token_id": 1, "eos_token_id": 49279, "pad_token_id": 2,
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCABULARY, "rope_theta": 100000,
+        "bos_token_id": 1, "eos_token_id": 49279,
+        "pad_token_id": 2,
         "max_position_embeddings": 8192,
     }  # fmt: skip
     config = SmolVLMConfig(
@@ -46,7 +48,8 @@ def save_base(folder: Path) -> None:
     model.save_pretrained(folder)
     pictures = {
         "image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor", "do_convert_rgb": True,
-        "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
         "resample": 1, "max_image_size": {"longest_edge": 512}, "rescale_factor": 1 / 255, "size": {"longest_edge": 2048},
         "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}},
     }  # fmt: skip

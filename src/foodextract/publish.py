@@ -21,6 +21,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Literal
+from urllib.parse import urlsplit
 
 import datasets
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_local_safetensors_metadata
@@ -184,7 +185,8 @@ def publish(plan: Plan, *, public: bool = False, endpoint: str | None = None, to
         with explaining(DONE):
             api.snapshot_download(**where, revision=commit.oid, local_dir=folder)
         answer = _tried(plan, Path(folder))
-    return f"published as {plan.repo_id} on {api.endpoint} ({'private' if now.private else 'public'}), {len(plan.files)} files.\n{answer}"
+    where = "a rehearsal Hub on this machine" if urlsplit(api.endpoint).hostname in ("127.0.0.1", "localhost") else api.endpoint
+    return f"published as {plan.repo_id} on {where} ({'private' if now.private else 'public'}), {len(plan.files)} files.\n{answer}"
 
 
 def _opened(api: HfApi, plan: Plan, public: bool) -> ModelInfo | DatasetInfo | SpaceInfo:
