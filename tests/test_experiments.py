@@ -118,8 +118,11 @@ def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tm
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "tuned" / "adapter").get_base_model()
     saved = models.load_model(tmp_path / "tuned", CPU)
     pictures = [row["image"].convert("RGB") for row in rows["test"].select(range(8))]
-    answers = [Extractor(model, processor).answer(pictures) for model in (base, saved, loaded)]
-    assert answers[0] == answers[1] == answers[2]
+    finished = models.load_model(models.TINY_BASE, CPU, training=True)
+    training.train_stage(finished, processor, replace(TUNE, epochs=4), rows["train"], tmp_path)  # not trained again
+    assert all(torch.equal(a, b) for a, b in zip(finished.parameters(), base.parameters(), strict=True))
+    answers = [Extractor(model, processor).answer(pictures) for model in (base, saved, loaded, finished)]
+    assert answers[0] == answers[1] == answers[2] == answers[3]
     assert answers[0] != Extractor(models.load_model(models.TINY_BASE, CPU), processor).answer(pictures)
 
 
@@ -160,11 +163,15 @@ def test_gemma_answers_alike_alone_and_in_a_batch(tiny_gemma, rows, monkeypatch)
     assert extractor.answer(pictures) == [extractor.answer([picture])[0] for picture in pictures]
 
 
-def test_gemma_learns_through_adapters_and_stops_at_nan(rows, tmp_path):
+def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(rows, tmp_path, capsys):
     model, processor = gemma.load(recipes.TINY, CPU)
     stage = Stage("tuned", (), 1e-2, epochs=4, batch_size=8, accumulation=1, lora=adapters.Lora(16, 8), every=4, validation=4, fast=False)
     log, _ = training.train_stage(model, processor, stage, rows["train"].select(range(20)), tmp_path)
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    again, _ = gemma.load(recipes.TINY, CPU)
+    training.train_stage(again, processor, stage, rows["train"].select(range(20)), tmp_path)
+    assert "trained already" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     written = json.loads((tmp_path / "tuned" / models.FINISHED).read_text())
     assert [entry["step"] for entry in written["log"] if "eval_loss" in entry] == [4, 8]
     with torch.no_grad():

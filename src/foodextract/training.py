@@ -32,7 +32,7 @@ from foodextract.checkpoints import (
 from foodextract.collate import Collator
 from foodextract.dataset import as_conversations, record_of, scopes_of
 from foodextract.extractor import Extractor
-from foodextract.models import FINISHED, ModelError, Precision, load_model
+from foodextract.models import FINISHED, ModelError, Precision
 from foodextract.performance import memory_kept, performance_rows, reset_peak_memory
 from foodextract.prepared import PIXELS, Prepared, are_stored, augmentation, features_shape, prepare, vision_features, whole_text
 from foodextract.results import write_results
@@ -97,7 +97,7 @@ def train_stage(
             print(f"{stage.name}: trained already, taken from {folder}", flush=True)
             if keeper:
                 keeper.keep_finished()
-        model.load_state_dict(load_model(folder, model.device, training=True).state_dict())
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
         model.name_or_path = str(folder)
         return [entry for entry in finished["log"] if "loss" in entry], [Moved(**row) for row in finished["moved"]]
     precision = precision_of(stage, model.device, model.num_parameters())
