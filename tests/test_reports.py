@@ -1,11 +1,14 @@
 """Tables and figures, from rows and answers whose right rendering is known."""
 
+import base64
+import io
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -201,3 +204,19 @@ def test_other_figures_are_drawn():
     assert reports.bars([("pie", 3), ("tea", 1)], "items").axes[0].get_title() == "items"
     assert len(reports.contact_sheet([Image.new("RGB", (9, 9))] * 5, ["$5 a\nb"] * 5).axes) == 5
     assert len(reports.loss_curves({"stage1": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}).axes) == 1
+
+
+def test_an_output_keeps_its_smallest_image():
+    def png(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
+
+    photograph = np.random.default_rng(1).integers(0, 255, (80, 80, 3), np.uint8)
+    data = {"image/png": png(photograph), "text/plain": "<Figure>"}
+    reports._shrink(data)
+    assert set(data) == {"image/jpeg", "text/plain"}
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))).size == (80, 80)
+    drawing = {"image/png": png(np.zeros((80, 80, 3), np.uint8))}
+    reports._shrink(drawing)
+    assert set(drawing) == {"image/png"}

@@ -123,6 +123,7 @@ def test_notebook_hygiene(path):
     assert max(len(cell["source"]) for cell in code) <= 25
     assert not any("%%writefile" in "".join(cell["source"]) for cell in code)
     assert "widgets" not in notebook["metadata"]
+    assert path.stat().st_size <= 800_000
     assert "application/vnd.jupyter.widget" not in path.read_text()
     assert str(ROOT.parent) not in path.read_text()
 

@@ -1,6 +1,7 @@
 """What was measured, put where people read it: README, notebooks, cards. For notebooks, the one door to `tables` and `figures` as well."""
 
 import base64
+import io
 import re
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import nbformat
 import typer
+from PIL import Image
 
 from foodextract.figures import (
     bars,
@@ -135,6 +137,8 @@ def publish(root: Path) -> None:
             cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+                for output in cell.outputs:
+                    _shrink(output.get("data", {}))
         colab = {name: notebook.metadata[name] for name in ("accelerator", "colab")}  # the runtime that the badge asks for
         notebook.metadata = {**colab, "kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
         nbformat.write(notebook, home / executed.name)
@@ -150,6 +154,19 @@ def publish(root: Path) -> None:
 def _is_progress(output: nbformat.NotebookNode) -> bool:
     """A progress bar, as text or as a widget (which GitHub refuses to render)."""
     return output.get("name") == "stderr" or any("jupyter.widget" in kind for kind in output.get("data", {}))
+
+
+def _shrink(data: dict[str, str]) -> None:
+    """Keep one image of an output: a JPEG in place of a PNG where that is smaller, as it is for photographs and contact sheets."""
+    png = data.get("image/png")
+    if png is None:
+        return
+    jpeg = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").save(jpeg, "JPEG", quality=80, optimize=True)
+    smaller = min(data.get("image/jpeg", png), base64.b64encode(jpeg.getvalue()).decode(), key=len)
+    if len(smaller) < len(png):
+        del data["image/png"]
+        data["image/jpeg"] = smaller
 
 
 def _fill_first_cell(path: Path, name: str, text: str) -> None:
