@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -25,10 +26,9 @@ QUICK = {"epochs": 1, "batch_size": 4, "accumulation": 2}
 pytestmark = pytest.mark.notebooks
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory):
-    """Run 00, then 01 on another machine, and give the Hub, the two folders and what the cells printed."""
-    home = tmp_path_factory.mktemp("hub profile")
+@contextmanager
+def executed(home):
+    """Run 00, then 01 on another machine, and give the Hub, the home of both machines and what the cells printed."""
     base = home / "base"
     save_base(base)
     with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
@@ -58,11 +58,22 @@ def story(tmp_path_factory):
         yield hub, home, printed
 
 
+def test_both_notebooks_on_the_profile_hub(tmp_path):
+    """One test, so that the notebooks run once."""
+    with executed(tmp_path) as story:
+        every_fault_of_the_original_is_noticed(story)
+        notebook_00_says_what_to_paste_into_01(story)
+        what_00_published_arrives_with_its_splits(story)
+        the_base_is_asked_in_one_tile_and_trained_in_fp32_from_bf16(story)
+        cards_say_what_is_true_of_this_profile(story)
+        the_published_model_answers_through_a_pipeline_and_in_the_space(story)
+
+
 def lines(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "outputs" / "hub" / "dataset" / name).read_text().splitlines()]
 
 
-def test_every_fault_of_the_original_is_noticed(story):
+def every_fault_of_the_original_is_noticed(story):
     _, home, _ = story
     found = {(finding["name"].split("-")[0], finding["rule"]) for finding in lines(home / "00", "findings.jsonl")}
     rejects = {reject["name"].split("-")[0]: reject["reason"] for reject in lines(home / "00", "rejects.jsonl")}
@@ -81,11 +92,11 @@ def test_every_fault_of_the_original_is_noticed(story):
     assert ("000002", "contradiction") in found
 
 
-def test_notebook_00_says_what_to_paste_into_01(story):
+def notebook_00_says_what_to_paste_into_01(story):
     assert f'dataset = "{IMAGES}"' in story[2][ZERO]
 
 
-def test_what_00_published_arrives_with_its_splits(story):
+def what_00_published_arrives_with_its_splits(story):
     hub, home, printed = story
     report = json.loads((home / "00" / "outputs" / "hub" / "dataset" / "report.json").read_text())
     assert f"{report['train']:,} pictures to learn from, {report['test']:,} held out" in printed[ONE]
@@ -95,7 +106,7 @@ def test_what_00_published_arrives_with_its_splits(story):
     assert in_a_new_process(hub, home, script).split() == [str(report["train"]), str(report["test"])]
 
 
-def test_the_base_is_asked_in_one_tile_and_trained_in_fp32_from_bf16(story):
+def the_base_is_asked_in_one_tile_and_trained_in_fp32_from_bf16(story):
     _, home, printed = story
     stage1 = json.loads((home / "01" / "outputs" / "hub" / "stage1" / "training.json").read_text())
     moved = {row["module"]: row["weights_moved"] for row in stage1["moved"]}
@@ -110,7 +121,7 @@ def test_the_base_is_asked_in_one_tile_and_trained_in_fp32_from_bf16(story):
     assert {row.value for row in rows if (row.subject, row.metric) == ("stage2 constrained", "strict_json_rate")} == {1}
 
 
-def test_cards_say_what_is_true_of_this_profile(story):
+def cards_say_what_is_true_of_this_profile(story):
     hub = story[0]
     card = hub.files("model", MODEL)["README.md"].decode()
     assert f"base_model: {HUB_BASE}" in card
@@ -122,7 +133,7 @@ def test_cards_say_what_is_true_of_this_profile(story):
     assert HUB_DATASET in data
 
 
-def test_the_published_model_answers_through_a_pipeline_and_in_the_space(story):
+def the_published_model_answers_through_a_pipeline_and_in_the_space(story):
     hub, home, printed = story
     assert printed[ONE].count("Fetched again, it") >= 2  # model and Space were fetched and asked
     script = f"""
