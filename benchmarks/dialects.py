@@ -37,7 +37,7 @@ def trained(target: str, rows: DatasetDict, work: Path, rate: float, seed: int) 
     model = models.load_model(models.TINY_TUNED, models.choose_device("cpu"), training=True)
     processor = models.load_processor(models.TINY_TUNED)
     stage = Stage(target, freeze=(VISION,), learning_rate=rate, epochs=1, **SMALL_STEPS, target=target)
-    train_stage(model, processor, stage, rows["train"], work, seed=seed, reuse=True)
+    train_stage(model, processor, stage, rows["train"], work, seed=seed)
     return work / target
 
 

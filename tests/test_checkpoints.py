@@ -82,7 +82,7 @@ def test_weights_that_were_changed_between_the_stages_are_another_start(processo
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1)
-    assert "stage2: trained anew, since start differs" in capsys.readouterr().out
+    assert f"stage2: retraining, and replacing {tmp_path / 'stage2'}: start differ" in capsys.readouterr().out
 
 
 def test_a_new_machine_resumes_from_the_copies(processor, rows, tmp_path, die_in_second_epoch, monkeypatch, capsys, whole):
@@ -101,12 +101,121 @@ def test_a_new_machine_resumes_from_the_copies(processor, rows, tmp_path, die_in
     for stage in (STAGE1, STAGE2):
         training.train_stage(model, processor, stage, rows["train"], tmp_path / "two", **options)
     assert found == {"stage2": "checkpoint-5"}
-    assert "stage1: trained already" in capsys.readouterr().out
+    assert "stage1: already trained" in capsys.readouterr().out
     assert losses(tmp_path / "two" / "stage1") == losses(whole / "stage1")
     assert losses(tmp_path / "two" / "stage2") == pytest.approx(losses(whole / "stage2"), rel=1e-2)
     for stage in ("stage1", "stage2"):
         assert (drive / stage / FINISHED).read_bytes() == (tmp_path / "two" / stage / FINISHED).read_bytes()
         assert not (drive / stage / "checkpoints").exists()  # the finished stage replaces them
+
+
+def test_a_stage_whose_cell_is_run_again_is_not_trained_on_top_of_itself(processor, rows, tmp_path, capsys):
+    model, drive = fresh(), tmp_path / "drive"
+    once = training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1, keep_in=drive)
+    first = {name: weights.clone() for name, weights in model.state_dict().items()}
+    training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive)
+    second = training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive)  # the same cell
+    assert training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1, keep_in=drive) == once  # an earlier one
+    assert capsys.readouterr().out.count("already trained") == 2
+    assert all(torch.equal(weights, first[name]) for name, weights in model.state_dict().items())
+    assert training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive) == second
+    for other in ({"retrain": True}, {"seed": 7}):
+        with pytest.raises(ModelError, match="stage2: the model in memory has been through this stage; load the base again"):
+            training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, **other)
+    assert (tmp_path / "stage2" / FINISHED).read_bytes() == (drive / "stage2" / FINISHED).read_bytes()
+
+
+def test_a_stage_that_is_trained_again_replaces_its_copy(processor, rows, tmp_path, capsys):
+    drive = tmp_path / "drive"
+    for options in ({}, {"retrain": True}, {"seed": 7}):
+        training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "out", max_steps=1, keep_in=drive, **options)
+        assert (tmp_path / "out" / "stage1" / FINISHED).read_bytes() == (drive / "stage1" / FINISHED).read_bytes()
+    assert f"retraining, and replacing {drive / 'stage1'}: seed differ" in capsys.readouterr().out
+
+
+def test_a_kill_after_the_model_was_saved_costs_nothing(processor, rows, tmp_path, monkeypatch, capsys):
+    """Killed before, while and after `training.json` is written, each time with the checkpoints still there."""
+
+    class Killed(Exception):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    for place, target in (("save_pretrained", type(processor)), ("write_text", Path), ("replace", Path)):
+        out = tmp_path / place
+        with monkeypatch.context() as patch:
+            patch.setattr(target, place, die if place != "write_text" else _dies_at_the_end(Killed))
+            with pytest.raises(Killed):
+                training.train_stage(fresh(), processor, STAGE1, rows["train"], out)
+        training.train_stage(fresh(), processor, STAGE1, rows["train"], out)
+        assert "stage1: resumed from checkpoint-5" in capsys.readouterr().out
+
+    def die_at_checkpoints(path, **_):
+        if path.name == "checkpoints" and (path.parent / FINISHED).exists():
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.shutil, "rmtree", die_at_checkpoints)
+        with pytest.raises(Killed):
+            training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "rmtree")
+    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "rmtree")
+    assert "already trained" in capsys.readouterr().out
+    assert not (tmp_path / "rmtree" / "stage1" / "checkpoints").exists()
+
+
+def _dies_at_the_end(error):
+    write = Path.write_text
+
+    def write_text(self, text, *args, **kwargs):
+        if self.name.startswith(FINISHED):
+            write(self, text[: len(text) // 2])
+            raise error
+        return write(self, text, *args, **kwargs)
+
+    return write_text
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_kill_while_a_copy_takes_its_place_leaves_one_of_both(tmp_path, monkeypatch, step):
+    folder = tmp_path / "stage1"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    rename, done = Path.rename, []
+
+    def dying(self, target):
+        if len(done) == step:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(self, target)
+
+    def write(new):
+        new.mkdir()
+        (new / "a").write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying)
+        if step < 2:
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints._replace(folder, write)
+        else:
+            checkpoints._replace(folder, write)
+    checkpoints._settle(folder)
+    assert (folder / "a").read_text() == ("old" if step == 0 else "new")
+    checkpoints._replace(folder, write)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage1"]
+
+
+def test_a_copy_is_never_resumed_under_another_recipe(processor, rows, tmp_path, die_in_second_epoch, monkeypatch):
+    """The first copy under a new recipe fails. The checkpoint of the old one must not pass for it."""
+    drive = tmp_path / "drive"
+    die_in_second_epoch(fresh(), processor, STAGE1, rows["train"], tmp_path / "one", keep_in=drive)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_copy_small", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        die_in_second_epoch(fresh(), processor, STAGE1, rows["train"], tmp_path / "two", seed=7, keep_in=drive)
+    found = resumed_at(monkeypatch)
+    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "three", seed=7, keep_in=drive)
+    assert found == {"stage1": None}
 
 
 def test_a_full_drive_does_not_end_the_training(processor, rows, tmp_path, monkeypatch, capsys):

@@ -170,7 +170,7 @@ def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(row
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
     again, _ = gemma.load(recipes.TINY, CPU)
     training.train_stage(again, processor, stage, rows["train"].select(range(20)), tmp_path)
-    assert "trained already" in capsys.readouterr().out
+    assert "already trained" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     written = json.loads((tmp_path / "tuned" / models.FINISHED).read_text())
     assert [entry["step"] for entry in written["log"] if "eval_loss" in entry] == [4, 8]

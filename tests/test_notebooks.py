@@ -95,7 +95,7 @@ def test_the_notebook_killed_in_both_stages_resumes_on_another_machine(drawn, tm
     (tmp_path / "two").mkdir()
     run(ONE, tmp_path / "two", **parameters)
     said = printed(tmp_path / "two" / ONE)
-    assert "stage1: trained already" in said
+    assert "stage1: already trained" in said
     assert "stage2: resumed from checkpoint-" in said
     assert "stage1: resumed" not in said
     assert (kept / "stage1" / "model.safetensors").stat().st_mtime_ns == trained

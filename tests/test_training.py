@@ -356,13 +356,13 @@ def test_a_finished_stage_is_not_trained_twice(base, processor, rows, tmp_path, 
     seconds = training.seconds_of(tmp_path / "stage1")
     again = fresh()
     assert training.train_stage(again, processor, STAGE1, rows["train"], tmp_path, max_steps=1) == once
-    assert "stage1: trained already" in capsys.readouterr().out
+    assert "stage1: already trained" in capsys.readouterr().out
     assert training.seconds_of(tmp_path / "stage1") == seconds > 0
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), base.parameters(), strict=True))
     training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path, max_steps=1, seed=7)
-    assert "stage1: trained anew, since seed differs" in capsys.readouterr().out
+    assert "seed differ from the run there" in capsys.readouterr().out
     training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path, max_steps=1, seed=7, retrain=True)
-    assert "trained already" not in capsys.readouterr().out
+    assert "already trained" not in capsys.readouterr().out
 
 
 def fresh():

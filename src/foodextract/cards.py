@@ -166,7 +166,7 @@ def dataset_card(report: dict[str, Any], title: str, seed: int, commit: str) -> 
             ("split", "pictures", "show food or drink"),
             [(split, f"{report[split]:,}", f"{is_food[split]:,} ({is_food[split] / report[split]:.1%})") for split in ("train", "test")],
         ),
-        f"\nThe test split: {report['held_out']}.\n",
+        f"\nThe test split: {'as published' if report['held_out'] == 'test' else report['held_out']}.\n",
         f"\n{len(report['food_items']):,} different foods, most often {_few(report['food_items'])}; "
         f"{len(report['drink_items']):,} different drinks, most often {_few(report['drink_items'])}.\n",
         "Pictures that look alike (resized, recompressed, mirrored or slightly cropped) and pictures that their source puts into one group "

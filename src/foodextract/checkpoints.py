@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from foodextract.stage import Stage, precision_of
 
 ROOM = 2**24  # bytes: a disk with less than this is full
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"
+UNFINISHED = ("*.partial", "*.old")  # what a kill may leave of a copy
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -53,6 +54,12 @@ def differences(recipe: str, other: str) -> str:
 # ------------------------------------------------------------------------------------------------------- copies that outlive the machine
 
 
+def check_keep_in(keep_in: str | Path | None) -> None:
+    """Raise ModelError where the parent folder of `keep_in` does not exist, which is what a drive that is not mounted looks like."""
+    if keep_in and not (parent := Path(keep_in).absolute().parent).is_dir():
+        raise ModelError(f"keep_in is {keep_in}, but {parent} does not exist: mount the drive, or create that folder first")
+
+
 class Keeper(TrainerCallback):
     """Copies a stage to a folder that outlives the machine (a mounted drive, say), and reads it back on the next machine.
 
@@ -67,30 +74,45 @@ class Keeper(TrainerCallback):
         self.home, self.kept = home, kept
 
     def read_back(self, recipe: str) -> bool:
-        """Copy a stage of this recipe back to `home`, finished or interrupted. True if there was one."""
-        if recipe not in (finished_recipe(self.kept), interrupted_recipe(self.kept)):
-            return False
-        print(f"{self.home.name}: copying from {self.kept} …", flush=True)
-        _replace(self.home, lambda folder: shutil.copytree(self.kept, folder, ignore=shutil.ignore_patterns("*.partial")))
+        """Copy a stage of this recipe back to `home`, finished or interrupted. True if there was one. Raises ModelError."""
+        try:
+            for folder in (self.kept, *(self.kept / CHECKPOINTS).glob("checkpoint-*.old")):
+                _settle(folder.with_suffix(""))
+            if recipe == finished_recipe(self.kept):
+                leave_out = shutil.ignore_patterns(CHECKPOINTS, *UNFINISHED)
+                source, target = self.kept, self.home
+            elif recipe == interrupted_recipe(self.kept):
+                leave_out = shutil.ignore_patterns(*UNFINISHED)
+                source, target = self.kept / CHECKPOINTS, self.home / CHECKPOINTS
+                shutil.rmtree(self.home, ignore_errors=True)
+            else:
+                return False
+            print(f"{self.home.name}: copying from {self.kept} …", flush=True)
+            _replace(target, lambda folder: shutil.copytree(source, folder, ignore=leave_out))
+        except OSError as error:
+            raise ModelError(f"{self.home.name}: cannot read {self.kept} back ({error}): mend that, or leave keep_in out") from error
         return True
 
     def on_save(self, args, state, control, **_):
-        """Copy the checkpoint that was just written, then delete the older copies."""
+        """Copy the checkpoint that was just written, then delete the older copies but that of the best one."""
         if not state.is_world_process_zero:
             return
         newest = Path(last_checkpoint(Path(args.output_dir)))
         with self._unless_full(newest.name):
-            copies = self.kept / CHECKPOINTS
+            copies, recipe = self.kept / CHECKPOINTS, (newest.parent / RECIPE).read_text()
+            if copies.is_dir() and not ((copies / RECIPE).is_file() and (copies / RECIPE).read_text() == recipe):
+                shutil.rmtree(copies)  # of another recipe
             copies.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(newest.parent / RECIPE, copies / RECIPE)
+            (copies / RECIPE).write_text(recipe)
             _replace(copies / newest.name, lambda folder: _copy_small(newest, folder))
+            spared = {newest.name, Path(state.best_model_checkpoint or "").name}
             for older in whole_checkpoints(copies):
-                if older.name != newest.name:
+                if older.name not in spared:
                     shutil.rmtree(older)
 
     def keep_finished(self) -> None:
         """Copy the finished stage in place of its checkpoints, unless it is there already."""
-        if finished_recipe(self.kept) == finished_recipe(self.home):
+        if (self.kept / FINISHED).is_file() and (self.kept / FINISHED).read_bytes() == (self.home / FINISHED).read_bytes():
             return
         with self._unless_full("the finished stage"):
             without = shutil.ignore_patterns(CHECKPOINTS)
@@ -104,14 +126,24 @@ class Keeper(TrainerCallback):
             print(f"{self.home.name}: cannot copy {what} to {self.kept} ({error}); training goes on without this copy", flush=True)
 
 
-def _replace(folder: Path, write) -> None:
-    """Let `write` fill a new folder and put it in the place of `folder`, so that a kill leaves the old one or the new one."""
-    partial = folder.with_name(f"{folder.name}.partial")
+def _replace(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a new folder and put it in the place of `folder`. `_settle` completes what a kill interrupted."""
+    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     write(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Where a kill hit `_replace` between its two renames, put the complete new folder in its place."""
+    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    if old.is_dir() and not folder.exists():
+        (partial if partial.is_dir() else old).rename(folder)
 
 
 def _copy_small(checkpoint: Path, folder: Path) -> None:
@@ -171,7 +203,7 @@ def full_disk_named(stage: str, folder: Path) -> Iterator[None]:
         if not _is_full(folder, error):
             raise
         raise ModelError(
-            f"{stage}: the disk of {folder} is full; free some of it and run this again, which takes up the last checkpoint"
+            f"{stage}: the disk of {folder} is full; free some space and rerun: training resumes from the last checkpoint"
         ) from error
 
 

@@ -28,6 +28,7 @@ from foodextract.schema import MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
 from foodextract.words import Shelf, key
 
 NOTHING_KNOWN = Statistics()
+ABSENT = frozenset({"", "-", "n/a", "na", "nan", "nil", "none", "null", "nothing"})  # words for an empty list
 
 
 def clean(
@@ -123,7 +124,7 @@ def _typed(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             reasons.append(f"{f'{shelf} is None' if shelf in raw else f'it lacks {shelf}'}, read as an empty list")
             items = []
         elif isinstance(items, str):
-            reasons.append(f"{shelf} is {items!r}, a text that was split into items")
+            reasons.append(f"{shelf} is {items!r}, a text, read as a list")
             items = _split(items)
         if isinstance(items, list | tuple):
             if None in items:
@@ -140,7 +141,8 @@ def _split(text: str) -> Any:
             return read(text.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-    return [item.strip() for item in re.split(r"[,;\n]", text) if item.strip()]
+    items = (item.strip() for item in re.split(r"[,;\n]", text))
+    return [item for item in items if item.lower().strip(".") not in ABSENT]
 
 
 def _misshapen(typed: Mapping[str, Any], raw: Mapping[str, Any]) -> str:

@@ -72,8 +72,12 @@ def _build(
     total: int | None = None,
     origin: dict[str, Any] | None = None,
     published: str = "",
+    held_out: str | None = None,
 ) -> dict[str, Any]:
-    """`build` with any second step. `origin` is kept beside the data set; `published` is the Hub id of one that is taken as it is."""
+    """`build` with any second step.
+
+    `origin` is kept beside the data set. `published` is the Hub id of one that is taken as it is; `held_out` then says how it was split.
+    """
     out = Path(out)
     if out.exists() and not (out / "report.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(f"{out} exists and is not a data set built here: choose another folder or empty it")
@@ -87,7 +91,7 @@ def _build(
         raise DatasetError(f"too few usable pictures ({counts}, {len(judged.rejects)} rejected): add pictures or mend labels{reasons}")
     stated = {entry["pixels"] for entry in entries if entry.get("split")}
     split_here = any(row["pixels_sha256"] not in stated for row in judged.rows["test"])
-    held_out = "test" if published else f"split by foodextract with seed {seed}" if split_here else "as the source states"
+    held_out = held_out or (f"split by foodextract with seed {seed}" if split_here else "as the source states")
     report = _report(judged, len(entries), published) | {"held_out": held_out}
     _write(unfinished, judged, report, published)
     shutil.rmtree(out, ignore_errors=True)
@@ -207,7 +211,8 @@ def _fetch(name: str, build_in: Path, seed: int) -> None:
     as_it_is = found.kind == "published" and {split_named(split) for split in found.streams} == {"train", "test"}
     origin = {"dataset": name, "revision": revision, "seed": None if as_it_is else seed}  # published splits have no seed
     if as_it_is:
-        _build(found.samples(), build_in, accept, seed=None, total=found.total(), origin=origin, published=name)
+        held_out = "test" if "test" in found.streams else "as the source states"
+        _build(found.samples(), build_in, accept, seed=None, total=found.total(), origin=origin, published=name, held_out=held_out)
     else:
         _build(hub_rows(found), build_in, partial(judge, seed=seed), seed=seed, origin=origin)
 

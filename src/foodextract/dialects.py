@@ -1,7 +1,7 @@
 r"""How a model writes a record: canonical JSON, JSON of another form, or a Python repr, each perhaps behind a short lead.
 
-`recognize` tells the dialect of a free answer. A `Dialect` holds what guided decoding needs: a grammar, the one rule that no grammar
-expresses, and the reading of an answer, finished or not. The default is the canonical JSON of `FoodRecord.to_json`.
+`recognize` detects the dialect of an unconstrained answer. A `Dialect` holds what guided decoding needs: a grammar, the one rule that no
+grammar expresses, and the reading of an answer, finished or not. The default is the canonical JSON of `FoodRecord.to_json`.
 
 Every dialect has the keys of `FoodRecord` in their order. Other orders are not recognized.
 """
@@ -14,7 +14,7 @@ from functools import cached_property
 
 from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
 
-MAX_LEAD = 40  # characters before the opening brace: a fence, or "Here is the JSON: "
+MAX_LEAD = 120  # characters before the opening brace: a fence, or "Here is the JSON: "
 MAX_HEAD = 64  # characters after it within which the second key must begin
 MAX_SPACE = 32  # white space between two tokens
 
@@ -35,10 +35,11 @@ _SINGLE, _DOUBLE = (rf"[^{quote}\\\x00-\x1f\x7f]|{_ESCAPE}" for quote in "'\"")
 
 _SPACE = r"[ \t\r\n]"
 _STRINGS = {"'": r"'(?:[^'\\]|\\.)*'", '"': r'"(?:[^"\\]|\\.)*"'}
-_FLAGS = {flag: flags for flags in (("0", "1"), ("false", "true"), ("False", "True")) for flag in flags}
+_WORDS = (("0", "1"), ("false", "true"), ("False", "True"), ('"0"', '"1"'), ("'0'", "'1'"))
+_FLAGS = {flag: flags for flags in _WORDS for flag in flags}
 _HEAD = re.compile(
     rf"""(?P<lead>[^{{}}]{{0,{MAX_LEAD}}})\{{(?P<gap>{_SPACE}*)(?P<quote>["'])is_food(?P=quote)(?P<colon>{_SPACE}*:{_SPACE}*)"""
-    rf"(?P<flag>{'|'.join(_FLAGS)})(?P<comma>{_SPACE}*,{_SPACE}*)(?P=quote)"
+    rf"(?P<flag>{'|'.join(_FLAGS)})(?P<comma>{_SPACE}*,{_SPACE}*)(?P=quote)image_title(?P=quote)"
 )
 
 
@@ -162,7 +163,7 @@ class Dialect:
 
 
 def recognize(text: str) -> Dialect | None:
-    """The dialect of a free answer or of the beginning of one, or None where it shows none."""
+    """The dialect of an unconstrained answer or of the beginning of one, or None."""
     head = _HEAD.match(text)
     if not head:
         return None

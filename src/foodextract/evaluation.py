@@ -120,7 +120,7 @@ def key_of(model: PreTrainedModel, processor: ProcessorMixin, images: datasets.D
 
 
 def ask_once(
-    path: str | Path, key: str, answer: BatchAnswer, pictures: Sequence[Image.Image], batch_size: int = 32, title: str = "model"
+    path: str | Path, key: str, answer: BatchAnswer, images: Sequence[Image.Image], batch_size: int = 32, title: str = "model"
 ) -> tuple[list[str], float]:
     """`ask`, with the answers kept at `path` (JSON lines, one a batch): an interrupted or repeated call asks only what is missing.
 
@@ -130,19 +130,19 @@ def ask_once(
     path, answers, seconds = Path(path), [], 0.0
     head = json.dumps({"key": key}) + "\n"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    if not lines or lines[0] != head:
+    whole = [line for line in lines[1:] if lines[0] == head and line.endswith("\n")]  # a killed run may leave half a line
+    if lines != [head, *whole]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head, encoding="utf-8")
-        lines = [head]
-    whole = [line for line in lines[1:] if line.endswith("\n")]  # a killed run may leave half a line
-    path.write_text(head + "".join(whole), encoding="utf-8")
+        fresh = path.with_name(path.name + ".partial")
+        fresh.write_text(head + "".join(whole), encoding="utf-8")
+        fresh.replace(path)
     for batch in map(json.loads, whole):
         answers += batch["answers"]
         seconds += batch["seconds"]
-    with tqdm(total=len(pictures), initial=len(answers), desc=f"asking {title}", unit="picture") as bar:
-        for start in range(len(answers), len(pictures), batch_size):
+    with tqdm(total=len(images), initial=len(answers), desc=f"asking {title}", unit="image") as bar:
+        for start in range(len(answers), len(images), batch_size):
             began = time.perf_counter()
-            batch = answer([open_picture(picture) for picture in pictures[start : start + batch_size]])
+            batch = answer([open_picture(image) for image in images[start : start + batch_size]])
             took = time.perf_counter() - began
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"answers": batch, "seconds": took}) + "\n")

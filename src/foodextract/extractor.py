@@ -25,7 +25,7 @@ from foodextract.schema import FIELDS, AnswerError, FoodRecord
 
 LOG = logging.getLogger("foodextract")
 MAX_NEW_TOKENS = 256
-MAX_PROBE_TOKENS = 48  # of the free answer that tells a model's dialect
+MAX_PROBE_TOKENS = 80  # of the free answer that tells a model's dialect
 PROBE = Image.new("RGB", (256, 256), "white")  # what that answer is about: always the same, so that no batch changes another's answers
 PREPARED = 2  # batches that may be ready before the model asks for them
 
@@ -233,13 +233,28 @@ class Extractor:
         listening = replace(self._free, amend=lambda text: texts.append(text) or text)
         self._run(listening, self.prepare([PROBE]), MAX_PROBE_TOKENS, lambda number: undecided(texts[-1]))
         dialect = recognize(texts[-1])
+        if dialect is None and "{" in texts[-1]:
+            self._warn(
+                f"the model writes a form that is not recognized ({texts[-1][:60].strip()!r} …): it is constrained to canonical JSON, "
+                "and may lose items; compare with --free"
+            )
         return Dialect(self._lead) if dialect is None or dialect.canonical else dialect
+
+    def _warn(self, message: str) -> None:
+        """Log a warning, once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            LOG.warning(message)
+
+    @cached_property
+    def _warned(self) -> set[str]:
+        return set()
 
     def _guided(self, dialect: Dialect) -> Decoder:
         """The model under the grammar of a dialect. The first use of one that is not canonical is logged."""
         if dialect not in self._decoders:
             if not dialect.canonical:
-                LOG.warning(f"the model writes {dialect}: it is constrained to that form, and its answers are converted to canonical JSON")
+                self._warn(f"the model writes {dialect}: it is constrained to that form, and its answers are converted to canonical JSON")
             self._decoders[dialect] = self._free.under(dialect.grammar(), dialect.without_repeats)
         return self._decoders[dialect]
 

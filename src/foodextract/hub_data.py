@@ -15,7 +15,7 @@ import datasets
 import pyarrow.parquet
 from datasets.utils.file_utils import xopen
 from huggingface_hub import HfApi, HfFileSystem
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
 from foodextract.columns import FEATURES, LATER
 from foodextract.samples import DatasetError, Reject, Sample, split_named
@@ -103,7 +103,7 @@ class HubDataset:
             if isinstance(error, FAULTS) and type(error) is not OSError:  # a bare OSError is how Arrow reports a damaged file
                 raise _broke_off(self.repo_id, f"after {count:,} rows", error) from error
             raise DatasetError(
-                f"row {count:,} of {self.repo_id!r} cannot be read ({_first_line(error)}): its author has to mend it"
+                f"row {count:,} of {self.repo_id!r} cannot be read ({_first_line(error)}): report it to the data set's author"
             ) from error
 
     def samples(self) -> Iterator[Sample | Reject]:
@@ -188,7 +188,8 @@ def _parquet_rows(file: str) -> int:
 
 def _unread(repo_id: str, error: Exception) -> DatasetError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    missing = isinstance(error, FileNotFoundError | ValueError | RuntimeError) or (status is not None and status < 500 and status != 429)
+    missing = isinstance(error, FileNotFoundError | ValueError | RuntimeError) and not isinstance(error, LocalEntryNotFoundError)
+    missing = missing or (status is not None and status < 500 and status != 429)
     return (DatasetError if missing else HubUnreachableError)(
         f"cannot read {repo_id!r} from the Hub ({_first_line(error)}): check the name and the connection, or use drawn scenes or a folder"
     )
@@ -196,7 +197,7 @@ def _unread(repo_id: str, error: Exception) -> DatasetError:
 
 def _broke_off(repo_id: str, where: str, error: Exception) -> HubUnreachableError:
     return HubUnreachableError(
-        f"the Hub gave out {where} of {repo_id!r} ({_first_line(error)}): run the same command again to go on from there"
+        f"the connection to the Hub failed {where} of {repo_id!r} ({_first_line(error)}): rerun the command to resume"
     )
 
 

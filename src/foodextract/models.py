@@ -124,7 +124,8 @@ def load_model(
 
 def newest_tuned(outputs: Path = OUTPUTS) -> Path:
     """The model trained last below `outputs`, else the tuned tiny model that comes with the package."""
-    finished = sorted(outputs.glob(f"**/{FINISHED}"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in outputs.glob(f"**/{FINISHED}") if path.parent.suffix not in (".partial", ".old")]  # a copy that a kill left
+    finished = sorted(found, key=lambda path: path.stat().st_mtime)
     return finished[-1].parent if finished else TINY_TUNED
 
 

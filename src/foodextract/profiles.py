@@ -33,11 +33,11 @@ class Profile:
     tiles: int = 1  # image budget: one 512 px tile is 64 tokens, the shipped 17 tiles are 1,088
     needs_gpu: bool = False
 
-    def require_gpu(self, allow_cpu: bool = False) -> None:
-        """Raise ModelError where a GPU is needed and there is none, unless `allow_cpu`."""
+    def require_gpu(self, allow_cpu: bool = False, gpu: str = "T4") -> None:
+        """Raise ModelError where a GPU is needed and there is none, unless `allow_cpu`. `gpu` is the one to choose in Colab."""
         if self.needs_gpu and not allow_cpu and choose_device().type == "cpu":
             raise ModelError(
-                "this profile needs a GPU, and there is none here. In Colab choose Runtime > Change runtime type > T4 GPU and run all "
+                f"this profile needs a GPU, and there is none here. In Colab choose Runtime > Change runtime type > {gpu} GPU and run all "
                 "cells again. To run on the CPU anyway, which takes days, set allow_cpu = True"
             )
 

@@ -23,6 +23,7 @@ from foodextract.checkpoints import (
     CHECKPOINTS,
     RECIPE,
     Keeper,
+    check_keep_in,
     differences,
     finished_recipe,
     full_disk_named,
@@ -40,7 +41,6 @@ from foodextract.stage import Stage, is_sharded, precision_of, training_config
 from foodextract.trainer import PreparedTrainer, Progress
 from foodextract.weights import Moved, checksum, freeze, snapshot, weights_moved, whole_state
 
-FEATURES = "features.bin"
 PERFORMANCE = "performance.json"  # how fast a stage went, in the format of results/, beside its weights
 
 
@@ -66,37 +66,40 @@ def train_stage(
     such as "tensorboard" (its files go to `out`/runs).
 
     The start of a stage is the checksum of the model's weights or, when the model is the outcome of an earlier stage, the recipe of that
-    stage: training it again on a GPU need not give the same bits, and must not cost the checkpoint of the stage that follows.
+    stage: training it again on a GPU need not give the same bits, and must not invalidate the next stage's checkpoint.
 
     Returns the log (loss, learning rate, gradient norm by step) and the table of moved weights; `seconds_of` says how long it took.
     Raises ModelError when the loss stops being a number, when the disk is full and when not even one picture fits; the folder then keeps
-    its last whole checkpoint. Raises it before anything is done when the tracker is not installed or `keep_in` is in no folder.
+    its last whole checkpoint. Raises it before anything is done when the tracker is not installed, the parent folder of `keep_in` does
+    not exist, or the model has been through this stage already and should be trained anew.
     """
     began = time.perf_counter()
     if report_to != "none" and not find_spec(report_to):
         raise ModelError(f"nothing can be reported to {report_to!r}: `pip install {report_to}` first, or leave it out")
-    if keep_in and not (parent := Path(keep_in).absolute().parent).is_dir():
-        raise ModelError(f"keep_in is {keep_in}, but {parent} does not exist: mount the drive, or create that folder first")
+    check_keep_in(keep_in)
     folder = Path(out) / stage.name
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(out) / "runs" / stage.name)  # transformers would choose a folder that is removed
     checkpoints = folder / CHECKPOINTS
     keeper = Keeper(folder, Path(keep_in) / stage.name) if keep_in else None
     processes = PartialState()
     freeze(model, stage.freeze)
+    start, been_through = _start(model, folder)
     if stage.lora and stage.lora.also:
         untie(model)
     before = snapshot(model)
-    start = {"start": _start(model, before), "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
-    recipe = json.dumps({**asdict(stage), **start})
+    recipe = json.dumps({**asdict(stage), "start": start, "rows": split._fingerprint, "seed": seed, "max_steps": max_steps})
+    if been_through and (retrain or finished_recipe(folder) != recipe):
+        raise ModelError(f"{stage.name}: the model in memory has been through this stage; load the base again to train it anew")
     with processes.main_process_first():
         if processes.is_main_process:
             _take_up(folder, recipe, keeper, retrain)
     if finished_recipe(folder) == recipe:
         finished = json.loads((folder / FINISHED).read_text())
         if processes.is_main_process:
-            print(f"{stage.name}: trained already, taken from {folder}", flush=True)
+            print(f"{stage.name}: already trained; loaded from {folder}", flush=True)
             if keeper:
                 keeper.keep_finished()
+            shutil.rmtree(checkpoints, ignore_errors=True)  # where a kill came after the stage had finished
         model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
         model.name_or_path = str(folder)
         return [entry for entry in finished["log"] if "loss" in entry], [Moved(**row) for row in finished["moved"]]
@@ -152,12 +155,11 @@ def train_stage(
     state = whole_state(model)
     after = checksum(snapshot(model))
     if processes.is_main_process:
-        for used in ((checkpoints / FEATURES), *([cache / PIXELS] if cache else [])):
+        for used in (*checkpoints.glob("features-*"), *([cache / PIXELS] if cache else [])):
             used.unlink(missing_ok=True)
         with full_disk_named(stage.name, checkpoints):
             model.save_pretrained(folder, state_dict=state)
             processor.save_pretrained(folder)
-        shutil.rmtree(checkpoints)
         finished = {
             **asdict(run),
             "recipe": recipe,
@@ -174,9 +176,13 @@ def train_stage(
             rows = performance_rows(stage.name, model.config, step, *done, model.device, dtype)
             write_results(folder / PERFORMANCE, rows)
             print("\n".join(f"{row.metric:>20} {row.value:10.3f} {row.unit}" for row in rows))
-        (folder / FINISHED).write_text(json.dumps(finished, indent=1))
+        with full_disk_named(stage.name, checkpoints):
+            unfinished = folder / f"{FINISHED}.partial"
+            unfinished.write_text(json.dumps(finished, indent=1))
+            unfinished.replace(folder / FINISHED)
         if keeper:
             keeper.keep_finished()
+        shutil.rmtree(checkpoints)
     model.name_or_path = str(folder)
     processes.wait_for_everyone()
     return [entry for entry in log if "loss" in entry], moved
@@ -187,13 +193,24 @@ def seconds_of(folder: str | Path) -> float:
     return json.loads((Path(folder) / FINISHED).read_text())["seconds"]
 
 
-def _start(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> str:
-    """What identifies the weights that a stage starts from; see `train_stage`."""
-    now = checksum(weights)
-    finished = Path(model.name_or_path) / FINISHED
-    if finished.is_file() and (found := json.loads(finished.read_text())).get("weights") == now:
-        return hashlib.sha256(found["recipe"].encode()).hexdigest()[:16]
-    return now
+def _start(model: PreTrainedModel, folder: Path) -> tuple[str, bool]:
+    """What identifies the weights that a stage starts from (see `train_stage`), and whether they have been through this very stage.
+
+    They have when its cell is run twice in one kernel: the model is then the outcome of the stage that finished in `folder`, or of one
+    that followed it, and the start is the one that the stage had.
+    """
+    now, finished = checksum(snapshot(model)), Path(model.name_or_path) / FINISHED
+    found = json.loads(finished.read_text()) if finished.is_file() else {}
+    if found.get("weights") != now:
+        return now, False
+    mine = finished_recipe(folder)
+    if mine and _digest(mine) in (_digest(found["recipe"]), json.loads(found["recipe"])["start"]):
+        return json.loads(mine)["start"], True
+    return _digest(found["recipe"]), False
+
+
+def _digest(recipe: str) -> str:
+    return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
 
 def _take_up(folder: Path, recipe: str, keeper: Keeper | None, retrain: bool) -> None:
@@ -204,8 +221,12 @@ def _take_up(folder: Path, recipe: str, keeper: Keeper | None, retrain: bool) ->
             return
         if (checkpoints / RECIPE).is_file() and (checkpoints / RECIPE).read_text() == recipe:  # no checkpoint yet, perhaps features
             return
-        if other := finished_recipe(folder) or interrupted_recipe(folder):
-            print(f"{folder.name}: trained anew, since {differences(recipe, other)} differs from the training in {folder}", flush=True)
+        for place in (folder, *([keeper.kept] if keeper else [])):
+            if other := finished_recipe(place) or interrupted_recipe(place):
+                changed = differences(recipe, other)
+                print(f"{folder.name}: retraining, and replacing {place}: {changed} differ from the run there", flush=True)
+    elif keeper:
+        shutil.rmtree(keeper.kept, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     checkpoints.mkdir(parents=True)
     (checkpoints / RECIPE).write_text(recipe)
@@ -278,7 +299,8 @@ def _prepared(
 
     The features of a frozen vision tower replace the pixels, unless the disk has no room for both at once.
     """
-    features_file = checkpoints / FEATURES
+    dtype = precision.autocast or precision.weights
+    features_file = checkpoints / f"features-{dtype}.bin".replace("torch.", "")  # another GPU may take another type
     stored = are_stored(features_file)
     with PartialState().main_process_first():
         prepared = prepare(split, processor, checkpoints.parents[1], stage.target, with_pixels=not stored)
@@ -292,7 +314,6 @@ def _prepared(
         return replace(prepared, augment=augmentation(prepared.shape[1]))
     if is_sharded() or any(parameter.requires_grad for parameter in model.model.vision_model.parameters()):
         return prepared
-    dtype = precision.autocast or precision.weights
     needed = features_shape(model, prepared).numel() * dtype.itemsize
     if not stored and needed > 0.5 * shutil.disk_usage(checkpoints).free:
         print(f"what the frozen vision tower sees would take {needed / 1e9:.0f} GB, more than half of the free disk: not stored")
