@@ -163,7 +163,7 @@ def test_what_is_no_record_is_rejected_with_its_reason(label, reason):
             ({"is_food": told, "image_title": "", "food_items": []}, raw(is_food=0), [f"is_food is {told!r}, read as 0"])
             for told in (False, 0.0, "0", "false", "No")
         ),
-        ({"food_items": "soup, bread"}, raw("pie", ["soup", "bread"]), ["food_items is 'soup, bread', a text that was split"]),
+        ({"food_items": "soup, bread"}, raw("pie", ["soup", "bread"]), ["food_items is 'soup, bread', a text, read as a list"]),
         ({"food_items": '["pie", "jam"]'}, raw("pie", ["pie", "jam"]), ["a text, read as a list"]),
         ({"food_items": "['pie', \"jam\"]"}, raw("pie", ["pie", "jam"]), ["a text, read as a list"]),
         ({"food_items": "none"}, raw("pie"), ["food_items is 'none', a text, read as a list"]),

@@ -9,10 +9,12 @@ import pytest
 import torch
 from llguidance import LLMatcher
 
+import dialects as benchmark
 from foodextract import evaluation, models, scenes
 from foodextract.decoding import Decoder
 from foodextract.dialects import MAX_HEAD, MAX_LEAD, Dialect, recognize, undecided
 from foodextract.extractor import MAX_PROBE_TOKENS, PROBE, Extractor
+from foodextract.results import read_results
 from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
 from test_schema import GOOD, NOTHING
 
@@ -299,3 +301,29 @@ def test_a_repeat_ends_the_list_in_any_dialect(images, tuned):
     for name in OTHERS:
         extractor = Extractor(Scripted(tuned.processor, [(pixels[0], twice)], WRITERS[name][0]), tuned.processor)
         assert extractor.extract(images[0]).food_items == ["it's", "egg"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '{"is_food": 1, "food_items": ["egg"], "drink_items": [], "image_title": "egg"}',
+        '{"food_items": ["egg"], "is_food": 1}',
+        '{"answer": {"is_food": 1}}',
+    ],
+)
+def test_a_form_that_is_not_known_is_named(written, images, tuned, caplog):
+    """Its items may be lost under the JSON grammar, which must not happen in silence."""
+    assert recognize(written) is None
+    extractor = Extractor(Scripted(tuned.processor, [], lambda record: written), tuned.processor)
+    with caplog.at_level(logging.WARNING, "foodextract"):
+        assert extractor.dialect.canonical
+        assert extractor.dialect.canonical
+    [warning] = caplog.messages
+    assert "not recognized" in warning
+    assert "compare with --free" in warning
+
+
+def test_the_benchmark_runs(tmp_path):
+    benchmark.main("", "train", 16, 4, 7e-4, 5, tmp_path / "work", tmp_path / "dialects.json")
+    subjects = {row.subject for row in read_results(tmp_path / "dialects.json")}
+    assert subjects == {"repr free", "repr extract", "repr JSON grammar"}

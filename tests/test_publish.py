@@ -161,7 +161,7 @@ def test_the_project_s_own_name_is_for_models_made_from_its_own_base(model_folde
     evidence.write(model_folder, HUB_BASE, found.dataset, [profiles.PROFILES["offline"].stage2], found.rows)
     said = str(publish.model_plan(model_folder))
     assert said.startswith(f"model {profiles.HUB_MODEL} from {model_folder}, 2,8")
-    assert "parameters:" in said
+    assert "parameters in fp32:" in said
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from foodextract import evaluation, reports, scenes
 from foodextract.extractor import Extractor
 from foodextract.models import TINY_BASE
-from foodextract.profiles import OWNER, REPOSITORY
+from foodextract.profiles import GITHUB
 from foodextract.results import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +115,7 @@ def test_notebook_hygiene(path):
     first = "".join(cells[0]["source"])
     assert cells[0]["cell_type"] == "markdown"
     assert first.startswith("# ")
-    assert f"colab.research.google.com/github/{OWNER}/{REPOSITORY}/blob/main/{path.relative_to(ROOT)}" in first
+    assert f"colab.research.google.com/github/{GITHUB}/blob/main/{path.relative_to(ROOT)}" in first
     assert "profile `offline`" in first
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert not [out for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
