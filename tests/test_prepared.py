@@ -100,7 +100,7 @@ def test_a_full_disk_is_found_before_anything_is_mapped(rows, processor, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(prepared.os, "posix_fallocate", full)
         model = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
-        with pytest.raises(ModelError, match=r"stage1: the disk of .* is full; free some of it and run this again"):
+        with pytest.raises(ModelError, match=r"stage1: the disk of .* is full; free some space and rerun"):
             training.train_stage(model, processor, STAGE1, rows["train"], tmp_path)
     assert not list(tmp_path.rglob("pixels.npy"))
     training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1)

@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(base, processor, rows, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(PreparedTrainer, "_save_optimizer_and_scheduler", full)
-        with pytest.raises(ModelError, match=r"the disk of .* is full; free some of it and run this again"):
+        with pytest.raises(ModelError, match=r"the disk of .* is full; free some space and rerun"):
             training.train_stage(base, processor, stage, rows["train"], tmp_path)
     folder = tmp_path / "stage1" / "checkpoints"
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}  # 3 steps an epoch
@@ -231,7 +231,7 @@ def test_torch_does_not_say_that_the_disk_is_full_but_it_is(tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="unexpected pos"):
         fail()
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: Usage(total=10**9, used=10**9, free=0))
-    with pytest.raises(ModelError, match=r"stage1: the disk of .* is full; free some of it"):
+    with pytest.raises(ModelError, match=r"stage1: the disk of .* is full; free some space"):
         fail()
 
 
