@@ -23,7 +23,7 @@ ZERO, ONE = "00_create_vlm_dataset.ipynb", "01_fine_tune_vlm_v3_smolVLM_500m.ipy
 IMAGES, MODEL, SPACE = "somebody/food-images", "somebody/food-500m", "somebody/food-demo"
 QUICK = {"epochs": 1, "batch_size": 4, "accumulation": 2}
 
-pytestmark = pytest.mark.notebooks
+pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(1800)]
 
 
 @contextmanager

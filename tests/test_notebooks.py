@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 ZERO, ONE = "00_create_vlm_dataset.ipynb", "01_fine_tune_vlm_v3_smolVLM_500m.ipynb"
 SMALL = {"stage1": {"epochs": 1}, "stage2": {"epochs": 1}, "eval_batch": 8}
 
-pytestmark = pytest.mark.notebooks
+pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(1800)]
 
 
 def run(name, where, /, **parameters):
