@@ -125,7 +125,9 @@ def test_notebook_hygiene(path):
     assert "widgets" not in notebook["metadata"]
     assert path.stat().st_size <= 800_000
     assert "application/vnd.jupyter.widget" not in path.read_text()
-    assert str(ROOT.parent) not in path.read_text()
+    for out in (out for cell in code for out in cell["outputs"]):  # in the letters of an image any short path may stand
+        out["data"] = {kind: what for kind, what in out.get("data", {}).items() if not kind.startswith("image/")}
+    assert str(ROOT.parent) not in json.dumps(notebook)
 
 
 def test_a_place_in_a_page_is_filled_once(tmp_path):
