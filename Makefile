@@ -42,13 +42,13 @@ $(VENV)/checkov/.installed: deploy/requirements-checkov.txt $(VENV)/.installed
 # The Hub that things are published to is one on this machine, which ends with the notebook.
 demo: install  ## The whole story on the offline profile: draw, train in two stages, measure, publish, extract.
 	@mkdir -p $(OUT)/notebooks
-	FOODEXTRACT_PROFILE=offline FOODEXTRACT_PUSH_DATASET_TO_HUB=somebody/FoodExtract-pictures $(BIN)/python tests/hub_server.py \
+	FOODEXTRACT_PROFILE=offline FOODEXTRACT_PUSH_DATASET_TO_HUB=somebody/FoodExtract-images $(BIN)/python tests/hub_server.py \
 		$(BIN)/papermill --no-progress-bar --log-output 00_create_vlm_dataset.ipynb $(OUT)/notebooks/00_create_vlm_dataset.ipynb
 	FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make demo" FOODEXTRACT_PUSH_TO_HUB=somebody/FoodExtract-tiny \
 		FOODEXTRACT_PUSH_SPACE_TO_HUB=somebody/FoodExtract-demo $(BIN)/python tests/hub_server.py $(BIN)/papermill --no-progress-bar --log-output \
 		01_fine_tune_vlm_v3_smolVLM_500m.ipynb $(OUT)/notebooks/01_fine_tune_vlm_v3_smolVLM_500m.ipynb
-	@$(BIN)/python -m foodextract.reports
-	@$(BIN)/python -m foodextract.scenes $(OUT)/examples --seed 5 --count 3
+	@$(BIN)/python tools/pages.py
+	@$(BIN)/python -m foodextract.data.scenes $(OUT)/examples --seed 5 --count 3
 	@$(BIN)/foodextract extract $(OUT)/examples
 	@echo "notebooks with outputs: $(OUT)/notebooks   tuned model: $(OUT)/offline/stage2   figures: results/offline.json"
 
@@ -60,14 +60,14 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 	@for notebook in experiments/*.ipynb; do \
 		FOODEXTRACT_PROFILE=offline FOODEXTRACT_COMMAND="make experiments" $(BIN)/papermill --no-progress-bar --log-output --cwd experiments \
 			$$notebook $(OUT)/experiments/$$(basename $$notebook) || exit 1; done
-	@$(BIN)/python -m foodextract.reports
+	@$(BIN)/python tools/pages.py
 	@echo "notebooks with outputs: $(OUT)/experiments   figures: results/experiments.json"
 
 test: lint $(VENV)/checkov/.installed  ## Lint, unit tests and notebooks in small, spread over the cores.
 	$(PYTEST)
 
 FLOOR_TESTS := $(foreach name,captioner checkpoints cleaning cli collate dataset decoding dialects duplicates evaluation extractor hub_data models \
-	pictures prepared publish reports scenes schema sources tiles training,tests/test_$(name).py)
+	images prepared publish reports scenes schema sources tiles training,tests/test_$(name).py)
 
 test-floors: $(VENV)/floors/.installed  ## The fast tests against the oldest supported versions, which are those that Colab has.
 	$(VENV)/floors/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(FLOOR_TESTS)
@@ -83,7 +83,7 @@ smoke: install
 	$(PYTEST) -m notebooks
 
 refresh: demo experiments  ## Maintainers: commit-ready notebooks, tuned tiny model and README from `make demo` and `make experiments`.
-	$(BIN)/python -m foodextract.reports --publish
+	$(BIN)/python tools/pages.py --publish
 
 tiny-base: install  ## Maintainers: make the tiny base again from nothing (about 70 minutes on 2 cores).
 	$(BIN)/python experiments/tiny_base/make_tiny_base.py

@@ -1,8 +1,8 @@
-"""How building a data set scales: memory and throughput over 100,000 small pictures, and what a SIGKILL half-way costs.
+"""How building a data set scales: memory and throughput over 100,000 small images, and what a SIGKILL half-way costs.
 
     python benchmarks/build_dataset.py                  # about five minutes on 2 cores; writes results/dataset_build.json and curves
 
-Two builds of the same generated pictures run side by side in processes of their own: one undisturbed, one killed with SIGKILL
+Two builds of the same generated images run side by side in processes of their own: one undisturbed, one killed with SIGKILL
 half-way and started again. Both must leave the same files, byte for byte.
 """
 
@@ -24,23 +24,31 @@ import numpy as np
 import typer
 from PIL import Image
 
-from foodextract import dataset
-from foodextract.results import make_row, write_results
-from foodextract.samples import Sample
-from foodextract.scenes import DRINKS, FOODS
+from foodextract.data import dataset
+from foodextract.data.samples import Sample
+from foodextract.data.scenes import DRINKS, FOODS
+from foodextract.evaluation.results import make_row, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 64  # pixels
 
 
 def generated(count: int, seed: int = 0) -> Iterator[Sample]:
-    """`count` different pictures with labels: smooth random colours, the one thing that no two have in common."""
+    """`count` different images with labels: smooth random colors, the one thing that no two have in common."""
     names = [(name, "food_items") for name in FOODS] + [(name, "drink_items") for name in DRINKS]
     for number in range(count):
         name, field = names[number % len(names)]
         label = {"is_food": 1, "image_title": name, "food_items": [], "drink_items": [], field: [name]}
         read = partial(_png, seed, number)
-        yield Sample(f"{number:07d}.png", read, label, source="generated", licence="none needed", category=name, group=f"{number // 2}")
+        yield Sample(
+            f"{number:07d}.png",
+            read,
+            label,
+            source="generated",
+            license="none needed",
+            category=name,
+            group=f"{number // 2}",
+        )
 
 
 def _png(seed: int, number: int) -> bytes:
@@ -64,13 +72,15 @@ class Watched:
 
     def __init__(self, count: int, out: Path) -> None:
         self.out, self.curve, self.start = out, [], time.perf_counter()
-        command = [sys.executable, __file__, "--pictures", str(count), "--build-in", str(out)]
+        command = [sys.executable, __file__, "--images", str(count), "--build-in", str(out)]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: S603
 
     def look(self) -> bool:
-        """Note time, memory in GiB and pictures done; False once the process has ended."""
+        """Note time, memory in GiB and images done; False once the process has ended."""
         try:
-            memory = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+            memory = (
+                int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+            )
         except (FileNotFoundError, ProcessLookupError, IndexError):
             memory = 0.0
         if self.process.poll() is not None:
@@ -84,28 +94,28 @@ class Watched:
 
 
 def main(
-    pictures: Annotated[int, typer.Option(help="How many to build.")] = 100_000,
+    images: Annotated[int, typer.Option(help="How many to build.")] = 100_000,
     build_in: Annotated[Path | None, typer.Option(hidden=True)] = None,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results/dataset_build.json",
 ) -> None:
     """Measure a large build, undisturbed and killed."""
     if build_in:
-        dataset.build(generated(pictures), build_in, total=pictures)
+        dataset.build(generated(images), build_in, total=images)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        whole, killed = Watched(pictures, Path(scratch) / "whole"), Watched(pictures, Path(scratch) / "killed")
+        whole, killed = Watched(images, Path(scratch) / "whole"), Watched(images, Path(scratch) / "killed")
         again = None
         while whole.look() | (again or killed).look():
-            if again is None and killed.done() >= pictures // 2:
+            if again is None and killed.done() >= images // 2:
                 killed.process.send_signal(signal.SIGKILL)
                 killed.process.wait()
-                again = Watched(pictures, killed.out)
+                again = Watched(images, killed.out)
             time.sleep(1)
         same = checksum(whole.out) == checksum(killed.out)
-    reading = [point for point in whole.curve if 0 < point[2] < pictures]
+    reading = [point for point in whole.curve if 0 < point[2] < images]
     speed = (reading[-1][2] - reading[0][2]) / (reading[-1][0] - reading[0][0])
     peak = max(memory for _, memory, _ in whole.curve + killed.curve + again.curve)
-    row = partial(make_row, "dataset_build", n=pictures, command="python benchmarks/build_dataset.py")
+    row = partial(make_row, "dataset_build", n=images, command="python benchmarks/build_dataset.py")
     write_results(
         results,
         [
@@ -116,18 +126,26 @@ def main(
         ],
     )
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(7, 4.8), layout="constrained")
-    for name, watched, shift in (("uninterrupted", whole, 0), ("until SIGKILL", killed, 0), ("resumed", again, again.start - killed.start)):
+    for name, watched, shift in (
+        ("uninterrupted", whole, 0),
+        ("until SIGKILL", killed, 0),
+        ("resumed", again, again.start - killed.start),
+    ):
         seconds, memory, done = zip(*watched.curve, strict=True)
         bottom.plot([second + shift for second in seconds], memory, label=name)
-        read = [number / 1000 if number else float("nan") for number in done]  # the ledger is gone once the data set is whole
+        read = [
+            number / 1000 if number else float("nan") for number in done
+        ]  # the ledger is gone once the data set is whole
         top.plot([second + shift for second in seconds], read, label=name)
-    top.set(ylabel="thousand pictures read", title=f"building {pictures:,} pictures, two builds at a time")
+    top.set(ylabel="thousand images read", title=f"building {images:,} images, two builds at a time")
     bottom.set(xlabel="seconds", ylabel="resident memory, GiB", ylim=(0, None))
     top.legend(frameon=False)
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     figure.savefig(results.with_suffix(".png"), dpi=120)
-    print(f"{speed:.0f} pictures/s, peak {peak:.2f} GiB, killed and resumed build is {'the same' if same else 'DIFFERENT'}")
+    print(
+        f"{speed:.0f} images/s, peak {peak:.2f} GiB, killed and resumed build is {'the same' if same else 'DIFFERENT'}"
+    )
 
 
 if __name__ == "__main__":

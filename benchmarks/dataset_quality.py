@@ -1,4 +1,4 @@
-"""How many planted label faults does `foodextract.cleaning` find, and how often does it complain about clean labels?
+"""How many planted label faults does `foodextract.data.label_rules.cleaning` find, and how often does it complain about clean labels?
 
     python benchmarks/dataset_quality.py
 
@@ -16,18 +16,18 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from foodextract import scenes
-from foodextract.cleaning import clean, lint
-from foodextract.evaluation import rate
-from foodextract.findings import Statistics
-from foodextract.planted import FAULTS, Raw
-from foodextract.results import make_row, write_results
+from corruptions import FAULTS, Raw
+from foodextract.data import scenes
+from foodextract.data.label_rules.cleaning import clean, lint
+from foodextract.data.label_rules.issues import Statistics
+from foodextract.evaluation.evaluate import rate
+from foodextract.evaluation.results import make_row, write_results
 from foodextract.schema import FoodRecord
 
 COMMAND = "python benchmarks/dataset_quality.py"
 OUT = Path(__file__).parents[1] / "results" / "dataset_quality.json"
 
-# class: foods that every picture shows; foods that some show, from common to rare | drinks that every picture shows; drinks that some show
+# class: foods that every image shows; foods that some show, from common to rare | drinks that every image shows; drinks that some show
 CLASSES = {
     "lasagna": "lasagna; basil leaf, tomato sauce, cheese, side salad | ; red wine",
     "kazandibi": "milk pudding; cinnamon, ice cream, pistachio | ; turkish tea",
@@ -114,7 +114,7 @@ def parts(category: str) -> list[list[str]]:
 
 
 def class_rows(rng: np.random.Generator, per_class: int) -> list[Row]:
-    """Labels of food classes: every picture shows what its class always shows, and some of the rest; titles in three styles."""
+    """Labels of food classes: every image shows what its class always shows, and some of the rest; titles in three styles."""
     rows = []
     for name in CLASSES:
         foods, some_foods, drinks, some_drinks = parts(name)
@@ -123,7 +123,13 @@ def class_rows(rng: np.random.Generator, per_class: int) -> list[Row]:
             drunk = drinks + [item for rank, item in enumerate(some_drinks, 1) if rng.random() < 0.2 / rank]
             items = eaten + drunk
             title = (name, f"{name} with {items[-1]}" if items[1:] else name, " and ".join(items[:2]))[rng.integers(3)]
-            rows.append(Row({"is_food": 1, "image_title": title, "food_items": eaten, "drink_items": drunk}, name, "food classes"))
+            rows.append(
+                Row(
+                    {"is_food": 1, "image_title": title, "food_items": eaten, "drink_items": drunk},
+                    name,
+                    "food classes",
+                )
+            )
     return rows
 
 
@@ -134,14 +140,20 @@ def class_rows(rng: np.random.Generator, per_class: int) -> list[Row]:
 def _stranger(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
     """A dish of a class that has nothing in common with this one."""
     own = {item for part in parts(category) for item in part}
-    foreign = [item for other in CLASSES if not any(own & set(part) for part in parts(other)) for item in parts(other)[0]]
+    foreign = [
+        item for other in CLASSES if not any(own & set(part) for part in parts(other)) for item in parts(other)[0]
+    ]
     name = str(rng.choice([item for item in foreign if not set(item.split()) & set(category.split())]))
     raw["food_items"].append(name)
     return name
 
 
 def _title_mismatch(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    spoken = {word for text in (category, raw["image_title"], *raw["food_items"], *raw["drink_items"]) for word in text.split()}
+    spoken = {
+        word
+        for text in (category, raw["image_title"], *raw["food_items"], *raw["drink_items"])
+        for word in text.split()
+    }
     titles = [title for title in CLASSES if not any(word[:4] in " ".join(spoken) for word in title.split())]
     raw["image_title"] = str(rng.choice(titles))
     return ""
@@ -177,7 +189,9 @@ def measure(rows: list[Row]) -> tuple[list[tuple[str, bool]], list[tuple[str, bo
     for row in rows:
         findings = lint(row.raw, row.category, statistics)
         if row.fault:
-            found = any(finding.rule in KINDS[row.fault][1] and repr(row.item)[1:-1] in finding.reason for finding in findings)
+            found = any(
+                finding.rule in KINDS[row.fault][1] and repr(row.item)[1:-1] in finding.reason for finding in findings
+            )
             faults.append((row.fault, found))
             if not found:
                 print(f"missed {row.fault}: {row.item!r} in {row.category!r}: {json.dumps(row.raw)}")
@@ -203,7 +217,16 @@ def main(
         for subject in ("all", *dict.fromkeys(subject for subject, _ in outcomes)):
             share = rate(metric, [hit for name, hit in outcomes if subject in ("all", name)])
             found.append(
-                make_row("dataset_quality", subject, metric, share.value, low=share.low, high=share.high, n=share.n, command=COMMAND)
+                make_row(
+                    "dataset_quality",
+                    subject,
+                    metric,
+                    share.value,
+                    low=share.low,
+                    high=share.high,
+                    n=share.n,
+                    command=COMMAND,
+                )
             )
             print(f"{metric:20} {subject:16} {share.value:7.2%}  [{share.low:.2%}, {share.high:.2%}]  n = {share.n}")
     write_results(out, found)

@@ -18,14 +18,16 @@ import typer
 from datasets import DatasetDict
 from PIL import Image
 
-from foodextract import dataset, evaluation, models, sources
-from foodextract.dialects import Dialect
-from foodextract.extractor import Extractor
-from foodextract.profiles import SMALL_STEPS, VISION
-from foodextract.results import Row, write_results
+from foodextract.data import dataset, sources
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.results import Row, write_results
+from foodextract.inference.extractor import Extractor
+from foodextract.inference.grammar import Dialect
+from foodextract.models import loading
 from foodextract.schema import FoodRecord
-from foodextract.stage import Stage
-from foodextract.training import train_stage
+from foodextract.training.config import Stage
+from foodextract.training.presets import SMALL_STEPS, VISION
+from foodextract.training.run import train_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("strict_json_rate", "is_food_accuracy", "item_f1_micro")
@@ -34,8 +36,8 @@ LENIENT = "item_f1_micro_lenient"  # items of whatever can be read as a record
 
 def trained(target: str, rows: DatasetDict, work: Path, rate: float, seed: int) -> Path:
     """The folder of the bundled tuned model after one more epoch with another target text."""
-    model = models.load_model(models.TINY_TUNED, models.choose_device("cpu"), training=True)
-    processor = models.load_processor(models.TINY_TUNED)
+    model = loading.load_model(loading.TINY_TUNED, loading.choose_device("cpu"), training=True)
+    processor = loading.load_processor(loading.TINY_TUNED)
     stage = Stage(target, freeze=(VISION,), learning_rate=rate, epochs=1, **SMALL_STEPS, target=target)
     train_stage(model, processor, stage, rows["train"], work, seed=seed)
     return work / target
@@ -48,7 +50,9 @@ def under_json(extractor: Extractor) -> Extractor:
     return forced
 
 
-def measure(name: str, folder: str | Path, images: list[Image.Image], labels: list[FoodRecord], command: str) -> list[Row]:
+def measure(
+    name: str, folder: str | Path, images: list[Image.Image], labels: list[FoodRecord], command: str
+) -> list[Row]:
     """Rows of one checkpoint."""
     extractor = Extractor.from_pretrained(folder, "cpu")
     print(f"{name}: writes {extractor.dialect}")
@@ -59,17 +63,19 @@ def measure(name: str, folder: str | Path, images: list[Image.Image], labels: li
     }
     rows = []
     for way, answer in ways.items():
-        texts = evaluation.ask(answer, images, 25, f"{name} {way}")
-        kept = [metric for metric in evaluation.score(labels, texts) if metric.name in METRICS]
+        texts = evaluate.ask(answer, images, 25, f"{name} {way}")
+        kept = [metric for metric in evaluate.score(labels, texts) if metric.name in METRICS]
         if way == "free":
-            lenient = evaluation.score(labels, texts, read=FoodRecord.parse_lenient)
+            lenient = evaluate.score(labels, texts, read=FoodRecord.parse_lenient)
             kept += [replace(metric, name=LENIENT) for metric in lenient if metric.name == "item_f1_micro"]
-        rows += evaluation.to_rows("dialects", f"{name} {way}", kept, command)
+        rows += evaluate.to_rows("dialects", f"{name} {way}", kept, command)
     return rows
 
 
 def main(
-    json_model: Annotated[str, typer.Option("--json", help="A model that was trained on JSON; `train`: make one; empty: none.")] = "train",
+    json_model: Annotated[
+        str, typer.Option("--json", help="A model that was trained on JSON; `train`: make one; empty: none.")
+    ] = "train",
     repr_model: Annotated[str, typer.Option("--repr", help="The same for Python reprs.")] = "train",
     train: Annotated[int, typer.Option(min=16, help="Drawings to train on.")] = 3600,
     test: Annotated[int, typer.Option(min=2, help="Held-out drawings.")] = 300,
@@ -82,7 +88,10 @@ def main(
     if not (work / "dataset").exists():
         dataset.build(sources.scenes(seed=seed, train=train, test=test), work / "dataset")
     drawn = dataset.load(work / "dataset")
-    images, labels = list(drawn["test"]["image"]), [dataset.record_of(row) for row in drawn["test"].remove_columns("image")]
+    images, labels = (
+        list(drawn["test"]["image"]),
+        [dataset.record_of(row) for row in drawn["test"].remove_columns("image")],
+    )
     rows: list[Row] = []
     for name, model in (("json", json_model), ("repr", repr_model)):
         if model:

@@ -1,11 +1,11 @@
 """What one answer costs on this machine's CPU: ours beside `transformers.pipeline` as the seed projects use it, lever by lever.
 
     python benchmarks/extract.py                # 500M and 256M at true size; writes results/extract_cpu.json
-    python benchmarks/extract.py --size tiny --pictures 2 --results /tmp/extract.json    # does it run?
+    python benchmarks/extract.py --size tiny --images 2 --results /tmp/extract.json    # does it run?
 
 Weights are random (`true_size.py`) and would never end an answer: every subject is therefore made to write the same one (a large number
 is added to the next token's logit, which costs nothing), the seed's pipeline under its 256 new tokens too. All subjects see the same drawn
-pictures, one after the other, alternately, in one process; times are CPU-seconds of the whole process, which other programs on the machine
+images, one after the other, alternately, in one process; times are CPU-seconds of the whole process, which other programs on the machine
 do not count towards. Where the CPU computes bf16 slower than fp32, the seed's way is measured in fp32, which is its best there. Without
 `--processor` the prompt differs by some tokens from the real one's (their number is written down), and a grammar mask is cheaper by some
 20 microseconds a token.
@@ -27,13 +27,14 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, pipeline
 
 from extract_report import OURS, PHASES, SEED, render
-from foodextract import models, prompts
-from foodextract.extractor import MAX_NEW_TOKENS, Extractor
-from foodextract.graphs import GraphModel
-from foodextract.int8 import quantise
-from foodextract.pictures import open_picture
-from foodextract.results import Row, make_row, write_results
-from foodextract.scenes import draw_scenes
+from foodextract import prompts
+from foodextract.data.scenes import draw_scenes
+from foodextract.evaluation.results import Row, make_row, write_results
+from foodextract.images import open_image
+from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract.inference.onnx import GraphModel
+from foodextract.models import loading
+from foodextract.models.quantization import quantize
 from foodextract.schema import FoodRecord
 from true_size import as_photograph, bf16_is_slow, build, interval, ratio
 
@@ -53,7 +54,9 @@ class Dictation:
 
         def add(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             for row, place in enumerate(kwargs["position_ids"][:, -1].tolist()):
-                output.logits[row, -1, self.tokens[min(max(place + 1 - self.prompt_length, 0), len(self.tokens) - 1)]] += 10_000
+                output.logits[
+                    row, -1, self.tokens[min(max(place + 1 - self.prompt_length, 0), len(self.tokens) - 1)]
+                ] += 10_000
 
         model.register_forward_hook(add, with_kwargs=True)
 
@@ -103,7 +106,7 @@ class Clock:
 
 
 class Subject:
-    """One way to answer encoded pictures, and what it cost."""
+    """One way to answer encoded images, and what it cost."""
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class Subject:
         piped: bool = False,
     ) -> None:
         self.processor, self.dictation = copy.deepcopy(processor), dictation
-        models.set_image_budget(self.processor, tiles)
+        loading.set_image_budget(self.processor, tiles)
         self.extractor = Extractor(model.requires_grad_(False), self.processor, constrained)
         self.clock = Clock()
         self.clock.watch(model)
@@ -125,34 +128,34 @@ class Subject:
         self.prompt_length = self.extractor.prepare([Image.new("RGB", (256, 256))])["input_ids"].shape[1]
 
     def answer(self, files: list[bytes]) -> list[str]:
-        """The texts for one batch; the pipeline takes one picture at a time, as the seeds do."""
+        """The texts for one batch; the pipeline takes one image at a time, as the seeds do."""
         self.clock.spent.clear()
         self.dictation.prompt_length = self.prompt_length
         with self.clock.measure("total"):
             with self.clock.measure("open"):
-                pictures = [open_picture(file) for file in files]
+                images = [open_image(file) for file in files]
             if self.pipe:
-                texts = [text for picture in pictures for text in self._through_pipe(picture)]
+                texts = [text for image in images for text in self._through_pipe(image)]
             else:
                 with self.clock.measure("preprocess"):
-                    inputs = self.extractor.prepare(pictures)
+                    inputs = self.extractor.prepare(images)
                 with self.clock.measure("generate"):
                     texts = [said.text for said in self.extractor._generate(inputs, self.extractor.constrained)]
         return texts
 
-    def _through_pipe(self, picture: Image.Image) -> list[str]:
+    def _through_pipe(self, image: Image.Image) -> list[str]:
         chat = prompts.conversation()
-        chat[1]["content"][0]["image"] = picture
+        chat[1]["content"][0]["image"] = image
         with self.clock.measure("generate"):
             written = self.pipe(text=chat, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)
         self.clock.spent["generate"] -= self.clock.spent["preprocess"]  # which the pipeline did within
         return [written[0]["generated_text"].removeprefix(" ")]
 
 
-def alternately(subjects: dict[str, Subject], pictures: list[bytes]) -> dict[str, list[dict[str, float]]]:
-    """CPU-seconds by phase, and in `total`, of every subject for every picture, one subject after the other; they warm up on the first."""
+def alternately(subjects: dict[str, Subject], images: list[bytes]) -> dict[str, list[dict[str, float]]]:
+    """CPU-seconds by phase, and in `total`, of every subject for every image, one subject after the other; they warm up on the first."""
     spent = defaultdict(list)
-    for number, file in enumerate([pictures[0], *pictures]):
+    for number, file in enumerate([images[0], *images]):
         for name, subject in subjects.items():
             [text] = subject.answer([file])
             if text != ANSWER.to_json():
@@ -164,7 +167,11 @@ def alternately(subjects: dict[str, Subject], pictures: list[bytes]) -> dict[str
 
 
 def cost_rows(
-    size: str, subjects: dict[str, Subject], spent: dict[str, list[dict[str, float]]], speedup: str, row: Callable[..., Row]
+    size: str,
+    subjects: dict[str, Subject],
+    spent: dict[str, list[dict[str, float]]],
+    speedup: str,
+    row: Callable[..., Row],
 ) -> list[Row]:
     """What `alternately` found; `speedup` is the name for how many times a subject's cost the first one's is."""
     totals = {name: [phases["total"] for phases in spent[name]] for name in subjects}
@@ -178,14 +185,19 @@ def cost_rows(
     return rows
 
 
-def batch_rows(label: str, subject: Subject, pictures: list[bytes], batches: list[int], row: Callable[..., Row]) -> list[Row]:
-    """Tokens and pictures a CPU-second by size of the batch, measured three times, one size after the other."""
+def batch_rows(
+    label: str, subject: Subject, images: list[bytes], batches: list[int], row: Callable[..., Row]
+) -> list[Row]:
+    """Tokens and images a CPU-second by size of the batch, measured three times, one size after the other."""
     tokens, whole = defaultdict(list), defaultdict(list)
     for batch in [*batches] * 3:
-        subject.answer((pictures * batch)[:batch])
+        subject.answer((images * batch)[:batch])
         tokens[batch].append(batch * len(subject.dictation.tokens) / subject.clock.phases()["tokens"])
         whole[batch].append(batch / subject.clock.spent["total"])
-        print(f"{label}, batch {batch}: {tokens[batch][-1]:8.1f} tokens, {whole[batch][-1]:8.3f} pictures a CPU-second", flush=True)
+        print(
+            f"{label}, batch {batch}: {tokens[batch][-1]:8.1f} tokens, {whole[batch][-1]:8.3f} images a CPU-second",
+            flush=True,
+        )
     rows = []
     for batch in batches:
         add = partial(row, f"{label}, batch {batch}", n=3)
@@ -196,12 +208,12 @@ def batch_rows(label: str, subject: Subject, pictures: list[bytes], batches: lis
     return [*rows, add("batch_image_speedup", **interval(whole[batches[-1]], ratio, whole[batches[0]]))]
 
 
-def measure(size: str, pictures: list[bytes], batches: list[int], processor_from: Path, command: str) -> list[Row]:
+def measure(size: str, images: list[bytes], batches: list[int], processor_from: Path, command: str) -> list[Row]:
     """All figures of one size."""
     bf16, processor = build(size, processor_from)
     fp32 = copy.deepcopy(bf16).float()
     int8 = copy.deepcopy(fp32)
-    quantise(int8)
+    quantize(int8)
     dictation = Dictation(processor.tokenizer)
     plain, name = (fp32, "fp32") if bf16_is_slow(torch.device("cpu")) else (bf16, "bf16")
     for model in {plain, fp32, int8}:
@@ -216,28 +228,32 @@ def measure(size: str, pictures: list[bytes], batches: list[int], processor_from
         OURS: Subject(int8, processor, dictation),
     }
     row = partial(make_row, "extract_cpu", command=command)
-    spent = alternately(subjects, pictures)
+    spent = alternately(subjects, images)
     rows = cost_rows(size, subjects, spent, "speedup_vs_seed", row)
     free, forced = ([phases["tokens"] for phases in spent[name]] for name in ("one tile, our loop", ours))
-    rows.append(row(f"{size}, forced tokens alone", "decode_speedup", unit="x", n=len(free), **interval(free, ratio, forced)))
+    rows.append(
+        row(f"{size}, forced tokens alone", "decode_speedup", unit="x", n=len(free), **interval(free, ratio, forced))
+    )
     rows.append(row(f"{size}, answer", "answer_tokens", len(dictation.tokens), unit="tokens", n=1))
     for name in (ours, OURS):
-        rows += batch_rows(f"{size}, {name.split(':')[0]}", subjects[name], pictures, batches, row)
+        rows += batch_rows(f"{size}, {name.split(':')[0]}", subjects[name], images, batches, row)
     return rows
 
 
 def main(
     size: Annotated[list[str] | None, typer.Option(help="500m, 256m or tiny; may be given more than once.")] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="How many pictures every subject answers.")] = 5,
+    images: Annotated[int, typer.Option(min=1, help="How many images every subject answers.")] = 5,
     batch: Annotated[list[int] | None, typer.Option(help="Points of the batch curve.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads torch may use; CPU-seconds are the sum over them.")] = 1,
-    processor: Annotated[Path, typer.Option(help="A SmolVLM's folder to take the tokenizer from.")] = models.TINY_TUNED,
+    processor: Annotated[
+        Path, typer.Option(help="A SmolVLM's folder to take the tokenizer from.")
+    ] = loading.TINY_TUNED,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "extract_cpu.json",
 ) -> None:
     """Measure, print and write down."""
     torch.set_num_threads(threads)
-    files = [as_photograph(scene) for scene in draw_scenes(11, "test", pictures)]
-    command = f"python benchmarks/extract.py --pictures {pictures} --threads {threads}"
+    files = [as_photograph(scene) for scene in draw_scenes(11, "test", images)]
+    command = f"python benchmarks/extract.py --images {images} --threads {threads}"
     rows = []
     for one in size or ["500m", "256m"]:
         rows += measure(one, files, batch or [1, 2, 4, 8], processor, command)

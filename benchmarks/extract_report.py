@@ -9,14 +9,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from foodextract.reports import fill_in
-from foodextract.results import Row, read_results
-from foodextract.tables import markdown_table
+from foodextract.evaluation.results import Row, read_results
+from foodextract.reporting.tables import markdown_table
+from pages import fill_in
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("open", "preprocess", "vision", "prefill", "tokens")
 SEED, OURS = "seed: pipeline, 17 tiles", "ours int8"  # behind the seed stands its number format
-COLOURS = ("#b0b0b0", "#f2b134", "#4c78a8", "#72b7b2", "#e45756")
+COLORS = ("#b0b0b0", "#f2b134", "#4c78a8", "#72b7b2", "#e45756")
 NAMES = {
     "schema_valid_rate": "answers that are records",
     "same_answer_rate": "same answer, letter by letter",
@@ -36,10 +36,10 @@ def by_size(rows: list[Row]) -> dict[str, Figures]:
 
 
 def costs(rows: list[Row], speedup: str, told: str) -> str:
-    """Markdown: CPU-seconds a picture by phase, one table a size; `told` is the head of the column of `speedup`."""
+    """Markdown: CPU-seconds an image by phase, one table a size; `told` is the head of the column of `speedup`."""
     tables = []
     for size, subjects in by_size(rows).items():
-        head = [size.upper(), "CPU-s a picture", told, *PHASES, "n"]
+        head = [size.upper(), "CPU-s an image", told, *PHASES, "n"]
         lines = [
             [
                 name,
@@ -64,29 +64,34 @@ def batches(rows: list[Row]) -> str:
         for name, of in subjects.items():
             if "batch_decode_speedup" in of:
                 decode, whole = of["batch_decode_speedup"], of["batch_image_speedup"]
-                part += f" {name[0].upper()}{name[1:]}: {_interval(decode)} times the tokens a CPU-second of a picture alone, and "
-                part += f"{_interval(whole)} times the pictures."
+                part += f" {name[0].upper()}{name[1:]}: {_interval(decode)} times the tokens a CPU-second of an image alone, and "
+                part += f"{_interval(whole)} times the images."
         parts.append(part)
     return "\n\n".join(parts)
 
 
 def plot(rows: list[Row]) -> Figure:
-    """CPU-seconds a picture by phase, and tokens a CPU-second by batch; one line of panels a size."""
+    """CPU-seconds an image by phase, and tokens a CPU-second by batch; one line of panels a size."""
     sizes = by_size(rows)
     figure, axes = plt.subplots(
-        len(sizes), 2, figsize=(11, 3 * len(sizes)), squeeze=False, layout="constrained", gridspec_kw={"width_ratios": [2, 1]}
+        len(sizes),
+        2,
+        figsize=(11, 3 * len(sizes)),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"width_ratios": [2, 1]},
     )
     for (left, right), (size, subjects) in zip(axes, sizes.items(), strict=True):
         told = {name: of for name, of in subjects.items() if "cpu_seconds_per_image" in of}
         start = np.zeros(len(told))
-        for phase, colour in zip(PHASES, COLOURS, strict=True):
+        for phase, color in zip(PHASES, COLORS, strict=True):
             values = np.array([of[f"{phase}_cpu_seconds"].value for of in told.values()])
-            bars = left.barh(list(told), values, 0.7, start, color=colour, label=phase)
+            bars = left.barh(list(told), values, 0.7, start, color=color, label=phase)
             start += values
         left.bar_label(bars, [f"{total:.3g}" for total in start], padding=3, fontsize=8)
         left.invert_yaxis()
         left.margins(x=0.1)
-        left.set(xlabel="CPU-seconds a picture", title=size.upper())
+        left.set(xlabel="CPU-seconds an image", title=size.upper())
         curves: dict[str, list[tuple[int, float]]] = {}
         for name, of in subjects.items():
             if "decoded_tokens_per_cpu_second" in of:
@@ -94,7 +99,7 @@ def plot(rows: list[Row]) -> Figure:
                 curves.setdefault(who, []).append((int(batch), of["decoded_tokens_per_cpu_second"].value))
         for who, curve in curves.items():
             right.plot(*zip(*sorted(curve), strict=True), marker="o", label=who)
-        right.set(xlabel="pictures in a batch", ylabel="tokens a CPU-second", ylim=(0, None), title="decode")
+        right.set(xlabel="images in a batch", ylabel="tokens a CPU-second", ylim=(0, None), title="decode")
         right.legend(frameon=False, fontsize=7)
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
@@ -116,8 +121,8 @@ def memory(rows: list[Row]) -> str:
     """A sentence: how much, and how much more at the end."""
     of = {row.metric: row for row in rows}
     peak, growth = of["peak_memory_gib"], of["memory_growth_share"]
-    told = f"{peak.n:,} pictures of many sizes through `extract_many`: at most {peak.value:.2f} GiB resident"
-    return f"{told}, and {100 * growth.value:+.1f} % from the second tenth of the pictures to the last."
+    told = f"{peak.n:,} images of many sizes through `extract_many`: at most {peak.value:.2f} GiB resident"
+    return f"{told}, and {100 * growth.value:+.1f} % from the second tenth of the images to the last."
 
 
 def text(root: Path) -> str:
@@ -126,7 +131,7 @@ def text(root: Path) -> str:
     for name, title, command, tell in (
         (
             "extract_cpu",
-            "What a picture costs",
+            "What an image costs",
             "extract.py",
             lambda rows: [_image("extract_cpu"), costs(rows, "speedup_vs_seed", "seed ÷ this"), batches(rows)],
         ),
@@ -134,9 +139,12 @@ def text(root: Path) -> str:
             "extract_onnx",
             "Through ONNX Runtime",
             "extract_onnx.py",
-            lambda rows: [rates(rows), costs([row for row in rows if row.metric not in NAMES], "speedup_vs_torch", "torch fp32 ÷ this")],
+            lambda rows: [
+                rates(rows),
+                costs([row for row in rows if row.metric not in NAMES], "speedup_vs_torch", "torch fp32 ÷ this"),
+            ],
         ),
-        ("extract_valid", "Whatever the picture and the weights", "valid.py", lambda rows: [rates(rows)]),
+        ("extract_valid", "Whatever the image and the weights", "valid.py", lambda rows: [rates(rows)]),
         ("extract_memory", "Memory", "memory.py", lambda rows: [_image("extract_memory"), memory(rows)]),
     ):
         file = root / "results" / f"{name}.json"
@@ -154,12 +162,14 @@ def line(root: Path) -> str:
     """What stands in README.md."""
     file = root / "results" / "extract_cpu.json"
     if not file.exists():
-        return "What a picture costs is not measured yet: `.venv/bin/python benchmarks/extract.py` does it."
+        return "What an image costs is not measured yet: `.venv/bin/python benchmarks/extract.py` does it."
     parts = []
     for size, subjects in by_size(read_results(file)).items():
         seed, ours = (next(of for name, of in subjects.items() if name.startswith(who)) for who in (SEED, OURS))
-        cost = f"{seed['cpu_seconds_per_image'].value:.3g} CPU-seconds a picture become {ours['cpu_seconds_per_image'].value:.2g}"
-        parts.append(f"{cost} at the size of SmolVLM2-{size.upper()} ({_interval(ours['speedup_vs_seed'])} times fewer)")
+        cost = f"{seed['cpu_seconds_per_image'].value:.3g} CPU-seconds an image become {ours['cpu_seconds_per_image'].value:.2g}"
+        parts.append(
+            f"{cost} at the size of SmolVLM2-{size.upper()} ({_interval(ours['speedup_vs_seed'])} times fewer)"
+        )
     told = "On a CPU, beside `transformers.pipeline` with 17 tiles as the original asks it: "
     return f"{told}{', '.join(parts)}; [every lever](benchmarks/README.md#extracting) by itself."
 
@@ -182,8 +192,8 @@ def _interval(row: Row) -> str:
 
 def _image(stem: str) -> str:
     told = {
-        "extract_cpu": "CPU-seconds a picture by phase, and tokens a CPU-second by batch",
-        "extract_memory": "Memory by pictures answered",
+        "extract_cpu": "CPU-seconds an image by phase, and tokens a CPU-second by batch",
+        "extract_memory": "Memory by images answered",
     }
     return f"![{told[stem]}](../results/{stem}.png)"
 

@@ -28,11 +28,13 @@ def main(model_id: str, port: int) -> None:
 
     @app.post("/predict")
     def predict():
-        picture = Image.open(io.BytesIO(request.files["image"].read())).convert("RGB")
-        inputs = processor(text=prompt, images=[picture], return_tensors="pt")
+        image = Image.open(io.BytesIO(request.files["image"].read())).convert("RGB")
+        inputs = processor(text=prompt, images=[image], return_tensors="pt")
         with torch.inference_mode():
             written = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        return jsonify(prediction=processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        return jsonify(
+            prediction=processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
 
     print(json.dumps({"event": "ready"}), file=sys.stderr, flush=True)
     app.run(host="127.0.0.1", port=port, threaded=False)

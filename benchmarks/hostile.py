@@ -1,4 +1,4 @@
-"""Requests that nobody honest sends: pictures cut short, or said to be enormous, other files, broken HTTP, callers in no hurry."""
+"""Requests that nobody honest sends: images cut short, or said to be enormous, other files, broken HTTP, callers in no hurry."""
 
 import io
 import json
@@ -9,7 +9,15 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-WRONG = (b"", b"<html>pizza</html>", b"%PDF-1.7\n", b"PK\x03\x04" + b"\0" * 100, b"MZ" + b"\0" * 500, b'{"url": "http://a/"}', b"<svg/>")
+WRONG = (
+    b"",
+    b"<html>pizza</html>",
+    b"%PDF-1.7\n",
+    b"PK\x03\x04" + b"\0" * 100,
+    b"MZ" + b"\0" * 500,
+    b'{"url": "http://a/"}',
+    b"<svg/>",
+)
 BAD_HEADERS = (
     b"Content-Length: -1\r\n",
     b"Content-Length: 5\r\nContent-Length: 6\r\n",
@@ -23,12 +31,14 @@ BOUNDARY = b"b0undary"
 def post(body: bytes, kind: bytes = b"application/octet-stream", more: bytes = b"") -> bytes:
     """A whole request to /predict."""
     length = b"" if b"ength" in more or b"chunked" in more else b"Content-Length: %d\r\n" % len(body)
-    return b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: " + kind + b"\r\n" + length + more + b"\r\n" + body
+    return (
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: " + kind + b"\r\n" + length + more + b"\r\n" + body
+    )
 
 
-def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -63,7 +73,13 @@ def _text_bomb() -> bytes:
 
 
 def _form(name: bytes, body: bytes) -> bytes:
-    head = b"--" + BOUNDARY + b'\r\nContent-Disposition: form-data; name="' + name + b'"; filename="../../lunch.jpg"\r\n\r\n'
+    head = (
+        b"--"
+        + BOUNDARY
+        + b'\r\nContent-Disposition: form-data; name="'
+        + name
+        + b'"; filename="../../lunch.jpg"\r\n\r\n'
+    )
     return head + body + b"\r\n--" + BOUNDARY + b"--\r\n"
 
 
@@ -75,8 +91,8 @@ def hostile(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
     form, bomb = b"multipart/form-data; boundary=" + BOUNDARY, _text_bomb()
     for number in range(count):
         garbage = rng.bytes(int(rng.integers(1, 3000)))
-        picture = whole[int(rng.integers(len(whole)))]
-        cut = picture[: int(rng.integers(1, len(picture) * 3 // 4))]
+        image = whole[int(rng.integers(len(whole)))]
+        cut = image[: int(rng.integers(1, len(image) * 3 // 4))]
         wrong = WRONG[int(rng.integers(len(WRONG)))]
         side = int(rng.integers(9_000, 30_000))
         match number % 16:
@@ -97,7 +113,7 @@ def hostile(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
             case 8:
                 yield "text bomb", post(bomb)
             case 9:
-                yield "form cut short", post(_form(b"image", picture)[: int(rng.integers(1, 200))], form)
+                yield "form cut short", post(_form(b"image", image)[: int(rng.integers(1, 200))], form)
             case 10:
                 yield "form of noise", post(garbage, form)
             case 11:
@@ -106,7 +122,7 @@ def hostile(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
                 chunks = (b"100000\r\n" + b"x" * 2**20 + b"\r\n") * 11
                 yield "too large in chunks", post(chunks, more=b"Transfer-Encoding: chunked\r\n")
             case 13:
-                yield "broken head", post(picture, more=BAD_HEADERS[number // 16 % len(BAD_HEADERS)])
+                yield "broken head", post(image, more=BAD_HEADERS[number // 16 % len(BAD_HEADERS)])
             case 14:
                 yield "no HTTP", garbage + b"\r\n\r\n"
             case _:

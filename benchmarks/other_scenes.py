@@ -14,19 +14,23 @@ from typing import Annotated
 
 import typer
 
-from foodextract import evaluation, models, reports
-from foodextract.extractor import Extractor
-from foodextract.results import write_results
-from foodextract.scenes import draw_scenes
+from foodextract.data.scenes import draw_scenes
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.results import write_results
+from foodextract.inference.extractor import Extractor
+from foodextract.models import loading
+from foodextract.reporting import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(
-    seed: Annotated[int, typer.Option(help="Which scenes. A seed that helped to choose something is no longer one to report.")] = 90210,
+    seed: Annotated[
+        int, typer.Option(help="Which scenes. A seed that helped to choose something is no longer one to report.")
+    ] = 90210,
     count: Annotated[int, typer.Option(min=2, help="How many.")] = 3000,
-    tuned: Annotated[str, typer.Option(help="The model.")] = str(models.TINY_TUNED),
-    batch: Annotated[int, typer.Option(min=1, help="Pictures the model sees at once.")] = 50,
+    tuned: Annotated[str, typer.Option(help="The model.")] = str(loading.TINY_TUNED),
+    batch: Annotated[int, typer.Option(min=1, help="Images the model sees at once.")] = 50,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "other_scenes.json",
 ) -> None:
     """Ask, score, print and write down."""
@@ -35,11 +39,11 @@ def main(
     labels, images = [scene.record for scene in scenes], [scene.image for scene in scenes]
     rows = []
     for subject, constrained in (("tuned", False), ("tuned constrained", True)):
-        texts = evaluation.ask(partial(extractor.answer, constrained=constrained), images, batch, subject)
+        texts = evaluate.ask(partial(extractor.answer, constrained=constrained), images, batch, subject)
         command = " ".join(["python benchmarks/other_scenes.py", *sys.argv[1:]])
-        rows += evaluation.to_rows("other_scenes", subject, evaluation.score(labels, texts), command)
+        rows += evaluate.to_rows("other_scenes", subject, evaluate.score(labels, texts), command)
     write_results(out, rows)
-    print(reports.metric_table([row for row in rows if row.low is not None]))
+    print(tables.metric_table([row for row in rows if row.low is not None]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 SIGTERM while callers keep it busy: every request that it had accepted must be answered, and it must end with status 0. SIGKILL while they
 do: started again on the same port, it must come back ready and give the same answers. Hostile uploads (`hostile.py`): each must be told
-4xx; the server must live on, answer honest pictures as before, and not grow. Last, schemathesis makes up requests from the OpenAPI page,
+4xx; the server must live on, answer honest images as before, and not grow. Last, schemathesis makes up requests from the OpenAPI page,
 fitting and not, and looks for answers that the page does not announce.
 """
 
@@ -27,18 +27,18 @@ from typing import Annotated
 import httpx
 import typer
 
-from foodextract import models
-from foodextract.results import Row, make_row
+from foodextract.evaluation.results import Row, make_row
+from foodextract.models import loading
 from hostile import hostile
-from served import RESULTS, Served, drawn_pictures, growth, serving, write_part
+from served import RESULTS, Served, drawn_images, growth, serving, write_part
 
 CALLERS = 24
 SLOW = 2.0  # seconds between two bytes of a slow caller: the 10 s that the server waits are soon over
 AT_ONCE = 16
-NO_PICTURE = "positive_data_acceptance"  # a schema can say that a body is a file, not that it is a picture
+NO_IMAGE = "positive_data_acceptance"  # a schema can say that a body is a file, not that it is an image
 
 
-def sigterm(model: Path, pictures: list[bytes]) -> Counter[str]:
+def sigterm(model: Path, images: list[bytes]) -> Counter[str]:
     """Keep it busy, send SIGTERM, and count what became of every request."""
     outcomes: Counter[str] = Counter()
 
@@ -46,7 +46,7 @@ def sigterm(model: Path, pictures: list[bytes]) -> Counter[str]:
         while not over.is_set():
             late = told.is_set()  # who comes after the signal may be turned away, or find the door closed
             try:
-                status = (await client.post("/predict", content=pictures[0])).status_code
+                status = (await client.post("/predict", content=images[0])).status_code
                 outcomes["answered" if status == 200 else "turned away" if late or status == 503 else "unexpected"] += 1
             except httpx.HTTPError:
                 outcomes["turned away" if late else "lost"] += 1
@@ -69,11 +69,14 @@ def sigterm(model: Path, pictures: list[bytes]) -> Counter[str]:
     return outcomes
 
 
-def sigkill(model: Path, pictures: list[bytes]) -> tuple[float, int]:
+def sigkill(model: Path, images: list[bytes]) -> tuple[float, int]:
     """Kill it while it answers, start it again on its port: seconds to ready, and how many answers differ from before."""
 
     def ask(served: Served) -> list[dict]:
-        return [httpx.post(f"{served.address}/predict", content=p, timeout=60, trust_env=False).json()["record"] for p in pictures]
+        return [
+            httpx.post(f"{served.address}/predict", content=p, timeout=60, trust_env=False).json()["record"]
+            for p in images
+        ]
 
     with serving(model) as served:
         before = ask(served)
@@ -114,8 +117,8 @@ async def send(port: int, kind: str, request: bytes) -> str:
         writer.close()
 
 
-async def attack(served: Served, count: int, picture: bytes) -> Counter[tuple[str, str]]:
-    """Send them, a few at once, an honest picture now and then among them."""
+async def attack(served: Served, count: int, image: bytes) -> Counter[tuple[str, str]]:
+    """Send them, a few at once, an honest image now and then among them."""
     outcomes: Counter[tuple[str, str]] = Counter()
     gate = asyncio.Semaphore(AT_ONCE)
 
@@ -124,15 +127,17 @@ async def attack(served: Served, count: int, picture: bytes) -> Counter[tuple[st
         gate.release()
 
     async with httpx.AsyncClient(base_url=served.address, timeout=60, trust_env=False) as client:
-        expected = (await client.post("/predict", content=picture)).json()["record"]
+        expected = (await client.post("/predict", content=image)).json()["record"]
         supply = hostile(count)
         for _ in range(4):
             waiting = []
             for kind, request in islice(supply, count // 4):
                 await gate.acquire()
                 waiting.append(asyncio.create_task(one(kind, request)))
-            honest = await client.post("/predict", content=picture)
-            outcomes["honest", "as before" if honest.status_code == 200 and honest.json()["record"] == expected else "spoilt"] += 1
+            honest = await client.post("/predict", content=image)
+            outcomes[
+                "honest", "as before" if honest.status_code == 200 and honest.json()["record"] == expected else "spoilt"
+            ] += 1
             await asyncio.gather(*waiting)
     return outcomes
 
@@ -142,8 +147,23 @@ def contract(served: Served, examples: int) -> tuple[int, int]:
     before = _metric(served, "foodextract_requests_total")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [Path(sys.executable).with_name("schemathesis"), "run", f"{served.address}/openapi.json", "--seed", "0"]
-        command += ["--max-examples", str(examples), "--exclude-checks", NO_PICTURE, "--report", "junit", "--report-junit-path", report]
+        command = [
+            Path(sys.executable).with_name("schemathesis"),
+            "run",
+            f"{served.address}/openapi.json",
+            "--seed",
+            "0",
+        ]
+        command += [
+            "--max-examples",
+            str(examples),
+            "--exclude-checks",
+            NO_IMAGE,
+            "--report",
+            "junit",
+            "--report-junit-path",
+            report,
+        ]
         told = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)  # noqa: S603
         suites = ElementTree.parse(report).getroot().iter("testsuite")  # noqa: S314 - written just now
         findings = sum(int(suite.get(kind, 0)) for suite in suites for kind in ("failures", "errors"))
@@ -159,34 +179,40 @@ def _metric(served: Served, name: str) -> int:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the model.")] = models.TINY_TUNED,
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = loading.TINY_TUNED,
     rounds: Annotated[int, typer.Option(min=1, help="How often SIGTERM and SIGKILL are sent.")] = 5,
     uploads: Annotated[int, typer.Option("--hostile", min=64, help="Hostile uploads.")] = 1000,
-    examples: Annotated[int, typer.Option(min=1, help="Made-up requests of schemathesis, for each kind of test and path.")] = 100,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Made-up requests of schemathesis, for each kind of test and path.")
+    ] = 100,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:
     """Measure, print and write down."""
-    pictures = drawn_pictures(4)
+    images = drawn_images(4)
     row = partial(
-        make_row, "serve_faults", command=f"python benchmarks/serve_faults.py --rounds {rounds} --hostile {uploads} --examples {examples}"
+        make_row,
+        "serve_faults",
+        command=f"python benchmarks/serve_faults.py --rounds {rounds} --hostile {uploads} --examples {examples}",
     )
     rows: list[Row] = []
     drained: Counter[str] = Counter()
     for _ in range(rounds):
-        drained += sigterm(model, pictures)
+        drained += sigterm(model, images)
     n = sum(drained.values())
     for name in ("answered", "turned away", "lost", "unexpected"):
         rows.append(row("SIGTERM", name.replace(" ", "_"), drained[name], unit="requests", n=n))
     rows.append(row("SIGTERM", "ended_badly", drained["ended badly"], unit="processes", n=rounds))
     print("SIGTERM:", dict(drained))
-    killed = [sigkill(model, pictures) for _ in range(rounds)]
+    killed = [sigkill(model, images) for _ in range(rounds)]
     rows.append(row("SIGKILL", "seconds", max(seconds for seconds, _ in killed), unit="s", n=rounds))
-    rows.append(row("SIGKILL", "answers_changed", sum(changed for _, changed in killed), unit="answers", n=rounds * len(pictures)))
+    rows.append(
+        row("SIGKILL", "answers_changed", sum(changed for _, changed in killed), unit="answers", n=rounds * len(images))
+    )
     print("SIGKILL: seconds to ready, answers changed:", killed)
     with serving(model, "--deadline", "60") as served:
-        asyncio.run(attack(served, 64, pictures[0]))  # so that what is loaded once is loaded
+        asyncio.run(attack(served, 64, images[0]))  # so that what is loaded once is loaded
         begun, before = time.monotonic(), served.resident()
-        outcomes = asyncio.run(attack(served, uploads, pictures[0]))
+        outcomes = asyncio.run(attack(served, uploads, images[0]))
         grown, alive = growth(served.memory[-int(2 * (time.monotonic() - begun)) :]), served.process.poll() is None
         print(f"hostile: {before:.2f} GiB before, {served.resident():.2f} after; growth {grown:+.1%}")
         findings, requests = contract(served, examples)
@@ -194,7 +220,10 @@ def main(
     sent = {pair: count for pair, count in outcomes.items() if pair[0] != "honest"}
     n = sum(sent.values())
     right = sum(count for (kind, told), count in sent.items() if told.startswith("4"))
-    rows += [row("hostile uploads", "refused_share", right / n, n=n), row("hostile uploads", "crashes", 1 - alive, unit="processes", n=1)]
+    rows += [
+        row("hostile uploads", "refused_share", right / n, n=n),
+        row("hostile uploads", "crashes", 1 - alive, unit="processes", n=1),
+    ]
     rows.append(row("hostile uploads", "memory_growth_share", grown, n=n))
     rows.append(row("honest among them", "spoilt", outcomes["honest", "spoilt"], unit="answers", n=4))
     rows.append(row("schemathesis", "findings", findings, unit="findings", n=requests))

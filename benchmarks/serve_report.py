@@ -6,9 +6,9 @@ python benchmarks/serve_report.py      # after the benchmarks have run elsewhere
 from collections.abc import Callable
 from pathlib import Path
 
-from foodextract.reports import fill_in
-from foodextract.results import Row, read_results
-from foodextract.tables import markdown_table
+from foodextract.evaluation.results import Row, read_results
+from foodextract.reporting.tables import markdown_table
+from pages import fill_in
 
 Figures = dict[tuple[str, str], Row]  # by subject and metric
 
@@ -20,9 +20,15 @@ def serving(root: Path) -> str:
     parts = []
     for name, part in PARTS.items():
         own = [row for row in rows if row.benchmark == name]
-        how = f"`{own[0].command}`, {own[0].device}, commit {own[0].commit}" if own else f"`.venv/bin/python benchmarks/{name}.py` does it"
+        how = (
+            f"`{own[0].command}`, {own[0].device}, commit {own[0].commit}"
+            if own
+            else f"`.venv/bin/python benchmarks/{name}.py` does it"
+        )
         parts.append(
-            f"{part({(row.subject, row.metric): row for row in own})}\n\n{how}." if own else f"`{name}` is not measured yet: {how}."
+            f"{part({(row.subject, row.metric): row for row in own})}\n\n{how}."
+            if own
+            else f"`{name}` is not measured yet: {how}."
         )
     return "\n\n".join(parts)
 
@@ -60,13 +66,18 @@ def _load(of: Figures) -> str:
     faster = of["ours", "speedup_vs_flask"]
     told = (
         f"**{_with_interval(faster, 2)} times the throughput** of the Flask server in {faster.n} rounds in which the two took turns: "
-        f"{_with_interval(ours, 1)} against {_with_interval(flask, 1)} pictures a second, {ours.n:,} and {flask.n:,} pictures."
+        f"{_with_interval(ours, 1)} against {_with_interval(flask, 1)} images a second, {ours.n:,} and {flask.n:,} images."
     )
     lines = []
     for subject in dict.fromkeys(subject for subject, metric in of if metric == "lost_or_unexpected"):
         shares = [f"{100 * of[subject, f'status_{code}_share'].value:.1f} %" for code in (200, 429, 504)]
-        lost, times = of[subject, "lost_or_unexpected"], [_with_interval(of[subject, f"p{p}_seconds"], 2) for p in (50, 95, 99)]
-        lines.append([subject.removeprefix("ours, ").removesuffix(" load"), f"{lost.n:,}", *shares, f"{lost.value:.0f}", *times])
+        lost, times = (
+            of[subject, "lost_or_unexpected"],
+            [_with_interval(of[subject, f"p{p}_seconds"], 2) for p in (50, 95, 99)],
+        )
+        lines.append(
+            [subject.removeprefix("ours, ").removesuffix(" load"), f"{lost.n:,}", *shares, f"{lost.value:.0f}", *times]
+        )
     head = ["load", "requests", "200", "429", "504", "lost, or another status", "p50, s", "p95, s", "p99, s"]
     memory, grown = (of["ours, 2 x load", metric] for metric in ("peak_memory_gib", "memory_growth_share"))
     change = f"{100 * grown.value:+.1f} % from the second tenth of the time to the last"
@@ -91,7 +102,7 @@ def _faults(of: Figures) -> str:
         ["hostile uploads", "told 4xx", f"{100 * refused.value:.1f} % of {refused.n:,}"],
         ["", "crashes", f"{of['hostile uploads', 'crashes'].value:.0f}"],
         ["", "growth of memory", f"{100 * grown.value:+.1f} %"],
-        ["", "honest pictures among them with another answer than before", f"{spoilt.value:.0f} of {spoilt.n}"],
+        ["", "honest images among them with another answer than before", f"{spoilt.value:.0f} of {spoilt.n}"],
         ["schemathesis", "findings, by requests made", count("schemathesis", "findings")],
     ]
     return markdown_table(["", "what", "measured"], lines)
@@ -100,10 +111,13 @@ def _faults(of: Figures) -> str:
 def _start(of: Figures) -> str:
     sizes = dict.fromkeys(subject for subject, _ in of)
     lines = [
-        [size, *(f"{of[size, metric].value:.{digits}f}" for metric, digits in (("seconds", 1), ("peak_memory_gib", 2)))] for size in sizes
+        [size, *(f"{of[size, metric].value:.{digits}f}" for metric, digits in (("seconds", 1), ("peak_memory_gib", 2)))]
+        for size in sizes
     ]
     n = max(row.n for row in of.values())
-    return markdown_table([f"size (longest and most of {n} starts)", "start to ready, s", "most memory until one answer, GiB"], lines)
+    return markdown_table(
+        [f"size (longest and most of {n} starts)", "start to ready, s", "most memory until one answer, GiB"], lines
+    )
 
 
 def _with_interval(row: Row, digits: int) -> str:

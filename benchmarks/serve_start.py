@@ -16,24 +16,24 @@ import httpx
 import typer
 
 from extract import build
-from foodextract import models
-from foodextract.results import Row, make_row
-from served import RESULTS, drawn_pictures, serving, write_part
+from foodextract.evaluation.results import Row, make_row
+from foodextract.models import loading
+from served import RESULTS, drawn_images, serving, write_part
 
 
 def measure(size: str, repeats: int, command: str) -> list[Row]:
     """Seconds to ready (the longest of several), and the most memory until one answer is given, loading included."""
     seconds, memory = [], []
     with tempfile.TemporaryDirectory() as folder:
-        model, processor = build(size, models.TINY_TUNED)
+        model, processor = build(size, loading.TINY_TUNED)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         del model
         for _ in range(repeats):
             with serving(Path(folder), "--deadline", "300") as served:
                 seconds.append(served.seconds_to_ready)
-                [picture] = drawn_pictures(1)
-                httpx.post(f"{served.address}/predict", content=picture, timeout=300, trust_env=False).raise_for_status()
+                [image] = drawn_images(1)
+                httpx.post(f"{served.address}/predict", content=image, timeout=300, trust_env=False).raise_for_status()
                 memory.append(served.peak())
     row = partial(make_row, "serve_start", size, n=repeats, command=command)
     print(f"{size:6} ready after {max(seconds):.1f} s, peak {max(memory):.2f} GiB")
@@ -47,7 +47,9 @@ def main(
 ) -> None:
     """Measure, print and write down."""
     sizes = size or ["tiny", "256m", "500m"]
-    command = f"python benchmarks/serve_start.py --repeats {repeats}" + "".join(f" --size {name}" for name in size or [])
+    command = f"python benchmarks/serve_start.py --repeats {repeats}" + "".join(
+        f" --size {name}" for name in size or []
+    )
     write_part(results, [row for name in sizes for row in measure(name, repeats, command)])
 
 

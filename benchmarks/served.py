@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from foodextract.results import Row, read_results, write_results
-from foodextract.scenes import draw_scenes
+from foodextract.data.scenes import draw_scenes
+from foodextract.evaluation.results import Row, read_results, write_results
 from serve_report import render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,9 @@ class Served:
 def serving(model: Path, *options: str, port: int | None = None) -> Iterator[Served]:
     """Start, wait until it is ready, and kill it at the end if nobody has stopped it. Raises RuntimeError with its last words."""
     port = port or free_port()
-    with started([sys.executable, "-m", "foodextract", "serve", "--model", str(model), "--port", str(port), *options], port) as served:
+    with started(
+        [sys.executable, "-m", "foodextract", "serve", "--model", str(model), "--port", str(port), *options], port
+    ) as served:
         yield served
 
 
@@ -94,7 +96,7 @@ def started(command: list[str], port: int) -> Iterator[Served]:
         process.wait()
 
 
-def drawn_pictures(count: int) -> list[bytes]:
+def drawn_images(count: int) -> list[bytes]:
     """PNG files of drawn scenes that no model was trained on."""
     files = []
     for scene in draw_scenes(77, "test", count):

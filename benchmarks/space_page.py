@@ -1,11 +1,11 @@
-"""How soon the Space's page can be used, and how ten people at once are served; and its picture for the README.
+"""How soon the Space's page can be used, and how ten people at once are served; and its image for the README.
 
     python benchmarks/space_page.py                # a minute; needs Chromium; writes results/space.json and space.png
-    python benchmarks/space_page.py --only-picture
+    python benchmarks/space_page.py --only-image
 
 The app is started as `make space` does, with the bundled model. Then a headless Chromium without a cache opens it again and again: the time
 is from asking for the address until heading, drawings and button are there. After that ten pages ask about a drawing each, at once; those
-that show what the extractor itself says of their drawing are counted as answered. The picture shows a drawing that is answered rightly.
+that show what the extractor itself says of their drawing are counted as answered. The image shows a drawing that is answered rightly.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ import httpx
 import typer
 from playwright.async_api import Browser, Page, async_playwright, expect
 
-from foodextract import models
-from foodextract.extractor import Extractor
-from foodextract.results import make_row, write_results
-from foodextract.scenes import draw_scenes
+from foodextract.data.scenes import draw_scenes
+from foodextract.evaluation.results import make_row, write_results
+from foodextract.inference.extractor import Extractor
+from foodextract.models import loading
 from serve_report import render
 from true_size import interval
 
@@ -47,7 +47,12 @@ def space() -> Iterator[tuple[str, float]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "FOODEXTRACT_MODEL": str(models.TINY_TUNED), "HF_HUB_OFFLINE": "1"}
+    env = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "FOODEXTRACT_MODEL": str(loading.TINY_TUNED),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, str(ROOT / "demos" / "FoodExtract-Vision" / "app.py")]
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as process:  # noqa: S603
@@ -90,8 +95,10 @@ async def asked(page: Page, file: Path) -> tuple[float, str]:
     return spent, await page.locator("#json .cm-content").inner_text()
 
 
-async def visit(address: str, loads: int, users: int, folder: Path, screenshot: Path) -> tuple[list[float], list[tuple[float, str]]]:
-    """Seconds of each load, and what `asked` says of each of several answers asked for at once; the picture is taken in between."""
+async def visit(
+    address: str, loads: int, users: int, folder: Path, screenshot: Path
+) -> tuple[list[float], list[tuple[float, str]]]:
+    """Seconds of each load, and what `asked` says of each of several answers asked for at once; the image is taken in between."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
@@ -112,12 +119,12 @@ async def visit(address: str, loads: int, users: int, folder: Path, screenshot: 
 
 def main(
     loads: Annotated[int, typer.Option(min=1, help="How often the page is opened.")] = 20,
-    results: Annotated[Path, typer.Option(help="Where the figures go; the picture goes beside it.")] = RESULTS,
-    only_picture: Annotated[bool, typer.Option("--only-picture", help="Measure nothing.")] = False,
+    results: Annotated[Path, typer.Option(help="Where the figures go; the image goes beside it.")] = RESULTS,
+    only_image: Annotated[bool, typer.Option("--only-image", help="Measure nothing.")] = False,
 ) -> None:
-    """Measure, print, take the picture and write down."""
+    """Measure, print, take the image and write down."""
     row = partial(make_row, "space_page", command=f"python benchmarks/space_page.py --loads {loads}")
-    extractor = Extractor.from_pretrained(models.TINY_TUNED, "cpu")
+    extractor = Extractor.from_pretrained(loading.TINY_TUNED, "cpu")
     with tempfile.TemporaryDirectory() as name, space() as (address, start):
         folder = Path(name)
         drawings = [scene.image for scene in draw_scenes(9, "test", USERS)]
@@ -125,14 +132,16 @@ def main(
             drawing.save(folder / f"{number}.png")
         both = (scene for scene in draw_scenes(7, "test", 99) if scene.record.food_items and scene.record.drink_items)
         next(scene for scene in both if extractor.extract(scene.image) == scene.record).image.save(folder / "shown.png")
-        effort = (0, 0) if only_picture else (loads, USERS)
+        effort = (0, 0) if only_image else (loads, USERS)
         seconds, answers = asyncio.run(visit(address, *effort, folder, results.with_suffix(".png")))
-    if only_picture:
+    if only_image:
         return
     expected = [record.model_dump() for record in extractor.extract_many(drawings)]
     right = sum(json.loads(text) == record for (_, text), record in zip(answers, expected, strict=True))
     waited = [spent for spent, _ in answers]
-    print(f"first answer of the process {start:.1f} s after its start; page usable after {max(seconds):.2f} s at worst of {loads}")
+    print(
+        f"first answer of the process {start:.1f} s after its start; page usable after {max(seconds):.2f} s at worst of {loads}"
+    )
     print(f"{USERS} at once: {right} answered rightly, after {min(waited):.1f} to {max(waited):.1f} s")
     write_results(
         results,

@@ -9,12 +9,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer
 
-from foodextract.collate import IGNORED, Collator
-from foodextract.profiles import PROFILES
-from foodextract.stage import Stage, precision_of
+from foodextract.training.collate import IGNORED, Collator
+from foodextract.training.config import Stage, precision_of
+from foodextract.training.presets import PROFILES
 
 STAGES = {stage.name: stage for stage in (PROFILES["hub"].stage1, PROFILES["hub"].stage2)}
-SHARED, CACHED = "batches that share the system message", "frozen vision computed once"  # the last change, in stages 2 and 1
+SHARED, CACHED = (
+    "batches that share the system message",
+    "frozen vision computed once",
+)  # the last change, in stages 2 and 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def ladder(stage: Stage, device: torch.device, parameters: int = 0, slow_bf16: b
 
 
 class SeedTrainer(SFTTrainer):
-    """The model's own loss on everything but padding and picture tokens, or on answers, with the LM head nowhere else."""
+    """The model's own loss on everything but padding and image tokens, or on answers, with the LM head nowhere else."""
 
     answer_only = False
 
@@ -77,7 +80,7 @@ class SeedTrainer(SFTTrainer):
 
 
 def seed_collator(processor: ProcessorMixin, answer_only: bool) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """Decode, split into tiles and tokenise, in the way of the device."""
+    """Decode, split into tiles and tokenize, in the way of the device."""
     collator = Collator(processor)
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from foodextract.reports import fill_in
-from foodextract.results import Row, make_row, read_results
-from foodextract.tables import markdown_table
+from foodextract.evaluation.results import Row, make_row, read_results
+from foodextract.reporting.tables import markdown_table
+from pages import fill_in
 from train_recipes import CACHED, SHARED, STAGES
 from true_size import interval, ratio
 
@@ -19,7 +19,7 @@ EPOCHS = 2  # of each stage, likewise
 
 @dataclass(frozen=True)
 class Cell:
-    """What one recipe cost in one round. Seconds and operations are of one picture."""
+    """What one recipe cost in one round. Seconds and operations are of one image."""
 
     size: str
     stage: str
@@ -41,7 +41,7 @@ class Cell:
         return self.size, self.stage, self.recipe, self.round, self.commit, self.device, self.batch
 
 
-def summarise(cells: list[Cell], benchmark: str, command: str) -> list[Row]:
+def summarize(cells: list[Cell], benchmark: str, command: str) -> list[Row]:
     """All rounds of a recipe in one subject, `size, stage, recipe`, beside the seed's."""
     groups: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
@@ -62,15 +62,19 @@ def summarise(cells: list[Cell], benchmark: str, command: str) -> list[Row]:
             add("data_speedup_vs_seed", unit="x", **_speedup(theirs_data, data)),
             add("peak_memory_gib", max(cell.memory for cell in rounds) / 2**30, unit="GiB"),
             add("tflop_per_image", rounds[0].flops / 1e12, unit="TFLOP"),
-            add("flops_utilisation", float(np.mean([cell.flops / second / cell.rate for cell in rounds for second in cell.step]))),
+            add("mfu", float(np.mean([cell.flops / second / cell.rate for cell in rounds for second in cell.step]))),
         ]
     for size in dict.fromkeys(cell.size for cell in cells):
         total = {}
         for recipe in ("seed_recipe", "ours"):
-            once = max(np.mean([cell.once for cell in groups[size, stage, recipe]]) for stage in STAGES)  # stage 2 takes stage 1's rows
+            once = max(
+                np.mean([cell.once for cell in groups[size, stage, recipe]]) for stage in STAGES
+            )  # stage 2 takes stage 1's rows
             total[recipe] = once + EPOCHS * sum(float(np.mean(whole[size, stage, recipe])) for stage in STAGES)
             rows.append(row(f"{size}, whole training, {recipe}", "seconds_per_image", total[recipe], unit="s", n=1))
-        rows.append(row(f"{size}, whole training, ours", "speedup_vs_seed", total["seed_recipe"] / total["ours"], unit="x", n=1))
+        rows.append(
+            row(f"{size}, whole training, ours", "speedup_vs_seed", total["seed_recipe"] / total["ours"], unit="x", n=1)
+        )
     return rows
 
 
@@ -107,7 +111,7 @@ def tables(rows: list[Row]) -> str:
                     _times(of["speedup_vs_seed"]),
                     factor,
                     f"{of['peak_memory_gib'].value:.1f}",
-                    f"{100 * of['flops_utilisation'].value:.0f} %",
+                    f"{100 * of['mfu'].value:.0f} %",
                     of["seconds_per_image"].n,
                 ]
             )
@@ -125,13 +129,15 @@ def tables(rows: list[Row]) -> str:
     for size in dict.fromkeys(subject.split(", ")[0] for subject, _ in whole):
         seed, ours = (whole[f"{size}, whole training, {who}", "seconds_per_image"] for who in ("seed_recipe", "ours"))
         times = whole[f"{size}, whole training, ours", "speedup_vs_seed"]
-        told = f"{seed:.4g} s a picture become {ours:.3g} s, {times:.0f} times less."
-        parts.append(f"A whole training of {size.upper()}, {EPOCHS} epochs of either stage with all preparation: {told}")
+        told = f"{seed:.4g} s an image become {ours:.3g} s, {times:.0f} times less."
+        parts.append(
+            f"A whole training of {size.upper()}, {EPOCHS} epochs of either stage with all preparation: {told}"
+        )
     return "\n\n".join(parts)
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Seconds a picture by recipe, on a log scale: the step and the data path, one panel a size and stage."""
+    """Seconds an image by recipe, on a log scale: the step and the data path, one panel a size and stage."""
     ladders = _ladders(rows)
     sizes, stages = (list(dict.fromkeys(key[place] for key in ladders)) for place in (0, 1))
     tall = 0.34 * max(map(len, ladders.values())) + 1
@@ -141,16 +147,18 @@ def plot(rows: list[Row]) -> Figure:
     for (size, stage), recipes in ladders.items():
         axis = axes[sizes.index(size)][stages.index(stage)]
         places = np.arange(len(recipes))
-        for shift, metric, label, colour in (
+        for shift, metric, label, color in (
             (-0.2, "step_seconds_per_image", "step", "#4c78a8"),
             (0.2, "data_seconds_per_image", "data path", "#f2b134"),
         ):
             values = [of[metric].value for of in recipes.values()]
-            bars = axis.barh(places + shift, values, 0.38, color=colour, label=label)
-            axis.bar_label(bars, [f"{value:.0f}" if value >= 100 else f"{value:.2g}" for value in values], padding=2, fontsize=7)
+            bars = axis.barh(places + shift, values, 0.38, color=color, label=label)
+            axis.bar_label(
+                bars, [f"{value:.0f}" if value >= 100 else f"{value:.2g}" for value in values], padding=2, fontsize=7
+            )
         axis.set_yticks(places, [_name(stage, name) for name in recipes], fontsize=8)
         axis.invert_yaxis()
-        axis.set(xscale="log", xlabel="seconds a picture", title=f"{size.upper()}, {stage.replace('stage', 'stage ')}")
+        axis.set(xscale="log", xlabel="seconds an image", title=f"{size.upper()}, {stage.replace('stage', 'stage ')}")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=2, fontsize=8)
@@ -162,8 +170,14 @@ def text(root: Path) -> str:
     parts = []
     for results in sorted((root / "results").glob("train_*.json")):
         rows = read_results(results)
-        parts += [f"### {rows[0].device}", f"![Seconds a picture by recipe](../results/{results.stem}.png)", tables(rows)]
-        parts.append(f"Source: [`results/{results.name}`](../results/{results.name}), `{rows[0].command}`, commit {rows[0].commit}.")
+        parts += [
+            f"### {rows[0].device}",
+            f"![Seconds an image by recipe](../results/{results.stem}.png)",
+            tables(rows),
+        ]
+        parts.append(
+            f"Source: [`results/{results.name}`](../results/{results.name}), `{rows[0].command}`, commit {rows[0].commit}."
+        )
     return "\n\n".join(parts) or "Not measured yet: `.venv/bin/python benchmarks/train_step.py` does it."
 
 
@@ -178,7 +192,9 @@ def render(results: Path, root: Path) -> None:
 
 def _name(stage: str, recipe: str) -> str:
     """What a reader calls a recipe: ours is where its last change leads."""
-    return {"seed_recipe": "the seed's recipe", "ours": f"{CACHED if STAGES[stage].freeze else SHARED}: ours"}.get(recipe, recipe)
+    return {"seed_recipe": "the seed's recipe", "ours": f"{CACHED if STAGES[stage].freeze else SHARED}: ours"}.get(
+        recipe, recipe
+    )
 
 
 def _seconds(row: Row) -> str:

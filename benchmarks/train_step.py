@@ -1,4 +1,4 @@
-"""What training costs a picture: the seed projects' recipe beside ours, and what each change between the two is worth.
+"""What training costs an image: the seed projects' recipe beside ours, and what each change between the two is worth.
 
     python benchmarks/train_step.py                     # 256M and 500M on this CPU, about an hour; writes results/train_cpu.json
     python benchmarks/train_step.py --device cuda       # writes results/train_gpu_<name>.json
@@ -7,8 +7,8 @@
 
 The recipes are a ladder: every rung changes one thing of the rung below, so the factors multiply to the whole. Tiles come first, because
 a step with 17 of them takes minutes on a CPU. All rungs are real trainers (transformers' loop with clipping and fused AdamW), take the
-same pictures, and run one after the other, alternately, in one process. A step is forward and backward of a picture and a 32nd of the
-optimizer's update, since both recipes update after 32 pictures; the data path is what the trainer waits for before a step. What we work
+same images, and run one after the other, alternately, in one process. A step is forward and backward of an image and a 32nd of the
+optimizer's update, since both recipes update after 32 images; the data path is what the trainer waits for before a step. What we work
 out once for all epochs is written down apart, and counted where a whole training is compared (two epochs of either stage). Shares are of
 a matrix product measured beside each step, in the same number format; recomputed activations do not count as work. Where a CPU
 computes bf16 slower than fp32 the seed's recipe is measured in fp32, which is its best there.
@@ -36,21 +36,29 @@ import typer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, SmolVLMConfig, TrainerCallback
 
-from foodextract import models
-from foodextract.dataset import as_conversations
-from foodextract.performance import Step, flops_per_picture, matmul_rate, memory_kept, peak_memory, reset_peak_memory, wait_for
-from foodextract.prepared import prepare, vision_features
-from foodextract.results import commit, device_name, write_results
-from foodextract.scenes import draw_scenes
-from foodextract.stage import precision_of, training_config
-from foodextract.trainer import PreparedTrainer
-from foodextract.weights import freeze
+from foodextract.data.dataset import as_conversations
+from foodextract.data.scenes import draw_scenes
+from foodextract.evaluation.results import commit, device_name, write_results
+from foodextract.models import loading
+from foodextract.models.weights import freeze
+from foodextract.training.cache import prepare, vision_features
+from foodextract.training.config import precision_of, training_config
+from foodextract.training.throughput import (
+    Step,
+    flops_per_image,
+    matmul_rate,
+    memory_kept,
+    peak_memory,
+    reset_peak_memory,
+    wait_for,
+)
+from foodextract.training.trainer import PreparedTrainer
 from train_recipes import STAGES, Recipe, SeedTrainer, ladder, seed_collator
-from train_report import Cell, render, summarise
+from train_report import Cell, render, summarize
 from true_size import as_photograph, bf16_is_slow, build
 
 ROOT = Path(__file__).resolve().parents[1]
-UPDATE = 32  # pictures an optimizer step, in the seed's recipe as in ours
+UPDATE = 32  # images an optimizer step, in the seed's recipe as in ours
 ROWS = 5  # batches that the data path is measured on, at least
 GUESS = 0.6  # of the fp32 matrix product's rate is reached, for the estimate of the time alone
 
@@ -77,12 +85,21 @@ class Clock(TrainerCallback):
 
 
 def measure(
-    cell: Cell, recipe: Recipe, original: PreTrainedModel, processor: ProcessorMixin, split: datasets.Dataset, warm: int, steps: int
+    cell: Cell,
+    recipe: Recipe,
+    original: PreTrainedModel,
+    processor: ProcessorMixin,
+    split: datasets.Dataset,
+    warm: int,
+    steps: int,
 ) -> Cell:
     """Train for some steps, and note what those behind the first `warm` cost."""
-    device, stage = torch.device(cell.device), replace(STAGES[cell.stage], batch_size=cell.batch, accumulation=1, bf16=recipe.bf16)
+    device, stage = (
+        torch.device(cell.device),
+        replace(STAGES[cell.stage], batch_size=cell.batch, accumulation=1, bf16=recipe.bf16),
+    )
     processor = copy.deepcopy(processor)
-    models.set_image_budget(processor, recipe.tiles)
+    loading.set_image_budget(processor, recipe.tiles)
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)  # what earlier cells have freed must not hide what this one takes (glibc)
     reset_peak_memory(device)
@@ -102,7 +119,12 @@ def measure(
         if recipe.prepared:
             rows = prepare(split, processor, folder)
             if recipe.cached:
-                rows = replace(rows, features=vision_features(model, rows, processor.image_processor, Path(folder) / "features.bin", dtype))
+                rows = replace(
+                    rows,
+                    features=vision_features(
+                        model, rows, processor.image_processor, Path(folder) / "features.bin", dtype
+                    ),
+                )
             once = (time.perf_counter() - once) / len(split)
             trainer = PreparedTrainer(model, config, prepared=rows, processing_class=processor)
         else:
@@ -127,11 +149,11 @@ def measure(
             trainer.train()
         memory = peak_memory(device) - idle
     seconds = [work / cell.batch + update / UPDATE for work, update in zip(clock.work, clock.update, strict=True)]
-    flops, rate = flops_per_picture(model.config, step), matmul_rate(device, dtype)
+    flops, rate = flops_per_image(model.config, step), matmul_rate(device, dtype)
     return replace(cell, step=seconds[warm:], data=data[1:], once=once, memory=memory, flops=flops, rate=rate)
 
 
-def pictures(count: int) -> datasets.Dataset:
+def images(count: int) -> datasets.Dataset:
     """Drawn scenes as large as photographs, with their labels."""
     scenes = list(draw_scenes(11, "test", count))
     rows = [{"image": {"bytes": as_photograph(scene), "path": None}, **scene.record.model_dump()} for scene in scenes]
@@ -144,22 +166,36 @@ def expected_tflop(cell: Cell, recipe: Recipe, config: SmolVLMConfig, steps: int
     tokens = 190 + 64 * recipe.tiles
     again = 4 / 3 if recipe.checkpointing else 1
     head = 60 if recipe.answer_only else tokens
-    return steps * cell.batch * again * flops_per_picture(config, Step(recipe.tiles, tokens, 0, 1, head, vision)) / 1e12
+    return steps * cell.batch * again * flops_per_image(config, Step(recipe.tiles, tokens, 0, 1, head, vision)) / 1e12
 
 
 def main(
     size: Annotated[list[str] | None, typer.Option(help="500m, 256m or tiny; may be given more than once.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds. On a CPU recipes with several tiles run in the first one alone.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps a round, behind one to warm up; one for several tiles on a CPU.")] = 2,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once in ours (default: 8 on a CPU, else 32).")] = None,
-    seed_batch: Annotated[int | None, typer.Option(min=1, help="The same in the seed's recipe (default: 1 on a CPU, else 8).")] = None,
-    processor: Annotated[Path, typer.Option(help="A SmolVLM's folder to take the tokenizer from.")] = models.TINY_TUNED,
-    results: Annotated[Path | None, typer.Option(help="Where the figures go (default: results/train_<device>.json).")] = None,
-    render_only: Annotated[bool, typer.Option("--render", help="Only plot and tables, from figures that are there.")] = False,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Rounds. On a CPU recipes with several tiles run in the first one alone.")
+    ] = 2,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Measured steps a round, behind one to warm up; one for several tiles on a CPU.")
+    ] = 2,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images at once in ours (default: 8 on a CPU, else 32).")
+    ] = None,
+    seed_batch: Annotated[
+        int | None, typer.Option(min=1, help="The same in the seed's recipe (default: 1 on a CPU, else 8).")
+    ] = None,
+    processor: Annotated[
+        Path, typer.Option(help="A SmolVLM's folder to take the tokenizer from.")
+    ] = loading.TINY_TUNED,
+    results: Annotated[
+        Path | None, typer.Option(help="Where the figures go (default: results/train_<device>.json).")
+    ] = None,
+    render_only: Annotated[
+        bool, typer.Option("--render", help="Only plot and tables, from figures that are there.")
+    ] = False,
 ) -> None:
     """Measure, print, draw and write down."""
-    on, name = models.choose_device(device), device_name()
+    on, name = loading.choose_device(device), device_name()
     slow = on.type == "cpu"
     batches = (seed_batch or (1 if slow else 8), batch or (8 if slow else 32))
     if results is None:
@@ -187,7 +223,7 @@ def main(
     total = sum(planned[-1] for planned in left)
     minutes = total * 1e12 / (GUESS * matmul_rate(on, torch.float32)) / 60
     print(f"{len(left)} of {len(plan)} cells to measure on {name}, about {minutes:.0f} minutes", flush=True)
-    split = pictures(max(ROWS, 1 + steps) * max(batches))
+    split = images(max(ROWS, 1 + steps) * max(batches))
     with tqdm(total=total, bar_format="{l_bar}{bar}| {n:.3g}/{total:.3g} TFLOP [{elapsed}<{remaining}]") as bar:
         for cell, recipe, warm, measured, work in left:
             bar.set_description(f"{cell.size} {cell.stage} {recipe.name}")
@@ -204,7 +240,7 @@ def main(
     sizes = "".join(f" --size {one}" for one in size or [])
     command = f"python benchmarks/train_step.py{sizes} --device {device} --repeats {repeats} --steps {steps}"
     command += f" --batch {batches[1]} --seed-batch {batches[0]}"
-    write_results(results, summarise([found[planned[0].key] for planned in plan], results.stem, command))
+    write_results(results, summarize([found[planned[0].key] for planned in plan], results.stem, command))
     notes.unlink()
     render(results, ROOT)
 

@@ -13,25 +13,49 @@ import torch
 from scipy.stats import bootstrap
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, SmolVLMConfig
 
-from foodextract import models
-from foodextract.performance import matmul_rate
-from foodextract.scenes import Scene
+from foodextract.data.scenes import Scene
+from foodextract.models import loading
+from foodextract.training.throughput import matmul_rate
 
 SIZES = {  # of the text model; the vision tower is the same in both
-    "500m": {"hidden_size": 960, "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5, "intermediate_size": 2560},
-    "256m": {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536},
+    "500m": {
+        "hidden_size": 960,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "intermediate_size": 2560,
+    },
+    "256m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+    },
 }
 
 
 def build(size: str, processor_from: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A SmolVLM2 of true size with random bf16 weights, or the bundled tiny one, with a processor that fits."""
-    processor = models.load_processor(processor_from)
+    processor = loading.load_processor(processor_from)
     if size == "tiny":
-        return models.load_model(models.TINY_TUNED, torch.device("cpu"), precision="bf16"), processor
+        return loading.load_model(loading.TINY_TUNED, torch.device("cpu"), precision="bf16"), processor
     tokenizer = processor.tokenizer
     end, pad, image = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<image>")
-    text = {"model_type": "llama", "vocab_size": 49280, "rope_theta": 100000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
-    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
+    text = {
+        "model_type": "llama",
+        "vocab_size": 49280,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+    }
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+    }
     config = SmolVLMConfig(
         text_config=text | SIZES[size] | {"eos_token_id": end, "pad_token_id": pad},
         vision_config=vision | {"image_size": 512, "hidden_act": "gelu_pytorch_tanh"},
@@ -59,12 +83,16 @@ def as_photograph(scene: Scene) -> bytes:
     return file.getvalue()
 
 
-def interval(values: Sequence[float], statistic: Callable = np.mean, *others: Sequence[float]) -> dict[str, float | None]:
-    """Value with its bootstrap interval over pictures, which several lists share."""
+def interval(
+    values: Sequence[float], statistic: Callable = np.mean, *others: Sequence[float]
+) -> dict[str, float | None]:
+    """Value with its bootstrap interval over images, which several lists share."""
     columns = tuple(np.asarray(column) for column in (values, *others))
     if len(values) < 3:
         return {"value": float(statistic(*columns)), "low": None, "high": None}
-    bounds = bootstrap(columns, statistic, paired=True, vectorized=False, n_resamples=999, method="percentile", rng=0).confidence_interval
+    bounds = bootstrap(
+        columns, statistic, paired=True, vectorized=False, n_resamples=999, method="percentile", rng=0
+    ).confidence_interval
     return {"value": float(statistic(*columns)), "low": float(bounds.low), "high": float(bounds.high)}
 
 

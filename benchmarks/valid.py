@@ -1,8 +1,8 @@
-"""Is every answer a record, whatever weights and picture? Does the grammar, the batch or the precision change an answer?
+"""Is every answer a record, whatever weights and image? Does the grammar, the batch or the precision change an answer?
 
-    python benchmarks/valid.py                  # 2,000 pictures each for three sets of weights; writes results/extract_valid.json
+    python benchmarks/valid.py                  # 2,000 images each for three sets of weights; writes results/extract_valid.json
 
-The odd pictures are those of `odd_pictures.py`; the comparisons are made on drawn scenes, where the tuned model says something. Answers
+The odd images are those of `odd_images.py`; the comparisons are made on drawn scenes, where the tuned model says something. Answers
 that differ are printed.
 """
 
@@ -13,18 +13,18 @@ from typing import Annotated
 
 import torch
 import typer
+from odd_images import odd_images
 from PIL import Image
 from tqdm import tqdm
 from transformers import SmolVLMForConditionalGeneration
 
 from extract_report import render
-from foodextract import models
-from foodextract.evaluation import rate
-from foodextract.extractor import Extractor
-from foodextract.results import Row, make_row, write_results
-from foodextract.scenes import draw_scenes
+from foodextract.data.scenes import draw_scenes
+from foodextract.evaluation.evaluate import rate
+from foodextract.evaluation.results import Row, make_row, write_results
+from foodextract.inference.extractor import Extractor
+from foodextract.models import loading
 from foodextract.schema import AnswerError, FoodRecord
-from odd_pictures import odd_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,11 +38,13 @@ def is_record(text: str) -> bool:
 
 
 def main(
-    pictures: Annotated[int, typer.Option(min=8, help="Odd pictures for each of the three models.")] = 2000,
+    images: Annotated[int, typer.Option(min=8, help="Odd images for each of the three models.")] = 2000,
     compared: Annotated[int, typer.Option(min=8, help="Drawn scenes for the comparisons.")] = 300,
-    batch_size: Annotated[int, typer.Option(min=2, help="Pictures the model sees at once.")] = 16,
-    model: Annotated[Path, typer.Option(help="The tuned model.")] = models.TINY_TUNED,
-    base: Annotated[Path, typer.Option(help="The base model; the random one has its configuration.")] = models.TINY_BASE,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images the model sees at once.")] = 16,
+    model: Annotated[Path, typer.Option(help="The tuned model.")] = loading.TINY_TUNED,
+    base: Annotated[
+        Path, typer.Option(help="The base model; the random one has its configuration.")
+    ] = loading.TINY_BASE,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "extract_valid.json",
 ) -> None:
     """Measure, print and write down."""
@@ -53,8 +55,19 @@ def main(
 
     def note(subject: str, metric: str, hits: list[bool]) -> None:
         share = rate(metric, hits)
-        command = f"python benchmarks/valid.py --pictures {pictures} --compared {compared}"
-        rows.append(make_row("extract_valid", subject, metric, share.value, low=share.low, high=share.high, n=share.n, command=command))
+        command = f"python benchmarks/valid.py --images {images} --compared {compared}"
+        rows.append(
+            make_row(
+                "extract_valid",
+                subject,
+                metric,
+                share.value,
+                low=share.low,
+                high=share.high,
+                n=share.n,
+                command=command,
+            )
+        )
         print(f"{subject:28} {metric:24} {share.value:8.2%}  n = {share.n}", flush=True)
 
     def compare(subject: str, pairs: list[tuple[str, str]]) -> None:
@@ -63,14 +76,16 @@ def main(
 
     def ask(extractor: Extractor, stream: Iterable[Image.Image], count: int, constrained: bool) -> list[str]:
         stream, texts = iter(stream), []
-        with tqdm(total=count, unit="picture", leave=False) as bar:
+        with tqdm(total=count, unit="image", leave=False) as bar:
             while batch := list(islice(stream, batch_size)):
                 texts += extractor.answer(batch, constrained)
                 bar.update(len(batch))
         return texts
 
     for subject, extractor in (("tuned", tuned), ("base", untuned), ("random weights", nobody)):
-        note(subject, "schema_valid_rate", [is_record(text) for text in ask(extractor, odd_pictures(pictures), pictures, True)])
+        note(
+            subject, "schema_valid_rate", [is_record(text) for text in ask(extractor, odd_images(images), images, True)]
+        )
     scenes = [scene.image for scene in draw_scenes(91, "test", compared)]
     free, strict = (ask(tuned, scenes, compared, constrained) for constrained in (False, True))
     allowed = [(a, b) for a, b in zip(free, strict, strict=True) if is_record(a)]
@@ -83,7 +98,10 @@ def main(
         compare(f"{precision}, batch of {batch_size} or 1", list(zip(together, alone, strict=True)))
         if precision != "fp32":
             compare(f"{precision} or fp32", list(zip(together, strict, strict=True)))
-            pairs = [(FoodRecord.parse(a).is_food, FoodRecord.parse(b).is_food) for a, b in zip(together, strict, strict=True)]
+            pairs = [
+                (FoodRecord.parse(a).is_food, FoodRecord.parse(b).is_food)
+                for a, b in zip(together, strict, strict=True)
+            ]
             note(f"{precision} or fp32", "same_is_food_rate", [a == b for a, b in pairs])
     write_results(results, rows)
     render(results)

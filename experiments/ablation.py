@@ -1,8 +1,8 @@
-"""What each choice of the recipe is worth: the same pictures, the same number of them seen, one change a row, several seeds.
+"""What each choice of the recipe is worth: the same images, the same number of them seen, one change a row, several seeds.
 
     python experiments/ablation.py                        # drawn scenes and the tiny base; writes results/ablation.json and .png
     python experiments/ablation.py --base HuggingFaceTB/SmolVLM2-500M-Video-Instruct --dataset berkeruveyik/vlm-food-4k-not-food-dataset \\
-        --rate1 2e-4 --rate2 2e-6 --pictures 6000 --out results/ablation_500m.json      # the same at true size, on a GPU
+        --rate1 2e-4 --rate2 2e-6 --images 6000 --out results/ablation_500m.json      # the same at true size, on a GPU
 
 A row is finished with a seed when its figures lie in the working folder; the same command takes up what is missing.
 """
@@ -23,22 +23,26 @@ import torch
 import typer
 from scipy.stats import t as student
 
-from foodextract import evaluation, models, reports
-from foodextract.adapters import Lora
-from foodextract.dataset import record_of
-from foodextract.extractor import Extractor
-from foodextract.profiles import VISION
-from foodextract.results import Row, make_row, read_results, write_results
+from foodextract.data.dataset import record_of
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.results import Row, make_row, read_results, write_results
+from foodextract.inference.extractor import Extractor
+from foodextract.models import loading
+from foodextract.reporting import figures, tables
 from foodextract.schema import FoodRecord
-from foodextract.stage import Stage
-from foodextract.training import train_stage
+from foodextract.training.config import Stage
+from foodextract.training.lora import Lora
+from foodextract.training.presets import VISION
+from foodextract.training.run import train_stage
 from recipes import Recipe, open_data
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python experiments/ablation.py"
 BENCHMARK = "ablation"
 METRICS = ("strict_json_rate", "is_food_accuracy", "item_f1_micro", "hallucination_rate")
-LENIENT = "item_f1_micro_lenient"  # items of whatever can be read as a record: what was learned, apart from how it is written
+LENIENT = (
+    "item_f1_micro_lenient"  # items of whatever can be read as a record: what was learned, apart from how it is written
+)
 REFERENCE, ONE_STAGE = "reference", "one stage"
 
 
@@ -80,29 +84,35 @@ def stages_of(name: str, reference: list[Stage]) -> list[Stage]:
     return choice.stages(stages_of(choice.against, reference) if choice.against else reference)
 
 
-def steps_of(stage: Stage, pictures: int) -> int:
-    """Optimizer steps that see `pictures` pictures `stage.epochs` times."""
-    return max(1, round(stage.epochs * pictures / (stage.batch_size * stage.accumulation)))
+def steps_of(stage: Stage, images: int) -> int:
+    """Optimizer steps that see `images` images `stage.epochs` times."""
+    return max(1, round(stage.epochs * images / (stage.batch_size * stage.accumulation)))
 
 
-def run(name: str, seed: int, base: str, reference: list[Stage], rows: datasets.DatasetDict, work: Path, batch: int) -> list[Row]:
-    """Train one row with one seed and score it on the held-out pictures."""
+def run(
+    name: str, seed: int, base: str, reference: list[Stage], rows: datasets.DatasetDict, work: Path, batch: int
+) -> list[Row]:
+    """Train one row with one seed and score it on the held-out images."""
     choice = CHOICES[name]
-    device = models.choose_device()
-    model, processor = models.load_model(base, device, training=True), models.load_processor(base, choice.tiles)
+    device = loading.choose_device()
+    model, processor = loading.load_model(base, device, training=True), loading.load_processor(base, choice.tiles)
     for stage in stages_of(name, reference):
         coarse = choice.bf16_stage2 and stage.name == "stage2"
         model.to(torch.bfloat16 if coarse else torch.float32)
         mine = replace(stage, name=f"{name}, seed {seed}, {stage.name}")
-        train_stage(model, processor, mine, rows["train"], work, seed=seed, max_steps=steps_of(stage, len(rows["train"])))
+        train_stage(
+            model, processor, mine, rows["train"], work, seed=seed, max_steps=steps_of(stage, len(rows["train"]))
+        )
         shutil.rmtree(work / mine.name)  # its figures are what is kept; at true size twenty models would fill a disk
     model.float()
     labels = [record_of(row) for row in rows["test"].remove_columns("image")]
-    answers = evaluation.ask(Extractor(model, processor).answer, rows["test"]["image"], batch, name)
-    metrics = {metric.name: metric for metric in evaluation.score(labels, answers)}
-    lenient = {metric.name: metric for metric in evaluation.score(labels, answers, read=FoodRecord.parse_lenient)}
-    kept = [metrics[metric] for metric in METRICS if metric in metrics] + [replace(lenient["item_f1_micro"], name=LENIENT)]
-    return evaluation.to_rows(BENCHMARK, f"{name} | seed {seed}", kept, " ".join([COMMAND, *sys.argv[1:]]))
+    answers = evaluate.ask(Extractor(model, processor).answer, rows["test"]["image"], batch, name)
+    metrics = {metric.name: metric for metric in evaluate.score(labels, answers)}
+    lenient = {metric.name: metric for metric in evaluate.score(labels, answers, read=FoodRecord.parse_lenient)}
+    kept = [metrics[metric] for metric in METRICS if metric in metrics] + [
+        replace(lenient["item_f1_micro"], name=LENIENT)
+    ]
+    return evaluate.to_rows(BENCHMARK, f"{name} | seed {seed}", kept, " ".join([COMMAND, *sys.argv[1:]]))
 
 
 def interval(values: Sequence[float], least: float) -> tuple[float, float]:
@@ -129,33 +139,46 @@ def summary(runs: list[Row]) -> list[Row]:
             means.append((f"{name} minus {against}", f"{metric}_difference", shared, -1))
         for subject, figure, values, least in means:
             low, high = interval(values, least)
-            found.append(make_row(BENCHMARK, subject, figure, np.mean(values), low=low, high=high, n=len(values), command=runs[0].command))
+            found.append(
+                make_row(
+                    BENCHMARK,
+                    subject,
+                    figure,
+                    np.mean(values),
+                    low=low,
+                    high=high,
+                    n=len(values),
+                    command=runs[0].command,
+                )
+            )
     return found
 
 
 def main(
-    base: Annotated[str, typer.Option(help="Hub id or folder of the base model.")] = str(models.TINY_BASE),
+    base: Annotated[str, typer.Option(help="Hub id or folder of the base model.")] = str(loading.TINY_BASE),
     data: Annotated[str, typer.Option("--dataset", help="`scenes`, a folder or a Hub id.")] = "scenes",
-    pictures: Annotated[int, typer.Option(min=16, help="Pictures a run sees in all, two thirds of them in stage 1.")] = 1200,
-    test: Annotated[int, typer.Option(min=2, help="Held-out pictures.")] = 200,
+    images: Annotated[
+        int, typer.Option(min=16, help="Images a run sees in all, two thirds of them in stage 1.")
+    ] = 1200,
+    test: Annotated[int, typer.Option(min=2, help="Held-out images.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Runs a row.")] = 3,
     rate1: Annotated[float, typer.Option(help="Learning rate of stage 1.")] = 1e-3,
     rate2: Annotated[float, typer.Option(help="Learning rate of stage 2.")] = 2e-4,
-    batch: Annotated[int, typer.Option(min=2, help="Pictures an optimizer step.")] = 8,
+    batch: Annotated[int, typer.Option(min=2, help="Images an optimizer step.")] = 8,
     only: Annotated[list[str] | None, typer.Option(help="Rows to run; all by default.")] = None,
     work: Annotated[Path, typer.Option(help="Where finished runs are kept.")] = ROOT / "outputs" / "ablation",
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "ablation.json",
 ) -> None:
     """Run what is missing and write the table."""
-    settings = {"base": base, "data": data, "pictures": pictures, "test": test, "rates": [rate1, rate2], "batch": batch}
+    settings = {"base": base, "data": data, "images": images, "test": test, "rates": [rate1, rate2], "batch": batch}
     work = work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     shared = {"batch_size": batch, "accumulation": 1, "schedule": "cosine"}
-    drawn = open_data(Recipe(base, data, (), batch, 1, scenes=(pictures * 2 // 3, test)), work / "dataset")
+    drawn = open_data(Recipe(base, data, (), batch, 1, scenes=(images * 2 // 3, test)), work / "dataset")
     rows = datasets.DatasetDict(
-        train=drawn["train"].select(range(min(pictures * 2 // 3, len(drawn["train"])))),
+        train=drawn["train"].select(range(min(images * 2 // 3, len(drawn["train"])))),
         test=drawn["test"].select(range(min(test, len(drawn["test"])))),
     )
-    share = pictures / 3 / len(rows["train"])
+    share = images / 3 / len(rows["train"])
     reference = [Stage("stage1", (VISION,), rate1, 2 * share, **shared), Stage("stage2", (), rate2, share, **shared)]
     runs: list[Row] = []
     for seed in range(1, seeds + 1):
@@ -165,8 +188,8 @@ def main(
                 write_results(done, run(name, seed, base, reference, rows, work, batch=50))
             runs += read_results(done)
             write_results(out, [*summary(runs), *runs])
-    print(reports.effect_table(summary(runs)))
-    reports.effects(summary(runs), "item_f1_micro").savefig(out.with_suffix(".png"), dpi=130)
+    print(tables.effect_table(summary(runs)))
+    figures.effects(summary(runs), "item_f1_micro").savefig(out.with_suffix(".png"), dpi=130)
     plt.close("all")
 
 

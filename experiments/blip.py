@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from captioning import TARGET
-from foodextract.models import TINY_BASE, load_model, load_processor
-from foodextract.scenes import FOODS
+from foodextract.data.scenes import FOODS
+from foodextract.models.loading import TINY_BASE, load_model, load_processor
 from recipes import TINY
 
 
@@ -34,20 +34,32 @@ def make_tiny(seed: int = 0) -> tuple[BlipForConditionalGeneration, BlipProcesso
     eyes = load_model(TINY_BASE, torch.device("cpu")).model.vision_model
     seen, looking = eyes.config, load_processor(TINY_BASE, tiles=1).image_processor
     both = {name: getattr(seen, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    look = {name: getattr(seen, name) for name in ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "num_hidden_layers")}
-    ids = {f"{name}_token_id": vocabulary.index(f"[{token}]") for name, token in (("pad", "PAD"), ("sep", "SEP"), ("bos", "DEC"))}
-    talk = {"vocab_size": len(vocabulary), "num_hidden_layers": 2, "max_position_embeddings": 32, "eos_token_id": ids["sep_token_id"]}
+    look = {
+        name: getattr(seen, name)
+        for name in ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "num_hidden_layers")
+    }
+    ids = {
+        f"{name}_token_id": vocabulary.index(f"[{token}]")
+        for name, token in (("pad", "PAD"), ("sep", "SEP"), ("bos", "DEC"))
+    }
+    talk = {
+        "vocab_size": len(vocabulary),
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 32,
+        "eos_token_id": ids["sep_token_id"],
+    }
     config = BlipConfig(
-        text_config=both | talk | ids | {"encoder_hidden_size": seen.hidden_size},
-        vision_config=both | look,
+        text_config=both | talk | ids | {"encoder_hidden_size": seen.hidden_size}, vision_config=both | look
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BlipForConditionalGeneration(config)
     model.vision_model.load_state_dict(_as_blip(eyes.state_dict()))
     size = {"height": seen.image_size, "width": seen.image_size}
-    pictures = BlipImageProcessor(size=size, image_mean=looking.image_mean, image_std=looking.image_std, resample=looking.resample)
-    return model.eval(), BlipProcessor(pictures, tokenizer)
+    images = BlipImageProcessor(
+        size=size, image_mean=looking.image_mean, image_std=looking.image_std, resample=looking.resample
+    )
+    return model.eval(), BlipProcessor(images, tokenizer)
 
 
 def _as_blip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""BLIP learns to caption food: a training loop to read, streamed pictures, and the way back from a caption to a class name.
+"""BLIP learns to caption food: a training loop to read, streamed images, and the way back from a caption to a class name.
 
 The loop is written out because that was the point of the original. What the original had promised and not kept is here: seeds, mixed
 precision, clipping, a bar, checkpoints, resume, class names instead of numbers, augmentation, and more than one class.
@@ -20,13 +20,13 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from foodextract.captioner import TARGET, to_class
-from foodextract.collate import IGNORED
-from foodextract.models import ModelError, choose_precision
-from foodextract.pictures import open_picture
-from foodextract.prepared import augmentation
-from foodextract.scenes import Split, draw_scene, plan_scene
-from foodextract.weights import freeze
+from foodextract.data.scenes import Split, draw_scene, plan_scene
+from foodextract.images import open_image
+from foodextract.inference.blip import TARGET, to_class
+from foodextract.models.loading import ModelError, choose_precision
+from foodextract.models.weights import freeze
+from foodextract.training.cache import augmentation
+from foodextract.training.collate import IGNORED
 
 __all__ = ["TARGET", "Captioning", "caption", "class_names", "stream", "to_class", "train"]
 
@@ -43,7 +43,7 @@ class Captioning:
     clip: float = 1.0  # largest norm of a step's gradient
     augment: bool = False
     save_every: int = 100  # steps between checkpoints
-    buffer: int = 5000  # streamed pictures among which the next one is drawn; Food-101 comes sorted by class
+    buffer: int = 5000  # streamed images among which the next one is drawn; Food-101 comes sorted by class
     seed: int = 42
 
 
@@ -70,7 +70,9 @@ def _drawn(seed: int, split: Split, classes: tuple[str, ...]) -> Iterator[dict[s
         objects, _ = plan_scene(seed, split, index)
         if len(objects) == 1 and objects[0].name in classes and objects[0].kind == "food":
             bmp = io.BytesIO()
-            draw_scene(seed, split, index).image.save(bmp, "BMP")  # a stream holds pictures as files; this kind costs no time
+            draw_scene(seed, split, index).image.save(
+                bmp, "BMP"
+            )  # a stream holds images as files; this kind costs no time
             yield {"image": {"bytes": bmp.getvalue(), "path": None}, "label": classes.index(objects[0].name)}
 
 
@@ -93,12 +95,14 @@ def _parts(items: Iterable, size: int) -> Iterator[list]:
         yield part
 
 
-def make_batch(processor: ProcessorMixin, pictures: Sequence[Image.Image], captions: Sequence[str], bos: int) -> dict[str, torch.Tensor]:
-    """What the model's forward takes: captions of S tokens (B, S), pictures (B, 3, P, P), and labels without padding.
+def make_batch(
+    processor: ProcessorMixin, images: Sequence[Image.Image], captions: Sequence[str], bos: int
+) -> dict[str, torch.Tensor]:
+    """What the model's forward takes: captions of S tokens (B, S), images (B, 3, P, P), and labels without padding.
 
     A caption starts with `bos`, as it does when BLIP writes one; the tokenizer would start it with [CLS].
     """
-    batch = processor(images=list(pictures), text=list(captions), padding=True, return_tensors="pt")
+    batch = processor(images=list(images), text=list(captions), padding=True, return_tensors="pt")
     batch["input_ids"][:, 0] = bos
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     return {**batch, "labels": labels}
@@ -112,7 +116,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the text decoder in place; the log has the loss and the norm of the gradient by step.
 
-    A run that was interrupted goes on at its last checkpoint in `folder` and ends as if it had not been: it passes over the pictures that
+    A run that was interrupted goes on at its last checkpoint in `folder` and ends as if it had not been: it passes over the images that
     it has seen, and random numbers go on where they were. Raises ModelError when the loss is not a number.
     """
     device, names = model.device, class_names(rows)
@@ -128,13 +132,15 @@ def train(
     model.train()
     with tqdm(total=recipe.steps, initial=len(log), desc="captioning", unit="step") as bar:
         for step, part in enumerate(_parts(unseen, recipe.batch_size), len(log) + 1):
-            pictures = [change(open_picture(row["image"])) for row in part]
+            images = [change(open_image(row["image"])) for row in part]
             captions = [TARGET.format(names[row["label"]]) for row in part]
-            batch = make_batch(processor, pictures, captions, model.config.text_config.bos_token_id)
+            batch = make_batch(processor, images, captions, model.config.text_config.bos_token_id)
             with torch.autocast(device.type, precision.autocast, enabled=precision.autocast is not None):
                 loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
             if not torch.isfinite(loss):
-                raise ModelError(f"the loss became {loss.item()} at step {step}; lower the learning rate ({recipe.learning_rate})")
+                raise ModelError(
+                    f"the loss became {loss.item()} at step {step}; lower the learning rate ({recipe.learning_rate})"
+                )
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = clip_grad_norm_(learning.values(), recipe.clip)
@@ -151,9 +157,9 @@ def train(
 
 
 def augmented(recipe: Captioning, processor: ProcessorMixin) -> Callable[[Image.Image], Image.Image]:
-    """What happens to a picture before the model sees it: mirrored, cropped, turned and recoloured at random, or nothing."""
+    """What happens to an image before the model sees it: mirrored, cropped, turned and recolored at random, or nothing."""
     if not recipe.augment:
-        return lambda picture: picture
+        return lambda image: image
     edge = processor.image_processor.size["height"]
     return v2.Compose([v2.Resize((edge, edge)), augmentation(edge)])
 
@@ -161,7 +167,12 @@ def augmented(recipe: Captioning, processor: ProcessorMixin) -> Callable[[Image.
 def checkpoint(folder: Path, recipe: Captioning, learning: dict, optimizer, scaler, log: list) -> None:
     """Write everything that the next step depends on, all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {"recipe": json.dumps(asdict(recipe)), "weights": learning, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    state = {
+        "recipe": json.dumps(asdict(recipe)),
+        "weights": learning,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     torch.save(state | {"random": random, "log": log}, folder / "checkpoint.partial")
     (folder / "checkpoint.partial").replace(folder / "checkpoint.pt")
@@ -187,10 +198,14 @@ def resume(folder: Path, recipe: Captioning, learning: dict, optimizer, scaler) 
 
 
 @torch.inference_mode()
-def caption(model: PreTrainedModel, processor: ProcessorMixin, pictures: Sequence[Image.Image], batch_size: int = 32) -> list[str]:
-    """The model's own words about each picture, greedy."""
+def caption(
+    model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Image.Image], batch_size: int = 32
+) -> list[str]:
+    """The model's own words about each image, greedy."""
     texts: list[str] = []
-    for part in tqdm(list(_parts(pictures, batch_size)), desc="captions", unit="batch"):
+    for part in tqdm(list(_parts(images, batch_size)), desc="captions", unit="batch"):
         pixels = processor(images=part, return_tensors="pt").to(model.device)
-        texts += processor.batch_decode(model.generate(**pixels, max_new_tokens=20, do_sample=False), skip_special_tokens=True)
+        texts += processor.batch_decode(
+            model.generate(**pixels, max_new_tokens=20, do_sample=False), skip_special_tokens=True
+        )
     return [text.strip() for text in texts]

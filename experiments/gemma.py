@@ -27,11 +27,11 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from foodextract.models import TINY_BASE, ModelError, choose_precision
+from foodextract.models.loading import TINY_BASE, ModelError, choose_precision
 from recipes import TINY
 
 LARGEST_FP16 = 65_504.0
-EDGE = 192  # pixels of a picture; the tower halves it five times, to 6 x 6
+EDGE = 192  # pixels of an image; the tower halves it five times, to 6 x 6
 TURN_END = "<end_of_turn>"
 
 # Gemma's order of token ids: text first, then what only the vision embedder knows, then what only the audio embedder knows.
@@ -55,12 +55,17 @@ def load(base: str, device: torch.device) -> tuple[PreTrainedModel, ProcessorMix
     Weights come in the type of inference: LoRA leaves them as they are, so that they need no fp32 master copy.
     """
     if choose_precision(device, training=True).autocast is torch.float16:
-        raise ModelError("Gemma-3n overflows fp16, and this GPU has no bf16 units: take one that has (A100, L4), or the CPU")
+        raise ModelError(
+            "Gemma-3n overflows fp16, and this GPU has no bf16 units: take one that has (A100, L4), or the CPU"
+        )
     if base == TINY:
         model, processor = make_tiny()
     else:
         dtype = choose_precision(device, training=False).weights
-        model, processor = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), AutoProcessor.from_pretrained(base)
+        model, processor = (
+            AutoModelForImageTextToText.from_pretrained(base, dtype=dtype),
+            AutoProcessor.from_pretrained(base),
+        )
     processor.tokenizer.eos_token = TURN_END  # an answer ends where the turn ends; <eos> would be the end of a document
     return model.to(device), processor
 
@@ -112,7 +117,9 @@ def make_tiny(seed: int = 0) -> tuple[Gemma3nForConditionalGeneration, Gemma3nPr
     )
     config = Gemma3nConfig(
         text_config=text,
-        vision_config=Gemma3nVisionConfig(model_args=tower, vocab_size=len(VISION_TOKENS), vocab_offset=token(VISION_TOKENS[0])),
+        vision_config=Gemma3nVisionConfig(
+            model_args=tower, vocab_size=len(VISION_TOKENS), vocab_offset=token(VISION_TOKENS[0])
+        ),
         audio_config=Gemma3nAudioConfig(
             hidden_size=32,
             conf_num_hidden_layers=1,
@@ -136,8 +143,10 @@ def make_tiny(seed: int = 0) -> tuple[Gemma3nForConditionalGeneration, Gemma3nPr
         model.config.vision_config.model_args.update(given)
         efficientnet_init_weights(model.model.vision_tower)  # which transformers leaves at zero, expecting a checkpoint
     model.generation_config.eos_token_id = token(TURN_END)
-    pictures = SiglipImageProcessor(size={"height": EDGE, "width": EDGE}, do_normalize=False)
-    processor = Gemma3nProcessor(Gemma3nAudioFeatureExtractor(), pictures, tokenizer, chat_template=TEMPLATE, image_seq_length=patches)
+    images = SiglipImageProcessor(size={"height": EDGE, "width": EDGE}, do_normalize=False)
+    processor = Gemma3nProcessor(
+        Gemma3nAudioFeatureExtractor(), images, tokenizer, chat_template=TEMPLATE, image_seq_length=patches
+    )
     return model, processor
 
 
@@ -149,7 +158,11 @@ def largest_activations(model: PreTrainedModel, inputs: dict[str, torch.Tensor])
     def look(part: str):
         def hook(_module, _inputs, output) -> None:
             tensors = output if isinstance(output, tuple | list) else [output]
-            sizes = [float(t.abs().max()) for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
+            sizes = [
+                float(t.abs().max())
+                for t in tensors
+                if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()
+            ]
             found[part] = max([found.get(part, 0.0), *sizes])
 
         return hook

@@ -8,13 +8,14 @@ from typing import Any
 
 import datasets
 
-from foodextract import dataset, evaluation, sources
-from foodextract.adapters import Lora
-from foodextract.models import TINY_BASE
-from foodextract.profiles import VISION
-from foodextract.results import Row, make_row, read_results, write_results
+from foodextract.data import dataset, sources
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.results import Row, make_row, read_results, write_results
+from foodextract.models.loading import TINY_BASE
 from foodextract.schema import FoodRecord
-from foodextract.stage import Stage
+from foodextract.training.config import Stage
+from foodextract.training.lora import Lora
+from foodextract.training.presets import VISION
 
 TINY = "tiny"  # what a recipe calls the tiny model of the same architecture
 COMMAND = os.environ.get("FOODEXTRACT_COMMAND", "a notebook of experiments/")
@@ -35,7 +36,7 @@ class Recipe:
     epochs: float = 1
     lora: Mapping[str, Any] | None = None  # fields of `Lora`; None trains the weights themselves
     every: int = 0  # steps between checkpoints; 0: one an epoch
-    validation: int = 0  # pictures to choose the best checkpoint by; 0: the last one
+    validation: int = 0  # images to choose the best checkpoint by; 0: the last one
     fast: bool = True  # False: the plain SFTTrainer, for models that the fast path does not know
     schedule: str = "constant_with_warmup"
     scenes: Sequence[int] = (1600, 200)  # how many to draw for training and test
@@ -49,7 +50,10 @@ class Recipe:
         """The stages to train, one after the other."""
         names = ("tuned",) if len(self.learning_rates) == 1 else ("stage1", "stage2")
         frozen = ((), ()) if not self.fast else ((VISION,), ())
-        shared = {name: getattr(self, name) for name in ("batch_size", "accumulation", "epochs", "every", "validation", "fast", "schedule")}
+        shared = {
+            name: getattr(self, name)
+            for name in ("batch_size", "accumulation", "epochs", "every", "validation", "fast", "schedule")
+        }
         adapters = Lora(**self.lora) if self.lora else None
         return [
             Stage(name, freeze, rate, lora=adapters, **shared)
@@ -69,10 +73,16 @@ def open_data(recipe: Recipe, folder: Path, seed: int = 42) -> datasets.DatasetD
 
 def score(experiment: str, labels: Sequence[FoodRecord], answers: Mapping[str, Sequence[str]]) -> list[Row]:
     """All figures of everybody who answered, as rows of `experiment`."""
-    return [row for who, texts in answers.items() for row in evaluation.to_rows(experiment, who, evaluation.score(labels, texts), COMMAND)]
+    return [
+        row
+        for who, texts in answers.items()
+        for row in evaluate.to_rows(experiment, who, evaluate.score(labels, texts), COMMAND)
+    ]
 
 
-def training_rows(experiment: str, logs: Mapping[str, Sequence[Mapping[str, float]]], seconds: Mapping[str, float]) -> list[Row]:
+def training_rows(
+    experiment: str, logs: Mapping[str, Sequence[Mapping[str, float]]], seconds: Mapping[str, float]
+) -> list[Row]:
     """What training itself told: the loss of each stage's first and last step, and how long the stage took."""
     rows = []
     for stage, log in logs.items():

@@ -20,8 +20,10 @@ import datasets as hf_datasets
 import huggingface_hub
 import pytest
 
-from foodextract import dataset, models, sources, training
-from foodextract.extractor import Extractor
+from foodextract.data import dataset, sources
+from foodextract.inference.extractor import Extractor
+from foodextract.models import loading
+from foodextract.training import run as training
 from hub_server import TOKEN, running_hub
 
 
@@ -45,13 +47,13 @@ def rows(drawn):
 
 @pytest.fixture(scope="session")
 def processor():
-    return models.load_processor(models.TINY_BASE, tiles=1)
+    return loading.load_processor(loading.TINY_BASE, tiles=1)
 
 
 @pytest.fixture
 def base():
     """The tiny base, fresh for every test, since training changes it in place."""
-    return models.load_model(models.TINY_BASE, models.choose_device("cpu"), training=True)
+    return loading.load_model(loading.TINY_BASE, loading.choose_device("cpu"), training=True)
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def die_in_second_epoch(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tuned():
-    return Extractor.from_pretrained(models.TINY_TUNED, "cpu")
+    return Extractor.from_pretrained(loading.TINY_TUNED, "cpu")
 
 
 @pytest.fixture
@@ -86,13 +88,17 @@ def online(monkeypatch, tmp_path):
     monkeypatch.setattr(http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
     constants, config = huggingface_hub.constants, hf_datasets.config
     for interval in ("READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "READ_RATE_LIMIT_RETRY", "OPEN_RETRY"):
-        monkeypatch.setattr(config, f"STREAMING_{interval}_INTERVAL", 0, raising=False)  # datasets 4.0 has fewer of them
+        monkeypatch.setattr(
+            config, f"STREAMING_{interval}_INTERVAL", 0, raising=False
+        )  # datasets 4.0 has fewer of them
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with running_hub() as server:
         for module in (constants, config):
             monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(config, "HF_ENDPOINT", server.url)
@@ -109,8 +115,16 @@ def space(folder, model):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     app = Path(__file__).parents[1] / "demos" / "FoodExtract-Vision" / "app.py"
-    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder), "FOODEXTRACT_MODEL": str(model)}
-    with (folder / "log.txt").open("w") as log, subprocess.Popen([sys.executable, app], env=env, cwd=folder, stdout=log, stderr=log) as run:
+    env = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(folder),
+        "FOODEXTRACT_MODEL": str(model),
+    }
+    with (
+        (folder / "log.txt").open("w") as log,
+        subprocess.Popen([sys.executable, app], env=env, cwd=folder, stdout=log, stderr=log) as run,
+    ):
         try:
             while True:
                 try:
@@ -127,7 +141,7 @@ def space(folder, model):
 @pytest.fixture(scope="session")
 def page(tmp_path_factory):
     """The address of the Space's page with the bundled model."""
-    with space(tmp_path_factory.mktemp("space"), models.TINY_TUNED) as address:
+    with space(tmp_path_factory.mktemp("space"), loading.TINY_TUNED) as address:
         yield address
 
 

@@ -59,7 +59,9 @@ class Repository:
         return oid
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
-        return self.commits[-1] if revision == "main" else next(commit for commit in self.commits if commit[0] == revision)
+        return (
+            self.commits[-1] if revision == "main" else next(commit for commit in self.commits if commit[0] == revision)
+        )
 
 
 @dataclass
@@ -75,7 +77,11 @@ class Hub:
 
     def files(self, kind: str, repo_id: str) -> dict[str, bytes]:
         """Of the last commit, without what the Hub itself puts there."""
-        return {name: data for name, data in self.repositories[kind, repo_id].commits[-1][1].items() if name != ".gitattributes"}
+        return {
+            name: data
+            for name, data in self.repositories[kind, repo_id].commits[-1][1].items()
+            if name != ".gitattributes"
+        }
 
     def asked(self, method: str, path: str) -> int:
         """How many requests there were of this kind."""
@@ -122,7 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
-        fault = next((f for f in self.hub.faults if f.times and f.method == self.command and re.search(f.path, path)), None)
+        fault = next(
+            (f for f in self.hub.faults if f.times and f.method == self.command and re.search(f.path, path)), None
+        )
         if fault:
             fault.times -= 1
             time.sleep(fault.seconds)
@@ -183,7 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
         if (kind, repo_id) in self.hub.repositories:
             return self._send(409, {"error": "You already created this repo", "url": url})
         variables = {one["key"]: one["value"] for one in wanted.get("variables", [])}
-        made = self.hub.repositories[kind, repo_id] = Repository(wanted.get("visibility") == "private", wanted.get("sdk"), variables)
+        made = self.hub.repositories[kind, repo_id] = Repository(
+            wanted.get("visibility") == "private", wanted.get("sdk"), variables
+        )
         made.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return self._send(200, {"url": url})
 
@@ -197,7 +207,11 @@ class _Handler(BaseHTTPRequestHandler):
             files = []
             for one in json.loads(body)["files"]:
                 mode, old = "lfs" if one["size"] > LARGE else "regular", there.get(one["path"])
-                name = (hashlib.sha256(old).hexdigest() if len(old) > LARGE else _blob_id(old)) if old is not None else None
+                name = (
+                    (hashlib.sha256(old).hexdigest() if len(old) > LARGE else _blob_id(old))
+                    if old is not None
+                    else None
+                )
                 files.append({"path": one["path"], "uploadMode": mode, "shouldIgnore": False, "oid": name})
             self._send(200, {"files": files})
 
@@ -206,7 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
             objects = []
             for one in json.loads(body)["objects"]:
                 have = one["oid"] in self.hub.blobs
-                objects.append(one if have else {**one, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}})
+                objects.append(
+                    one if have else {**one, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}}
+                )
             self._send(200, {"transfer": "basic", "objects": objects})
 
     def keep(self, body, oid):
@@ -233,14 +249,19 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "deletedFile":
                 del files[value["path"]]
         oid = repository.commit(files)
-        return self._send(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}"})
+        return self._send(
+            200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}"}
+        )
 
     def info(self, _, kind, repo_id, revision="main"):
         if repository := self._repository(kind, repo_id):
             oid, files = repository.at(revision or "main")
             siblings = [{"rfilename": name} for name in files]
             extra = {"sdk": repository.sdk} if repository.sdk else {}
-            self._send(200, {"id": repo_id, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings, **extra})
+            self._send(
+                200,
+                {"id": repo_id, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings, **extra},
+            )
 
     def tree(self, _, kind, repo_id, revision, folder=None):
         if repository := self._repository(kind, repo_id):
@@ -253,10 +274,14 @@ class _Handler(BaseHTTPRequestHandler):
                     folders.add(below + first)
                     continue
                 large = (
-                    {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}} if len(data) > LARGE else {}
+                    {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+                    if len(data) > LARGE
+                    else {}
                 )
                 entries.append({"type": "file", "path": name, "size": len(data), "oid": _blob_id(data), **large})
-            self._send(200, entries + [{"type": "directory", "path": name, "oid": _blob_id(b"")} for name in sorted(folders)])
+            self._send(
+                200, entries + [{"type": "directory", "path": name, "oid": _blob_id(b"")} for name in sorted(folders)]
+            )
 
     def resolve(self, _, kind, repo_id, revision, name):
         repository = self._repository(kind, repo_id)
@@ -264,13 +289,17 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         oid, files = repository.at(revision)
         if name not in files:
-            return self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid})
+            return self._send(
+                404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid}
+            )
         data = files[name]
         etag = hashlib.sha256(data).hexdigest() if len(data) > LARGE else _blob_id(data)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
-            return self._send(206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
+            return self._send(
+                206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"}
+            )
         return self._send(200, data, headers)
 
     def variables(self, body, repo_id):

@@ -11,8 +11,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from foodextract.models import TINY_BASE
-from foodextract.scenes import draw_scenes
+from foodextract.data.scenes import draw_scenes
+from foodextract.models.loading import TINY_BASE
 
 VOCABULARY = 49_280
 SPECIAL = {49152: "<global-img>", 49189: "<fake_token_around_image>", 49190: "<image>", 49279: "<end_of_utterance>"}
@@ -39,14 +39,19 @@ def save_base(folder: Path) -> None:
         "max_position_embeddings": 8192,
     }  # fmt: skip
     config = SmolVLMConfig(
-        vision_config=vision, text_config=text, scale_factor=4, image_token_id=49190, pad_token_id=2, tie_word_embeddings=False
+        vision_config=vision,
+        text_config=text,
+        scale_factor=4,
+        image_token_id=49190,
+        pad_token_id=2,
+        tie_word_embeddings=False,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = SmolVLMForConditionalGeneration(config).to(torch.bfloat16)
     model.generation_config.eos_token_id = 49279
     model.save_pretrained(folder)
-    pictures = {
+    images = {
         "image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor", "do_convert_rgb": True,
         "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
@@ -55,7 +60,7 @@ def save_base(folder: Path) -> None:
     }  # fmt: skip
     template = (TINY_BASE / "chat_template.jinja").read_text()
     for name, content in {
-        "preprocessor_config.json": pictures,
+        "preprocessor_config.json": images,
         "processor_config.json": {"image_seq_len": 64, "processor_class": "SmolVLMProcessor"},
         "chat_template.json": {"chat_template": template},
     }.items():
@@ -72,12 +77,19 @@ def _save_tokenizer(folder: Path) -> None:
     tiny["model"]["vocab"] = {word: number for number, word in enumerate([*first, *words, *filler])}
     tiny["added_tokens"] = []
     tokenizer = Tokenizer.from_str(json.dumps(tiny))
-    added = [SPECIAL.get(number, f"<|reserved_special_token_{number - 49191}|>") for number in range(49_152, VOCABULARY)]
+    added = [
+        SPECIAL.get(number, f"<|reserved_special_token_{number - 49191}|>") for number in range(49_152, VOCABULARY)
+    ]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in [*first, *added]])
     assert tokenizer.token_to_id("<image>") == 49190
     assert tokenizer.get_vocab_size() == VOCABULARY
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    names = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<end_of_utterance>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+    }
     more = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     settings = {
         "tokenizer_class": "GPT2Tokenizer", "processor_class": "SmolVLMProcessor", "model_max_length": 8192, "add_prefix_space": False,

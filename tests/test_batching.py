@@ -7,19 +7,19 @@ from contextlib import asynccontextmanager
 import pytest
 from PIL import Image
 
-from foodextract import scenes
-from foodextract.batching import FATAL_FAILURES, STUCK, Batcher, FullError, Limits, ModelFailure, UnavailableError
-from foodextract.extractor import PREPARED
-from foodextract.models import ModelError
-from foodextract.pictures import PictureError
+from foodextract.data import scenes
+from foodextract.images import ImageError
+from foodextract.inference.extractor import PREPARED
+from foodextract.models.loading import ModelError
 from foodextract.schema import FoodRecord
-from foodextract.telemetry import Meters
+from foodextract.serving.queue import FATAL_FAILURES, STUCK, Batcher, FullError, Limits, ModelFailure, UnavailableError
+from foodextract.serving.telemetry import Meters
 
 SECONDS = 30  # far more than any of this takes
 
 
 class Stub:
-    """An extractor whose answer to a picture is the picture's bytes; it waits before every batch while `go` is not set."""
+    """An extractor whose answer to an image is the image's bytes; it waits before every batch while `go` is not set."""
 
     tiles = 1
 
@@ -28,25 +28,25 @@ class Stub:
         self.go, self.asked = threading.Event(), threading.Event()
         self.go.set()
 
-    def read(self, picture):
-        if isinstance(picture, Image.Image):
+    def read(self, image):
+        if isinstance(image, Image.Image):
             return b"warm-up"
-        self.read_so_far.append(picture)
-        if picture == b"bad":
-            raise PictureError("bad")
-        return picture
+        self.read_so_far.append(image)
+        if image == b"bad":
+            raise ImageError("bad")
+        return image
 
-    def answer_read(self, pictures, wanted=lambda number: True, batch_size=8):
-        if pictures == [b"warm-up"]:
+    def answer_read(self, images, wanted=lambda number: True, batch_size=8):
+        if images == [b"warm-up"]:
             return [None]
-        self.batches.append(pictures)
+        self.batches.append(images)
         self.asked.set()
-        while not self.go.wait(0.01) and any(wanted(number) for number in range(len(pictures))):
+        while not self.go.wait(0.01) and any(wanted(number) for number in range(len(images))):
             pass
-        self.unwanted += [picture for number, picture in enumerate(pictures) if not wanted(number)]
-        if b"broken" in pictures:
+        self.unwanted += [image for number, image in enumerate(images) if not wanted(number)]
+        if b"broken" in images:
             raise RuntimeError("no kernel image")
-        titles = [picture[:20].decode("latin-1") for picture in pictures]
+        titles = [image[:20].decode("latin-1") for image in images]
         return [(FoodRecord(is_food=1, image_title=title, food_items=[], drink_items=[]), None) for title in titles]
 
 
@@ -59,9 +59,9 @@ async def batching(extractor, **limits):
         yield batcher
 
 
-async def ask(batcher, picture):
+async def ask(batcher, image):
     with batcher.place():
-        return (await batcher.answer(picture)).record.image_title
+        return (await batcher.answer(image)).record.image_title
 
 
 async def until(condition):
@@ -71,14 +71,14 @@ async def until(condition):
 
 
 def names(count):
-    return [b"picture %d" % number for number in range(count)]
+    return [b"image %d" % number for number in range(count)]
 
 
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, SECONDS))
 
 
-def test_pictures_that_wait_together_share_a_batch_and_each_gets_its_own_answer():
+def test_images_that_wait_together_share_a_batch_and_each_gets_its_own_answer():
     async def story():
         stub = Stub()
         stub.go.clear()
@@ -91,7 +91,7 @@ def test_pictures_that_wait_together_share_a_batch_and_each_gets_its_own_answer(
             assert await first == "first"
             assert await asyncio.gather(*others) == [name.decode() for name in names(6)]
         assert [len(batch) for batch in stub.batches] == [1, 4, 2]
-        assert {picture for batch in stub.batches for picture in batch} == {b"first", *names(6)}
+        assert {image for batch in stub.batches for image in batch} == {b"first", *names(6)}
 
     run(story())
 
@@ -99,14 +99,18 @@ def test_pictures_that_wait_together_share_a_batch_and_each_gets_its_own_answer(
 def test_a_batch_waits_a_moment_for_company():
     async def story():
         stub = Stub()
-        async with batching(stub, batch=3, wait=SECONDS) as batcher:  # so long that only a full batch is a reason to begin
-            assert await asyncio.gather(*(ask(batcher, name) for name in names(3))) == [name.decode() for name in names(3)]
+        async with batching(
+            stub, batch=3, wait=SECONDS
+        ) as batcher:  # so long that only a full batch is a reason to begin
+            assert await asyncio.gather(*(ask(batcher, name) for name in names(3))) == [
+                name.decode() for name in names(3)
+            ]
         assert [len(batch) for batch in stub.batches] == [3]
 
     run(story())
 
 
-def test_no_more_pictures_than_places_and_no_more_prepared_than_the_shelf_holds():
+def test_no_more_images_than_places_and_no_more_prepared_than_the_shelf_holds():
     async def story():
         stub = Stub()
         stub.go.clear()
@@ -140,7 +144,9 @@ def test_at_the_deadline_the_work_ends_too():
             stub.go.set()
             assert await ask(batcher, b"next") == "next"
         assert stub.batches.pop() == [b"next"]
-        assert [[picture] for picture in stub.unwanted] == stub.batches  # of each that the model had begun with, it was told
+        assert [
+            [image] for image in stub.unwanted
+        ] == stub.batches  # of each that the model had begun with, it was told
 
     run(story())
 
@@ -212,7 +218,7 @@ def test_a_model_that_does_not_load_is_an_error_of_the_process():
 
 def test_a_queue_that_breaks_is_an_error_of_the_process():
     class Forgetful(Stub):
-        def answer_read(self, pictures, wanted=None, batch_size=8):
+        def answer_read(self, images, wanted=None, batch_size=8):
             return []
 
     async def story():
@@ -227,9 +233,9 @@ def test_a_queue_that_breaks_is_an_error_of_the_process():
 
 def test_a_model_that_hangs_is_not_healthy():
     class Hanging(Stub):
-        def answer_read(self, pictures, wanted=None, batch_size=8):
+        def answer_read(self, images, wanted=None, batch_size=8):
             self.go.wait(SECONDS)  # whether or not anybody waits
-            return super().answer_read(pictures)
+            return super().answer_read(images)
 
     async def story():
         stub = Hanging()
@@ -250,7 +256,7 @@ def test_nobody_is_let_in_to_wait_for_longer_than_the_deadline():
     async def story():
         stub = Stub()
         async with batching(stub, deadline=10.0, batch=1) as batcher:
-            batcher._timed = lambda function, *given: (function(*given), 4.0)  # seconds, that a picture seems to take
+            batcher._timed = lambda function, *given: (function(*given), 4.0)  # seconds, that an image seems to take
             assert await ask(batcher, b"first") == "first"
             stub.go.clear()
             waiting = [asyncio.create_task(ask(batcher, name)) for name in names(3)]
@@ -282,10 +288,12 @@ def test_who_has_waited_already_waits_for_no_company():
     run(story())
 
 
-def test_one_picture_that_breaks_the_model_spoils_no_other():
+def test_one_image_that_breaks_the_model_spoils_no_other():
     async def story():
         async with batching(Stub(), batch=3, wait=SECONDS) as batcher:
-            results = await asyncio.gather(*(ask(batcher, name) for name in (b"1", b"broken", b"2")), return_exceptions=True)
+            results = await asyncio.gather(
+                *(ask(batcher, name) for name in (b"1", b"broken", b"2")), return_exceptions=True
+            )
             assert results[::2] == ["1", "2"]
             assert isinstance(results[1], ModelFailure)
             assert batcher.healthy
@@ -309,10 +317,12 @@ def test_a_failing_model_is_asked_again_until_it_fails_again_and_again():
     run(story())
 
 
-def test_a_bad_picture_is_told_alone():
+def test_a_bad_image_is_told_alone():
     async def story():
         async with batching(Stub()) as batcher:
-            results = await asyncio.gather(*(ask(batcher, name) for name in (b"1", b"bad", b"2")), return_exceptions=True)
+            results = await asyncio.gather(
+                *(ask(batcher, name) for name in (b"1", b"bad", b"2")), return_exceptions=True
+            )
             assert [str(result) for result in results] == ["1", "bad", "2"]
             assert batcher.guests == 0
 
@@ -320,15 +330,17 @@ def test_a_bad_picture_is_told_alone():
 
 
 def test_answers_are_those_of_the_extractor(tuned):
-    pictures = [scene.image for scene in scenes.draw_scenes(81, "test", 9)]
+    images = [scene.image for scene in scenes.draw_scenes(81, "test", 9)]
 
     async def story():
         async with batching(tuned, batch=4) as batcher:
-            return await asyncio.gather(*map(batcher.answer, pictures))
+            return await asyncio.gather(*map(batcher.answer, images))
 
-    answered, alone = run(story()), list(tuned.extract_many_with_confidence(pictures))
+    answered, alone = run(story()), list(tuned.extract_many_with_confidence(images))
     assert [one.record for one in answered] == [record for record, _ in alone]
-    assert [one.confidence.is_food for one in answered] == pytest.approx([confidence.is_food for _, confidence in alone], rel=1e-4)
+    assert [one.confidence.is_food for one in answered] == pytest.approx(
+        [confidence.is_food for _, confidence in alone], rel=1e-4
+    )
     for one in answered:
         assert set(one.seconds) == {"prepare", "queue", "model"}
         assert min(one.seconds.values()) >= 0

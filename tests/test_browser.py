@@ -1,4 +1,4 @@
-"""The Space as people meet it: a headless Chromium drops pictures, presses keys and reads the answers off the screen.
+"""The Space as people meet it: a headless Chromium drops images, presses keys and reads the answers off the screen.
 
 Screenshots are left in outputs/screens/. Without a browser these tests are skipped and say so; where REQUIRE_BROWSER is set, as in the
 repository's workflow, they fail instead.
@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from foodextract import scenes
-from foodextract.pictures import MAX_PIXELS
+from foodextract.data import scenes
+from foodextract.images import MAX_PIXELS
 from foodextract.schema import FoodRecord
 
 SCREENS = Path(__file__).parents[1] / "outputs" / "screens"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")  # a moving test picture
+CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")  # a moving test image
 WAIT = 60_000  # milliseconds that a slow machine may take
 
 
@@ -31,7 +31,9 @@ WAIT = 60_000  # milliseconds that a slow machine may take
 def browser():
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(f"no browser: none of {', '.join(BROWSERS)} is installed")
+        (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(
+            f"no browser: none of {', '.join(BROWSERS)} is installed"
+        )
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=found, args=["--no-sandbox", *CAMERA])
 
@@ -40,11 +42,18 @@ def browser():
 def opened(browser, page, request):
     """The page in a window of its own; `param` are options of the window."""
     options = request.param if "viewport" in request.param else {"viewport": request.param}
-    context = browser.new_context(accept_downloads=True, permissions=["camera", "clipboard-read", "clipboard-write"], **options)
+    context = browser.new_context(
+        accept_downloads=True, permissions=["camera", "clipboard-read", "clipboard-write"], **options
+    )
     tab = context.new_page()
     tab.set_default_timeout(WAIT)
     tab.foreign = []
-    tab.on("request", lambda request: tab.foreign.append(request.url) if not request.url.startswith((page, "data:", "blob:")) else None)
+    tab.on(
+        "request",
+        lambda request: (
+            tab.foreign.append(request.url) if not request.url.startswith((page, "data:", "blob:")) else None
+        ),
+    )
     tab.goto(page)
     expect(tab.get_by_role("heading", name="FoodExtract Vision")).to_be_visible(timeout=WAIT)
     yield tab
@@ -54,7 +63,9 @@ def opened(browser, page, request):
 @pytest.fixture
 def drawing(tmp_path):
     """A drawing of food and drink, and its file."""
-    scene = next(scene for scene in scenes.draw_scenes(7, "test", 99) if scene.record.food_items and scene.record.drink_items)
+    scene = next(
+        scene for scene in scenes.draw_scenes(7, "test", 99) if scene.record.food_items and scene.record.drink_items
+    )
     scene.image.save(tmp_path / "lunch.png")
     return scene, tmp_path / "lunch.png"
 
@@ -64,20 +75,20 @@ def shot(tab, name):
     tab.screenshot(path=SCREENS / f"{name}.png", full_page=True)
 
 
-def drop(tab, file, label="Picture"):
+def drop(tab, file, label="Image"):
     """Put files into the place of this label."""
     place = tab.locator(".block", has=tab.get_by_text(label, exact=True)).filter(has=tab.locator("input[type=file]"))
     place.locator("input[type=file]").first.set_input_files(file)
 
 
 def answer_on_screen(tab):
-    """The JSON under the picture, once there is one."""
+    """The JSON under the image, once there is one."""
     code = tab.locator(".cm-content").first
     expect(code).to_contain_text("is_food", timeout=WAIT)
     return json.loads(code.inner_text())
 
 
-def test_a_dropped_picture_is_answered(opened, drawing, tuned):
+def test_a_dropped_image_is_answered(opened, drawing, tuned):
     scene, file = drawing
     drop(opened, file)
     record = tuned.extract(scene.image)
@@ -86,7 +97,9 @@ def test_a_dropped_picture_is_answered(opened, drawing, tuned):
     assert [
         re.sub(r"\s+(> )?\d+ %$", "", chip) for chip in opened.locator(".chip").all_inner_texts()
     ] == record.food_items + record.drink_items
-    expect(opened.locator(".answer p")).to_have_text(re.compile(r"sure that this is food or drink: (> )?\d\d % · \d+\.\d\ss"))
+    expect(opened.locator(".answer p")).to_have_text(
+        re.compile(r"sure that this is food or drink: (> )?\d\d % · \d+\.\d\ss")
+    )
     shot(opened, "answer")
     assert opened.foreign == [], "the page fetches nothing from elsewhere"
 
@@ -99,7 +112,7 @@ def test_an_example_is_answered(opened, tuned):
 
 def test_before_and_after(opened, drawing):
     opened.get_by_role("tab", name="Before / after").click()
-    drop(opened, drawing[1], "Picture to compare")
+    drop(opened, drawing[1], "Image to compare")
     expect(opened.locator(".pair section")).to_have_count(2, timeout=WAIT)
     expect(opened.locator(".pair .wrong")).to_contain_text("not JSON")
     expect(opened.locator(".pair .right")).to_have_text("✓ strict JSON")
@@ -118,21 +131,23 @@ def as_data_transfer(tab, file):
     )
 
 
-def test_a_picture_may_be_dragged_there(opened, drawing, tuned):
+def test_a_image_may_be_dragged_there(opened, drawing, tuned):
     opened.get_by_label("Drop an image file here to upload").first.dispatch_event(
         "drop", {"dataTransfer": as_data_transfer(opened, drawing[1])}
     )
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
 
 
-def test_a_picture_may_be_pasted(opened, drawing, tuned):
+def test_a_image_may_be_pasted(opened, drawing, tuned):
     transfer = as_data_transfer(opened, drawing[1])
-    opened.evaluate("transfer => navigator.clipboard.write([new ClipboardItem({'image/png': transfer.files[0]})])", transfer)
+    opened.evaluate(
+        "transfer => navigator.clipboard.write([new ClipboardItem({'image/png': transfer.files[0]})])", transfer
+    )
     opened.get_by_role("button", name="Paste from clipboard").first.click()
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
 
 
-def test_a_picture_may_be_taken_with_the_camera(opened):
+def test_a_image_may_be_taken_with_the_camera(opened):
     opened.get_by_role("button", name="Capture from camera").first.click()
     opened.get_by_text("Click to Access Webcam").click()
     opened.wait_for_function("document.querySelector('video').videoWidth > 0")
@@ -147,9 +162,9 @@ def test_the_json_can_be_copied(opened, drawing):
     assert FoodRecord.parse(opened.evaluate("navigator.clipboard.readText()")).model_dump() == record
 
 
-def test_a_picture_that_is_taken_away_takes_its_answer_along(opened, drawing):
+def test_a_image_that_is_taken_away_takes_its_answer_along(opened, drawing):
     """And is no problem: nobody has asked for anything."""
-    for name, label, answer in (("One picture", "Picture", ".answer"), ("Before / after", "Picture to compare", ".pair")):
+    for name, label, answer in (("One image", "Image", ".answer"), ("Before / after", "Image to compare", ".pair")):
         opened.get_by_role("tab", name=name).click()
         waiting = opened.get_by_text("The answer will stand here.").filter(visible=True)
         expect(waiting).to_be_visible()
@@ -172,7 +187,8 @@ def test_the_examples_for_programs_name_the_address_of_this_page(opened, page):
 def test_who_finds_the_queue_full_is_asked_to_come_again(opened):
     """The server's 503, which test_demo.py brings about, is answered here by the browser's own hand."""
     opened.route(
-        "**/queue/join*", lambda route: route.fulfill(status=503, json={"detail": "Queue is full. Max size is 64 and size is 64."})
+        "**/queue/join*",
+        lambda route: route.fulfill(status=503, json={"detail": "Queue is full. Max size is 64 and size is 64."}),
     )
     opened.get_by_role("button", name="What is in it?").click()
     expect(opened.locator(".toast-body").last).to_contain_text("currently busy. Please try again", timeout=WAIT)
@@ -193,13 +209,15 @@ def test_a_batch_with_a_broken_and_a_heavy_one(opened, tmp_path, tuned):
     files = [tmp_path / f"{name}.png" for name in ("a", "b", "c", "d", "e", "f")]
     for file, scene in zip((files[0], files[1], files[3], files[4]), made, strict=True):
         scene.image.save(file)
-    files[2].write_bytes(b"no picture at all")
+    files[2].write_bytes(b"no image at all")
     files[5].write_bytes(b"\xff\xd8" + bytes(21 * 2**20))
-    opened.get_by_role("tab", name="Many pictures").click()
-    drop(opened, files, "Pictures")
+    opened.get_by_role("tab", name="Many images").click()
+    drop(opened, files, "Images")
     expect(opened.get_by_text("f.png").or_(opened.get_by_text("f", exact=True)).first).to_be_visible(timeout=WAIT)
     opened.get_by_role("button", name="What is in them?").click()
-    expect(opened.get_by_text("not a picture in a format we read").filter(visible=True).first).to_be_visible(timeout=WAIT)
+    expect(opened.get_by_text("not an image in a format we read").filter(visible=True).first).to_be_visible(
+        timeout=WAIT
+    )
     shot(opened, "batch")
 
     def downloaded(form):
@@ -214,7 +232,11 @@ def test_a_batch_with_a_broken_and_a_heavy_one(opened, tmp_path, tuned):
     assert [row["file"] for row in rows] == [file.name for file in files]
     assert "format" in rows[2]["error"]
     assert rows[5]["error"] == "the file f.png is larger than 20 MB: shrink it first"
-    answered = [{key: row[key] for key in ("is_food", "image_title", "food_items", "drink_items")} for row in rows if "error" not in row]
+    answered = [
+        {key: row[key] for key in ("is_food", "image_title", "food_items", "drink_items")}
+        for row in rows
+        if "error" not in row
+    ]
     assert answered == [record.model_dump() for record in tuned.extract_many([scene.image for scene in made])]
 
 
@@ -231,7 +253,9 @@ def test_by_keyboard_alone(opened, drawing, tuned):
                 return
         raise AssertionError(f"sixty times Tab did not lead to {name}")
 
-    opened.on("filechooser", lambda chooser: None)  # long before Enter: who begins to listen as it is pressed may come too late
+    opened.on(
+        "filechooser", lambda chooser: None
+    )  # long before Enter: who begins to listen as it is pressed may come too late
     expect(opened.get_by_text("Click to Upload").first).to_be_visible(timeout=WAIT)  # comes a moment after the heading
     until("click to upload")
     with opened.expect_file_chooser(timeout=WAIT) as chooser:
@@ -249,14 +273,17 @@ def test_by_keyboard_alone(opened, drawing, tuned):
 
 @pytest.mark.parametrize(
     "opened",
-    [{"viewport": {"width": 390, "height": 844}, "has_touch": True, "color_scheme": scheme} for scheme in ("light", "dark")],
+    [
+        {"viewport": {"width": 390, "height": 844}, "has_touch": True, "color_scheme": scheme}
+        for scheme in ("light", "dark")
+    ],
     indirect=True,
     ids=["phone", "phone-dark"],
 )
 def test_on_a_phone_nothing_sticks_out(opened, drawing, request):
     drop(opened, drawing[1])
     answer_on_screen(opened)
-    names = ["One picture", "Before / after", "Many pictures", "How good is it?", "For programs"]
+    names = ["One image", "Before / after", "Many images", "How good is it?", "For programs"]
     for number, name in enumerate(names):
         tab = opened.get_by_role("tab", name=name)
         if not tab.is_visible():
@@ -269,8 +296,8 @@ def test_on_a_phone_nothing_sticks_out(opened, drawing, request):
 
 CONTRAST = """texts => {
     const brush = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-    const over = (colour, ground) => {
-        brush.fillStyle = `rgb(${ground})`; brush.fillRect(0, 0, 1, 1); brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1);
+    const over = (color, ground) => {
+        brush.fillStyle = `rgb(${ground})`; brush.fillRect(0, 0, 1, 1); brush.fillStyle = color; brush.fillRect(0, 0, 1, 1);
         return [...brush.getImageData(0, 0, 1, 1).data].slice(0, 3);
     };
     const ground = element => element ? over(getComputedStyle(element).backgroundColor, ground(element.parentElement)) : [255, 255, 255];
@@ -285,7 +312,9 @@ CONTRAST = """texts => {
 
 
 @pytest.mark.parametrize(
-    "opened", [{"viewport": {"width": 1280, "height": 900}, "color_scheme": name} for name in ("light", "dark")], indirect=True
+    "opened",
+    [{"viewport": {"width": 1280, "height": 900}, "color_scheme": name} for name in ("light", "dark")],
+    indirect=True,
 )
 def test_light_is_light_dark_is_dark_and_answers_can_be_read_in_both(opened, drawing, request):
     drop(opened, drawing[1])
@@ -301,12 +330,12 @@ def test_light_is_light_dark_is_dark_and_answers_can_be_read_in_both(opened, dra
 def test_error_messages_are_friendly(opened, tmp_path):
     problem = opened.locator(".problem")
     opened.get_by_role("button", name="What is in it?").click()
-    expect(problem).to_contain_text("There is no picture yet", timeout=WAIT)
+    expect(problem).to_contain_text("There is no image yet", timeout=WAIT)
     expect(problem).to_have_attribute("role", "alert")
-    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "text.png").write_text("this is no image")
     drop(opened, tmp_path / "text.png")
-    expect(problem).to_contain_text("Not a picture in a format we read", timeout=WAIT)
-    shot(opened, "no_picture")
+    expect(problem).to_contain_text("Not an image in a format we read", timeout=WAIT)
+    shot(opened, "no_image")
     side = int(MAX_PIXELS**0.5) + 100
     Image.new("1", (side, side)).save(tmp_path / "huge.png")
     opened.reload()
@@ -323,6 +352,6 @@ def test_what_follows_an_example_is_read_as_carefully(opened, tmp_path):
     opened.locator(".gallery-item").first.click()
     answer_on_screen(opened)
     opened.get_by_role("button", name="Remove Image").first.click()
-    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "text.png").write_text("this is no image")
     drop(opened, tmp_path / "text.png")
-    expect(opened.locator(".problem")).to_contain_text("Not a picture in a format we read", timeout=WAIT)
+    expect(opened.locator(".problem")).to_contain_text("Not an image in a format we read", timeout=WAIT)

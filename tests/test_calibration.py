@@ -1,6 +1,6 @@
 import pytest
 
-from foodextract.calibration import Bin, calibration_error, reliability
+from foodextract.evaluation.calibration import Bin, calibration_error, reliability
 from foodextract.schema import FoodRecord
 
 NO, YES = (FoodRecord(is_food=number, image_title="", food_items=[], drink_items=[]) for number in (0, 1))

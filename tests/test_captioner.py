@@ -9,21 +9,21 @@ from PIL import Image
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
 from captioning import make_batch
-from foodextract import captioner
-from foodextract.captioner import TARGET, Captioner
-from foodextract.extractor import Extractor
-from foodextract.models import TINY_TUNED, ModelError
+from foodextract.inference import blip
+from foodextract.inference.blip import TARGET, Captioner
+from foodextract.inference.extractor import Extractor
+from foodextract.models.loading import TINY_TUNED, ModelError
 from foodextract.schema import AnswerError, FoodRecord
 from test_server import encoded, reason, serving, until
 
 NAMES = ["grilled_salmon", "beignets", "iced_tea"]
-COLOURS = ["red", "green", "blue", "yellow"]
+COLORS = ["red", "green", "blue", "yellow"]
 SAID = ["0", "1", "iced tea", "7"]  # numbers, a name, and a number that no class has
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small BLIP that has learned to say these four things about four colours."""
+    """A small BLIP that has learned to say these four things about four colors."""
     words = sorted({*TARGET.format(" ".join(SAID)).split()})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *words]
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}, bos_token="[DEC]")
@@ -31,9 +31,11 @@ def folder(tmp_path_factory):
     ids = {"pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3, "bos_token_id": 5}
     text = both | ids | {"vocab_size": len(vocabulary), "max_position_embeddings": 16, "encoder_hidden_size": 32}
     torch.manual_seed(0)
-    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=both | {"image_size": 32, "patch_size": 16}))
+    model = BlipForConditionalGeneration(
+        BlipConfig(text_config=text, vision_config=both | {"image_size": 32, "patch_size": 16})
+    )
     processor = BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
-    batch = make_batch(processor, pictures(), [TARGET.format(said) for said in SAID], bos=5)
+    batch = make_batch(processor, images(), [TARGET.format(said) for said in SAID], bos=5)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(150):
         loss = model(**batch).loss
@@ -41,18 +43,18 @@ def folder(tmp_path_factory):
         loss.backward()
         optimizer.step()
     out = tmp_path_factory.mktemp("blip")
-    captioner.save(model.eval(), processor, NAMES, out)
+    blip.save(model.eval(), processor, NAMES, out)
     return out
 
 
-def pictures():
-    return [Image.new("RGB", (40, 30), colour) for colour in COLOURS]
+def images():
+    return [Image.new("RGB", (40, 30), color) for color in COLORS]
 
 
 def test_it_writes_numbers_and_answers_names(folder):
-    model = captioner.load(folder, "cpu")
+    model = blip.load(folder, "cpu")
     assert isinstance(model, Captioner)
-    read = [model.read(picture) for picture in pictures()]
+    read = [model.read(image) for image in images()]
     written = model.processor.batch_decode(
         model.model.generate(pixel_values=read[0]["pixel_values"], max_new_tokens=16), skip_special_tokens=True
     )
@@ -68,44 +70,44 @@ def test_it_writes_numbers_and_answers_names(folder):
 
 
 def test_a_number_is_that_of_the_config_whatever_the_classes_are_called(folder, tmp_path):
-    model = captioner.load(folder, "cpu")
-    captioner.save(model.model, model.processor, ["iced_tea", "iced tea", "beignets"], tmp_path)
+    model = blip.load(folder, "cpu")
+    blip.save(model.model, model.processor, ["iced_tea", "iced tea", "beignets"], tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["id2label"]["7"] = "grilled_salmon"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    again = captioner.load(tmp_path, "cpu")
-    titles = [answer[0].image_title for answer in again.answer_read([again.read(picture) for picture in pictures()])]
+    again = blip.load(tmp_path, "cpu")
+    titles = [answer[0].image_title for answer in again.answer_read([again.read(image) for image in images()])]
     assert titles == ["iced tea", "iced tea", "iced tea", "grilled salmon"]  # said: 0, 1, iced tea, 7
-    assert [captioner.to_number(said, {2: "beignets", 7: "salmon"}) for said in ("2", "0", "beignet")] == [2, None, 2]
+    assert [blip.to_number(said, {2: "beignets", 7: "salmon"}) for said in ("2", "0", "beignet")] == [2, None, 2]
 
 
 def test_it_is_served_like_any_model(folder):
-    with serving(lambda: captioner.load(folder, "cpu")) as client:
+    with serving(lambda: blip.load(folder, "cpu")) as client:
         until(lambda: not client.batcher.unavailable)
-        files = [encoded(picture) for picture in pictures()]
+        files = [encoded(image) for image in images()]
         records = [client.post("/predict", content=file).json()["record"] for file in files[:3]]
         assert [record["image_title"] for record in records] == ["grilled salmon", "beignets", "iced tea"]
         assert not re.search(r"\d", json.dumps([record["food_items"] + record["drink_items"] for record in records]))
         assert reason(client.post("/predict", content=files[3]), 500) == "bad_answer"
-        assert reason(client.post("/predict", content=b"no picture"), 415) == "not_a_picture"
+        assert reason(client.post("/predict", content=b"no image"), 415) == "not_a_image"
 
 
 def test_without_names_it_is_not_served(folder, tmp_path):
-    model = captioner.load(folder, "cpu")
-    captioner.save(model.model, model.processor, ["LABEL_0", "LABEL_1"], tmp_path)
+    model = blip.load(folder, "cpu")
+    blip.save(model.model, model.processor, ["LABEL_0", "LABEL_1"], tmp_path)
     with pytest.raises(ModelError, match="does not name its classes"):
-        captioner.load(tmp_path)
-    captioner.save(model.model, model.processor, ["x" * 60], tmp_path)
+        blip.load(tmp_path)
+    blip.save(model.model, model.processor, ["x" * 60], tmp_path)
     with pytest.raises(ModelError, match="no record can hold"):
-        captioner.load(tmp_path)
+        blip.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="cannot be loaded as a BLIP"):
-        captioner.load(tmp_path)
+        blip.load(tmp_path)
     with pytest.raises(ModelError, match="not for a BLIP"):
-        captioner.load(folder, precision="int8")
+        blip.load(folder, precision="int8")
 
 
 def test_all_other_models_are_extractors(tmp_path):
-    assert isinstance(captioner.load(TINY_TUNED, "cpu"), Extractor)
+    assert isinstance(blip.load(TINY_TUNED, "cpu"), Extractor)
     with pytest.raises(ModelError, match="holds no model"):
-        captioner.load(tmp_path)
+        blip.load(tmp_path)

@@ -12,17 +12,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from foodextract import checkpoints, models, training
-from foodextract.models import FINISHED, ModelError
-from foodextract.profiles import PROFILES
-from foodextract.stage import Stage
+from foodextract.models import loading
+from foodextract.models.loading import FINISHED, ModelError
+from foodextract.training import checkpoints
+from foodextract.training import run as training
+from foodextract.training.config import Stage
+from foodextract.training.presets import PROFILES
 
 STAGE1 = Stage("stage1", freeze=("model.vision_model",), learning_rate=7e-4, epochs=2, batch_size=8, accumulation=1)
 STAGE2 = replace(STAGE1, name="stage2", freeze=(), learning_rate=1e-5)
 
 
 def fresh():
-    return models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+    return loading.load_model(loading.TINY_BASE, torch.device("cpu"), training=True)
 
 
 def losses(folder):
@@ -78,21 +80,26 @@ def test_weights_that_were_changed_between_the_stages_are_another_start(processo
     model = fresh()
     training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1)
     training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1)
-    model = models.load_model(tmp_path / "stage1", torch.device("cpu"), training=True)
+    model = loading.load_model(tmp_path / "stage1", torch.device("cpu"), training=True)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1)
     assert f"stage2: retraining, and replacing {tmp_path / 'stage2'}: start differ" in capsys.readouterr().out
 
 
-def test_a_new_machine_resumes_from_the_copies(processor, rows, tmp_path, die_in_second_epoch, monkeypatch, capsys, whole):
+def test_a_new_machine_resumes_from_the_copies(
+    processor, rows, tmp_path, die_in_second_epoch, monkeypatch, capsys, whole
+):
     drive = tmp_path / "drive" / "FoodExtract"
     drive.parent.mkdir()
     options = {"keep_in": drive}
     model = fresh()
     training.train_stage(model, processor, STAGE1, rows["train"], tmp_path / "one", **options)
     die_in_second_epoch(model, processor, STAGE2, rows["train"], tmp_path / "one", **options)
-    sizes = [(home / "stage2" / "checkpoints" / "checkpoint-5" / "optimizer.pt").stat().st_size for home in (drive, tmp_path / "one")]
+    sizes = [
+        (home / "stage2" / "checkpoints" / "checkpoint-5" / "optimizer.pt").stat().st_size
+        for home in (drive, tmp_path / "one")
+    ]
     assert sizes[0] < 0.55 * sizes[1]  # bf16 moments
     assert not list(drive.glob("**/features*"))
     shutil.rmtree(tmp_path / "one")  # the machine is gone
@@ -114,13 +121,19 @@ def test_a_stage_whose_cell_is_run_again_is_not_trained_on_top_of_itself(process
     once = training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1, keep_in=drive)
     first = {name: weights.clone() for name, weights in model.state_dict().items()}
     training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive)
-    second = training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive)  # the same cell
-    assert training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1, keep_in=drive) == once  # an earlier one
+    second = training.train_stage(
+        model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive
+    )  # the same cell
+    assert (
+        training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1, keep_in=drive) == once
+    )  # an earlier one
     assert capsys.readouterr().out.count("already trained") == 2
     assert all(torch.equal(weights, first[name]) for name, weights in model.state_dict().items())
     assert training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive) == second
     for other in ({"retrain": True}, {"seed": 7}):
-        with pytest.raises(ModelError, match="stage2: the model in memory has been through this stage; load the base again"):
+        with pytest.raises(
+            ModelError, match="stage2: the model in memory has been through this stage; load the base again"
+        ):
             training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, **other)
     assert (tmp_path / "stage2" / FINISHED).read_bytes() == (drive / "stage2" / FINISHED).read_bytes()
 
@@ -128,7 +141,9 @@ def test_a_stage_whose_cell_is_run_again_is_not_trained_on_top_of_itself(process
 def test_a_stage_that_is_trained_again_replaces_its_copy(processor, rows, tmp_path, capsys):
     drive = tmp_path / "drive"
     for options in ({}, {"retrain": True}, {"seed": 7}):
-        training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "out", max_steps=1, keep_in=drive, **options)
+        training.train_stage(
+            fresh(), processor, STAGE1, rows["train"], tmp_path / "out", max_steps=1, keep_in=drive, **options
+        )
         assert (tmp_path / "out" / "stage1" / FINISHED).read_bytes() == (drive / "stage1" / FINISHED).read_bytes()
     assert f"retraining, and replacing {drive / 'stage1'}: seed differ" in capsys.readouterr().out
 
@@ -211,7 +226,9 @@ def test_a_copy_is_never_resumed_under_another_recipe(processor, rows, tmp_path,
     drive = tmp_path / "drive"
     die_in_second_epoch(fresh(), processor, STAGE1, rows["train"], tmp_path / "one", keep_in=drive)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_copy_small", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            checkpoints, "_copy_small", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         die_in_second_epoch(fresh(), processor, STAGE1, rows["train"], tmp_path / "two", seed=7, keep_in=drive)
     found = resumed_at(monkeypatch)
     training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "three", seed=7, keep_in=drive)
@@ -232,7 +249,9 @@ def test_a_full_drive_does_not_end_the_training(processor, rows, tmp_path, monke
 
 def test_a_drive_that_is_not_mounted_is_named_before_anything_is_done(processor, rows, tmp_path):
     with pytest.raises(ModelError, match=r"keep_in is .*MyDrive/x, but .*MyDrive does not exist: mount the drive"):
-        training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "out", keep_in=tmp_path / "MyDrive" / "x")
+        training.train_stage(
+            fresh(), processor, STAGE1, rows["train"], tmp_path / "out", keep_in=tmp_path / "MyDrive" / "x"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -280,9 +299,9 @@ def test_the_profile_hub_needs_at_most_12_gb():
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     assert model.num_parameters() == 507_482_304
-    processor = models.load_processor(models.TINY_BASE)
+    processor = loading.load_processor(loading.TINY_BASE)
     processor.image_processor.max_image_size = {"longest_edge": 512}
-    models.set_image_budget(processor, 1)
+    loading.set_image_budget(processor, 1)
     hub = PROFILES["hub"]
     halves = [replace(stage, bf16=True) for stage in (hub.stage1, hub.stage2)]  # a GPU takes features in 16 bits
     needed = checkpoints.disk_needed(model, processor, halves, 2958)

@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foodextract import scenes, schema, words
-from foodextract.cleaning import clean, lint
-from foodextract.findings import POLICIES, RULES, Statistics
+from foodextract import schema
+from foodextract.data import scenes
+from foodextract.data.label_rules import vocabulary
+from foodextract.data.label_rules.cleaning import clean, lint
+from foodextract.data.label_rules.issues import POLICIES, RULES, Statistics
 from foodextract.schema import FoodRecord
 
 
@@ -42,7 +44,13 @@ def count(rows):
         (raw("pizza", ["piz\u200bza"]), "punctuation", "pizza", ["pizza"], []),
         (raw("cre\u0300me", ["cre\u0300me"]), "punctuation", "crème", ["crème"], []),
         (raw("pizza", ["pizza", "...", ""]), "punctuation", "pizza", ["pizza"], []),
-        (raw("pasta", ["baked pasta with broccoli, boiled eggs and scamorza cheese"]), "long_name", "pasta", ["baked pasta"], []),
+        (
+            raw("pasta", ["baked pasta with broccoli, boiled eggs and scamorza cheese"]),
+            "long_name",
+            "pasta",
+            ["baked pasta"],
+            [],
+        ),
         (raw("egg", ["egg", "egg"]), "duplicate", "egg", ["egg"], []),
         (raw("hugo", ["hugo"], ["hugo"]), "duplicate", "hugo", ["hugo"], []),
         (raw("egg and toast", ["eggs", "toast", "egg"]), "plural_twin", "egg and toast", ["egg", "toast"], []),
@@ -52,13 +60,25 @@ def count(rows):
         (raw("lunch", [], ["smoothies", "smoothie"]), "plural_twin", "lunch", [], ["smoothies"]),
         (raw("pizza and beer", ["pizza", "beer"]), "wrong_shelf", "pizza and beer", ["pizza"], ["beer"]),
         (raw("coffee cake", [], ["coffee cake"]), "wrong_shelf", "coffee cake", ["coffee cake"], []),
-        (raw("beer bread and tea", [], ["beer bread", "tea"]), "wrong_shelf", "beer bread and tea", ["beer bread"], ["tea"]),
+        (
+            raw("beer bread and tea", [], ["beer bread", "tea"]),
+            "wrong_shelf",
+            "beer bread and tea",
+            ["beer bread"],
+            ["tea"],
+        ),
         (raw("cake", ["cake", "wheat flour", "eggs"]), "pantry", "cake", ["cake"], []),
         (raw("steak", ["steak", "salt", "black pepper"]), "pantry", "steak", ["steak"], []),
         (raw("beef stew", ["beef stew", "red wine"]), "pantry", "beef stew", ["beef stew"], []),
         (raw("a photo of a pizza", ["pizza"]), "photo_of", "pizza", ["pizza"], []),
         (raw("close-up of sushi", ["sushi", "wasabi"]), "photo_of", "sushi", ["sushi", "wasabi"], []),
-        (raw("this is a plate of sushi", ["sushi", "wasabi"]), "sentence_title", "sushi and wasabi", ["sushi", "wasabi"], []),
+        (
+            raw("this is a plate of sushi", ["sushi", "wasabi"]),
+            "sentence_title",
+            "sushi and wasabi",
+            ["sushi", "wasabi"],
+            [],
+        ),
         (raw("beer standing on a wooden table", [], ["beer"]), "sentence_title", "beer", [], ["beer"]),
         (raw("pie " * 30, ["pie", "jam"], ["tea"]), "sentence_title", "pie, jam and tea", ["pie", "jam"], ["tea"]),
         (raw("", ["pie"], ["tea"]), "untitled", "pie and tea", ["pie"], ["tea"]),
@@ -107,11 +127,16 @@ def test_what_is_only_flagged(label, rule):
         raw("idly", ["idli"]),
         raw("breakfast", ["fried egg", "bacon"], ["coffee"]),  # says nothing in particular, so it contradicts nothing
         raw("death in the gulf stream", [], ["death in the gulf stream"]),
-        raw("chili pepper, meat on the bone, rice cracker and tropical drink", ["chili pepper", "meat on the bone"], ["tropical drink"])
+        raw(
+            "chili pepper, meat on the bone, rice cracker and tropical drink",
+            ["chili pepper", "meat on the bone"],
+            ["tropical drink"],
+        )
         | {"food_items": ["chili pepper", "meat on the bone", "rice cracker"]},
         raw("shrimp cocktail", ["shrimp cocktail"]),
         raw("californication", [], ["californication"]),  # not in the lists: nobody guesses
-        raw("eight", ["bread", "brie", "fig", "ham", "jam", "olive", "pear"], ["wine"]) | {"image_title": "bread and wine"},
+        raw("eight", ["bread", "brie", "fig", "ham", "jam", "olive", "pear"], ["wine"])
+        | {"image_title": "bread and wine"},
     ],
 )
 def test_what_is_left_alone(label):
@@ -126,7 +151,7 @@ def test_what_is_left_alone(label):
         (raw("a street", is_food=0), raw(is_food=0)),
     ],
 )
-def test_contradictions_of_is_food_are_read_in_favour_of_the_items(label, record):
+def test_contradictions_of_is_food_are_read_in_favor_of_the_items(label, record):
     cleaned, findings = clean(label)
     assert cleaned == FoodRecord(**record)
     assert "contradiction" in rules(findings)
@@ -158,12 +183,23 @@ def test_what_is_no_record_is_rejected_with_its_reason(label, reason):
 @pytest.mark.parametrize(
     ("change", "record", "reasons"),
     [
-        *(({"is_food": told}, raw("pie", ["pie"]), [f"is_food is {told!r}, read as 1"]) for told in (True, 1.0, "1", "true", " Yes ")),
         *(
-            ({"is_food": told, "image_title": "", "food_items": []}, raw(is_food=0), [f"is_food is {told!r}, read as 0"])
+            ({"is_food": told}, raw("pie", ["pie"]), [f"is_food is {told!r}, read as 1"])
+            for told in (True, 1.0, "1", "true", " Yes ")
+        ),
+        *(
+            (
+                {"is_food": told, "image_title": "", "food_items": []},
+                raw(is_food=0),
+                [f"is_food is {told!r}, read as 0"],
+            )
             for told in (False, 0.0, "0", "false", "No")
         ),
-        ({"food_items": "soup, bread"}, raw("pie", ["soup", "bread"]), ["food_items is 'soup, bread', a text, read as a list"]),
+        (
+            {"food_items": "soup, bread"},
+            raw("pie", ["soup", "bread"]),
+            ["food_items is 'soup, bread', a text, read as a list"],
+        ),
         ({"food_items": '["pie", "jam"]'}, raw("pie", ["pie", "jam"]), ["a text, read as a list"]),
         ({"food_items": "['pie', \"jam\"]"}, raw("pie", ["pie", "jam"]), ["a text, read as a list"]),
         ({"food_items": "none"}, raw("pie"), ["food_items is 'none', a text, read as a list"]),
@@ -183,7 +219,9 @@ def test_another_type_that_can_be_read_is_mended_and_told(change, record, reason
     assert {(finding.severity, finding.policy) for finding in found} == {("medium", "fix")}
     for finding, reason in zip(found, reasons, strict=True):
         assert reason in finding.reason
-    assert clean(label, policies=POLICIES | {"type": "flag"})[0] == cleaned, "a record has the types of the schema, whatever the policy"
+    assert clean(label, policies=POLICIES | {"type": "flag"})[0] == cleaned, (
+        "a record has the types of the schema, whatever the policy"
+    )
 
 
 def test_a_key_that_is_missing_is_told():
@@ -268,8 +306,19 @@ def test_what_the_schema_forbids_is_mended_even_where_the_policy_says_flag():
 
 
 def desserts(category="kazandibi"):
-    """A class that always shows milk pudding, often cinnamon, and in every third picture something that no other has."""
-    others = ["pistachio", "walnut", "mint leaf", "strawberry", "coconut", "almond", "wafer", "orange peel", "rose petal", "raisin"]
+    """A class that always shows milk pudding, often cinnamon, and in every third image something that no other has."""
+    others = [
+        "pistachio",
+        "walnut",
+        "mint leaf",
+        "strawberry",
+        "coconut",
+        "almond",
+        "wafer",
+        "orange peel",
+        "rose petal",
+        "raisin",
+    ]
     rows = [raw("kazandibi", ["milk pudding", "cinnamon", other]) for other in others] + [
         raw("kazandibi", ["milk pudding", "cinnamon"])
     ] * 20
@@ -335,7 +384,9 @@ def test_the_commoner_form_of_a_name_wins():
 
 
 def test_the_other_rows_know_the_shelf_of_names_that_the_lists_do_not_know():
-    rows = [(raw("californication", [], ["californication"]), "")] * 6 + [(raw("californication", ["californication"]), "")]
+    rows = [(raw("californication", [], ["californication"]), "")] * 6 + [
+        (raw("californication", ["californication"]), "")
+    ]
     record, findings = clean(*rows[-1], count(rows))
     assert (record.drink_items, rules(findings)) == (["californication"], {"wrong_shelf"})
     assert lint(*rows[-1], count(rows[4:])) == []
@@ -351,14 +402,19 @@ def test_is_food_against_the_class():
 def test_lint_reports_the_faults_of_the_row_too_and_changes_no_count():
     statistics = count(desserts())
     before = {name: dict(table) for name, table in vars(statistics).items() if isinstance(table, dict)}
-    assert rules(lint(raw("Moussaka", ["moussaka", "flour"], ["new tea"]), "unknown class", statistics)) == {"casing", "pantry"}
+    assert rules(lint(raw("Moussaka", ["moussaka", "flour"], ["new tea"]), "unknown class", statistics)) == {
+        "casing",
+        "pantry",
+    }
     lint(*ODD_PIZZA, statistics)
     assert before == {name: dict(table) for name, table in vars(statistics).items() if isinstance(table, dict)}
 
 
 def test_statistics_grow_with_the_vocabulary_not_with_the_rows():
     few, many = count(desserts()), count(desserts() * 20)
-    assert {key: set(items) for key, items in few.items.items()} == {key: set(items) for key, items in many.items.items()}
+    assert {key: set(items) for key, items in few.items.items()} == {
+        key: set(items) for key, items in many.items.items()
+    }
     assert many.rows["kazandibi"] == 20 * few.rows["kazandibi"]
 
 
@@ -368,7 +424,10 @@ def test_statistics_grow_with_the_vocabulary_not_with_the_rows():
 @pytest.fixture(scope="module")
 def scene_labels():
     found = [scenes.plan_scene(11, split, index)[0] for split in ("train", "test") for index in range(500)]
-    return [(scenes.record_of(objects), " + ".join(sorted({placed.kind for placed in objects})) or "nothing") for objects in found]
+    return [
+        (scenes.record_of(objects), " + ".join(sorted({placed.kind for placed in objects})) or "nothing")
+        for objects in found
+    ]
 
 
 def test_no_label_of_a_drawn_scene_is_changed_or_complained_about(scene_labels):
@@ -383,8 +442,8 @@ def test_scene_labels_raise_few_false_alarms_as_a_data_set(scene_labels):
 
 
 def test_everything_that_can_be_drawn_stands_on_its_shelf():
-    assert [name for name in scenes.FOODS if words.shelf_of(name) == "drink_items"] == []
-    assert [name for name in scenes.DRINKS if words.shelf_of(name) != "drink_items"] == []
+    assert [name for name in scenes.FOODS if vocabulary.shelf_of(name) == "drink_items"] == []
+    assert [name for name in scenes.DRINKS if vocabulary.shelf_of(name) != "drink_items"] == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- words
@@ -393,47 +452,91 @@ def test_everything_that_can_be_drawn_stands_on_its_shelf():
 @pytest.mark.parametrize(
     ("name", "shelf"),
     [
-        *((name, "drink_items") for name in ("orange juice", "Iced Latte", "turkish_coffee", "glass of wine", "cups of tea", "juice box")),
         *(
             (name, "drink_items")
-            for name in ("hot chocolate", "gin and tonic", "coffee with milk", "root beer float", "Coca-Cola", "rosé wine")
+            for name in ("orange juice", "Iced Latte", "turkish_coffee", "glass of wine", "cups of tea", "juice box")
         ),
-        *((name, "drink_items") for name in ("piña colada", "beers", "smoothies", "wine glass", "masala chaas (spiced)", "dr pepper")),
+        *(
+            (name, "drink_items")
+            for name in (
+                "hot chocolate",
+                "gin and tonic",
+                "coffee with milk",
+                "root beer float",
+                "Coca-Cola",
+                "rosé wine",
+            )
+        ),
+        *(
+            (name, "drink_items")
+            for name in ("piña colada", "beers", "smoothies", "wine glass", "masala chaas (spiced)", "dr pepper")
+        ),
         *(
             (name, "food_items")
             for name in ("coffee cake", "beer bread", "tea egg", "milk chocolate", "shrimp cocktail", "water chestnuts")
         ),
         *(
             (name, "food_items")
-            for name in ("mussels in white wine", "penne alla vodka", "smoothie bowl", "rum cake", "baking soda", "rosewater")
+            for name in (
+                "mussels in white wine",
+                "penne alla vodka",
+                "smoothie bowl",
+                "rum cake",
+                "baking soda",
+                "rosewater",
+            )
         ),
         *(
             (name, "food_items")
-            for name in ("french fries", "cherries", "fish and chips", "lemon wedge", "matcha ice cream", "tea sandwiches")
+            for name in (
+                "french fries",
+                "cherries",
+                "fish and chips",
+                "lemon wedge",
+                "matcha ice cream",
+                "tea sandwiches",
+            )
         ),
-        *((name, None) for name in ("cookies and milk", "wine vinegar", "californication", "noodle cup", "The Swedish Tart", "", "...")),
+        *(
+            (name, None)
+            for name in (
+                "cookies and milk",
+                "wine vinegar",
+                "californication",
+                "noodle cup",
+                "The Swedish Tart",
+                "",
+                "...",
+            )
+        ),
     ],
 )
 def test_shelves(name, shelf):
-    assert words.shelf_of(name) == shelf
+    assert vocabulary.shelf_of(name) == shelf
 
 
 def test_no_name_is_listed_as_a_drink_and_as_a_food():
-    assert not words.entries("drinks") & words.entries("foods")
-    assert len(words.entries("drinks")) >= 500
-    assert len(words.entries("foods")) >= 1000
-    assert len(words.entries("pantry", "always")) >= 100
+    assert not vocabulary.entries("drinks") & vocabulary.entries("foods")
+    assert len(vocabulary.entries("drinks")) >= 500
+    assert len(vocabulary.entries("foods")) >= 1000
+    assert len(vocabulary.entries("pantry", "always")) >= 100
 
 
 @pytest.mark.parametrize(
     ("item", "beside", "hidden"),
     [
-        *((item, "stew", True) for item in ("flour", "all-purpose flour", "sea salt", "Baking Powder", "vanilla extract", "olive oil")),
+        *(
+            (item, "stew", True)
+            for item in ("flour", "all-purpose flour", "sea salt", "Baking Powder", "vanilla extract", "olive oil")
+        ),
         *(
             (item, "stew", False)
             for item in ("bell pepper", "peppers", "chili oil", "powdered sugar", "flour tortilla", "vanilla ice cream")
         ),
-        *((item, "stew", False) for item in ("sugar snap peas", "tikka masala", "salted caramel", "soy sauce", "dr pepper", "oilfish")),
+        *(
+            (item, "stew", False)
+            for item in ("sugar snap peas", "tikka masala", "salted caramel", "soy sauce", "dr pepper", "oilfish")
+        ),
         ("eggs", "chocolate cake", True),
         ("eggs", "bibimbap", False),
         ("fried egg", "chocolate cake", False),
@@ -441,14 +544,23 @@ def test_no_name_is_listed_as_a_drink_and_as_a_food():
         ("butter", "toast", False),
     ],
 )
-def test_what_a_picture_does_not_show(item, beside, hidden):
-    assert words.is_hidden(item, [beside]) == hidden
+def test_what_a_image_does_not_show(item, beside, hidden):
+    assert vocabulary.is_hidden(item, [beside]) == hidden
 
 
 @pytest.mark.parametrize(
     "pair",
     [
-        *("egg eggs", "cherry cherries", "loaf loaves", "leaf leaves", "potato potatoes", "peach peaches", "radish radishes", "pie pies"),
+        *(
+            "egg eggs",
+            "cherry cherries",
+            "loaf loaves",
+            "leaf leaves",
+            "potato potatoes",
+            "peach peaches",
+            "radish radishes",
+            "pie pies",
+        ),
         *(
             "smoothie smoothies",
             "cookie cookies",
@@ -462,13 +574,15 @@ def test_what_a_picture_does_not_show(item, beside, hidden):
 )
 def test_names_that_differ_in_number_or_spelling_only(pair):
     one, other = pair.split()
-    assert words.key(one) == words.key(other)
+    assert vocabulary.key(one) == vocabulary.key(other)
 
 
-@pytest.mark.parametrize("pair", ["pear peach", "grape grapefruit", "egg eggplant", "corn popcorn", "roll rolled", "pasta paste"])
+@pytest.mark.parametrize(
+    "pair", ["pear peach", "grape grapefruit", "egg eggplant", "corn popcorn", "roll rolled", "pasta paste"]
+)
 def test_names_that_are_not_the_same(pair):
     one, other = pair.split()
-    assert words.key(one) != words.key(other)
+    assert vocabulary.key(one) != vocabulary.key(other)
 
 
 @pytest.mark.parametrize(
@@ -485,17 +599,37 @@ def test_names_that_are_not_the_same(pair):
     ],
 )
 def test_sentences(title, names, expected):
-    assert words.is_sentence(title, names) == expected
+    assert vocabulary.is_sentence(title, names) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ properties
 
-NAMES = ["egg", "eggs", "Egg", "flour", "salt", "beer", "coffee cake", "pie", "fried_egg", " tea.", "milk", "cake", "butter", "bread flour"]
+NAMES = [
+    "egg",
+    "eggs",
+    "Egg",
+    "flour",
+    "salt",
+    "beer",
+    "coffee cake",
+    "pie",
+    "fried_egg",
+    " tea.",
+    "milk",
+    "cake",
+    "butter",
+    "bread flour",
+]
 name = st.one_of(st.sampled_from(NAMES), st.text(max_size=60), st.text("aeés_ .,()-\u0301\u200b", max_size=12))
 titles = st.one_of(
-    name, st.lists(name, max_size=12).map(" ".join), name.map("This is a photo of {}.".format), name.map("photo of photo of ".__add__)
+    name,
+    st.lists(name, max_size=12).map(" ".join),
+    name.map("This is a photo of {}.".format),
+    name.map("photo of photo of ".__add__),
 )
-items = st.lists(name, max_size=6) | st.lists(name, max_size=6).map(lambda names: names * 5 + [f"dish {i}" for i in range(len(names) * 5)])
+items = st.lists(name, max_size=6) | st.lists(name, max_size=6).map(
+    lambda names: names * 5 + [f"dish {i}" for i in range(len(names) * 5)]
+)
 labels = st.builds(raw, titles, items, items, st.integers(0, 1))
 KNOWN = count([(raw("pie", ["pie", "egg"]), "pie")] * 20 + [(raw("tea", [], ["tea"]), "tea")] * 20)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from foodextract import answers, scenes
 from foodextract.__main__ import app
-from foodextract.dialects import Dialect
-from foodextract.extractor import Extractor
-from foodextract.pictures import PictureError, open_picture
+from foodextract.data import scenes
+from foodextract.images import ImageError, open_image
+from foodextract.inference import output_files
+from foodextract.inference.extractor import Extractor
+from foodextract.inference.grammar import Dialect
 from foodextract.schema import FoodRecord
 
 
@@ -23,8 +24,8 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for number, scene in enumerate(scenes.draw_scenes(78, "test", 3)):
         scene.image.save(folder / f"{number}.png")
@@ -35,18 +36,18 @@ def run(*args):
     return CliRunner().invoke(app, ["extract", *map(str, args)])
 
 
-def test_one_line_of_json_a_picture(pictures):
-    result = run(pictures)
+def test_one_line_of_json_a_image(images):
+    result = run(images)
     assert result.exit_code == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["file"] for line in lines] == [str(pictures / f"{n}.png") for n in range(3)]
+    assert [line["file"] for line in lines] == [str(images / f"{n}.png") for n in range(3)]
     assert all(list(line) == ["file", "is_food", "image_title", "food_items", "drink_items"] for line in lines)
     assert "tiny-tuned" in result.stderr
 
 
-def test_a_broken_picture_has_its_line_and_sets_the_status(pictures):
-    (pictures / "1b.jpg").write_bytes(b"")
-    result = run(pictures, "--output", "answers.jsonl")
+def test_a_broken_image_has_its_line_and_sets_the_status(images):
+    (images / "1b.jpg").write_bytes(b"")
+    result = run(images, "--output", "answers.jsonl")
     assert result.exit_code == 1
     assert result.stdout == ""
     lines = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
@@ -58,7 +59,7 @@ def test_a_broken_picture_has_its_line_and_sets_the_status(pictures):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["nothing-here"], "no pictures in"),
+        (["nothing-here"], "no images in"),
         (["--model", "nowhere"], "neither a folder nor a Hub id"),
         (["--model", "nobody/nothing"], "check the name and the connection"),
         (["--device", "cuda:99"], "not available"),
@@ -67,16 +68,16 @@ def test_a_broken_picture_has_its_line_and_sets_the_status(pictures):
         (["--output", "no/such/folder/out.jsonl"], "cannot write"),
     ],
 )
-def test_what_cannot_start_says_why(pictures, tmp_path, args, words):
+def test_what_cannot_start_says_why(images, tmp_path, args, words):
     (tmp_path / "nothing-here").mkdir()
-    result = run(*(args if args[0] == "nothing-here" else [pictures, *args]))
+    result = run(*(args if args[0] == "nothing-here" else [images, *args]))
     assert result.exit_code == 2
     assert words in result.stderr
     assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_wherever_a_run_is_killed_it_is_taken_up_again(pictures, monkeypatch, form):
+def test_wherever_a_run_is_killed_it_is_taken_up_again(images, monkeypatch, form):
     """The output is cut after every few bytes; each time the same command makes it whole, and asks only for what is missing."""
     asked = []
 
@@ -84,16 +85,19 @@ def test_wherever_a_run_is_killed_it_is_taken_up_again(pictures, monkeypatch, fo
         asked.extend(files)
         for file in files:
             record = FoodRecord(is_food=1, image_title='a, "b"\n' + Path(file).stem, food_items=["c"], drink_items=[])
-            yield PictureError("no\npicture") if "1b" in file else (record, None)
+            yield ImageError("no\nimage") if "1b" in file else (record, None)
 
     monkeypatch.setattr(Extractor, "extract_many_with_confidence", at_once)
     monkeypatch.setattr(Extractor, "from_pretrained", lambda *args, **options: Extractor(None, None))
-    (pictures / "1b.png").write_bytes(b"")
-    command = (pictures, "--output", "out", "--format", form)
+    (images / "1b.png").write_bytes(b"")
+    command = (images, "--output", "out", "--format", form)
     assert run(*command).exit_code == 1
     whole = Path("out").read_bytes()
     lines = sorted(whole.splitlines())
-    for cut in (0, *range(len(answers.header(form)), len(whole), 2 if form == "csv" else 7)):  # the header is put there whole
+    for cut in (
+        0,
+        *range(len(output_files.header(form)), len(whole), 2 if form == "csv" else 7),
+    ):  # the header is put there whole
         Path("out").write_bytes(whole[:cut])
         asked.clear()
         assert run(*command).exit_code == 1
@@ -102,22 +106,26 @@ def test_wherever_a_run_is_killed_it_is_taken_up_again(pictures, monkeypatch, fo
         assert 4 - done <= len(asked) <= 5 - done
 
 
-def test_what_failed_is_tried_again_and_nothing_else(pictures):
-    broken = pictures / "1b.png"
+def test_what_failed_is_tried_again_and_nothing_else(images):
+    broken = images / "1b.png"
     broken.write_bytes(b"")
-    assert run(pictures, "--output", "out.jsonl").exit_code == 1
-    broken.write_bytes((pictures / "0.png").read_bytes())
-    again = run(pictures, "--output", "out.jsonl")
+    assert run(images, "--output", "out.jsonl").exit_code == 1
+    broken.write_bytes((images / "0.png").read_bytes())
+    again = run(images, "--output", "out.jsonl")
     assert again.exit_code == 0
-    assert "3 of 4 pictures are answered in out.jsonl already" in again.stderr
-    assert sorted(json.loads(line)["file"] for line in Path("out.jsonl").read_text().splitlines()) == sorted(map(str, pictures.iterdir()))
-    assert "model:" not in run(pictures, "--output", "out.jsonl").stderr  # nothing left to ask
+    assert "3 of 4 images are answered in out.jsonl already" in again.stderr
+    assert sorted(json.loads(line)["file"] for line in Path("out.jsonl").read_text().splitlines()) == sorted(
+        map(str, images.iterdir())
+    )
+    assert "model:" not in run(images, "--output", "out.jsonl").stderr  # nothing left to ask
 
 
-@pytest.mark.parametrize(("form", "text"), [("jsonl", "milk\n"), ("csv", "milk,\neggs\n"), ("jsonl", '{"file": "a.png", "label": 1}\n')])
-def test_a_file_that_is_not_ours_is_left_alone(pictures, form, text):
+@pytest.mark.parametrize(
+    ("form", "text"), [("jsonl", "milk\n"), ("csv", "milk,\neggs\n"), ("jsonl", '{"file": "a.png", "label": 1}\n')]
+)
+def test_a_file_that_is_not_ours_is_left_alone(images, form, text):
     Path("notes").write_text(text)
-    result = run(pictures, "--output", "notes", "--format", form)
+    result = run(images, "--output", "notes", "--format", form)
     assert result.exit_code == 2
     assert "left alone" in result.stderr
     assert Path("notes").read_text() == text
@@ -125,36 +133,45 @@ def test_a_file_that_is_not_ours_is_left_alone(pictures, form, text):
 
 
 def test_damage_in_the_middle_is_not_mistaken_for_the_end():
-    good = answers.as_line({"file": "a.png", "is_food": 0, "image_title": "", "food_items": [], "drink_items": []}, "csv")
+    good = output_files.as_line(
+        {"file": "a.png", "is_food": 0, "image_title": "", "food_items": [], "drink_items": []}, "csv"
+    )
     for bad in ('"b"c,0,,[],[],,\n', "b.png,0\n"):
-        Path("out.csv").write_text(answers.header("csv") + bad + good)
-        with pytest.raises(answers.AnswerFileError, match="left alone"):
-            answers.resume(Path("out.csv"), "csv")
+        Path("out.csv").write_text(output_files.header("csv") + bad + good)
+        with pytest.raises(output_files.AnswerFileError, match="left alone"):
+            output_files.resume(Path("out.csv"), "csv")
         assert Path("out.csv").read_text().endswith(bad + good)
 
 
 def test_no_cell_is_a_formula_and_its_text_comes_back(tmp_path):
     titles = ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\r=1", "'quoted'", "plain = text"]
-    rows = [{"file": title, "is_food": 1, "image_title": title, "food_items": ["=1"], "drink_items": []} for title in titles]
-    (tmp_path / "out.csv").write_text(answers.header("csv") + "".join(answers.as_line(row, "csv") for row in rows), newline="")
+    rows = [
+        {"file": title, "is_food": 1, "image_title": title, "food_items": ["=1"], "drink_items": []} for title in titles
+    ]
+    (tmp_path / "out.csv").write_text(
+        output_files.header("csv") + "".join(output_files.as_line(row, "csv") for row in rows), newline=""
+    )
     before = (tmp_path / "out.csv").read_bytes()
     for row in list(csv.reader(io.StringIO(before.decode(), newline="")))[1:-1]:
         assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in row)
-    assert answers.resume(tmp_path / "out.csv", "csv") == set(titles)
+    assert output_files.resume(tmp_path / "out.csv", "csv") == set(titles)
     assert (tmp_path / "out.csv").read_bytes() == before
-    assert "'" not in answers.as_line(rows[0], "jsonl")
+    assert "'" not in output_files.as_line(rows[0], "jsonl")
 
 
-def test_the_form_that_a_model_writes_is_told_once_on_stderr(pictures, monkeypatch):
+def test_the_form_that_a_model_writes_is_told_once_on_stderr(images, monkeypatch):
     monkeypatch.setattr(Extractor, "_probe", lambda self: Dialect(" ", python=True))
-    result = run(pictures, "--batch-size", "1")
+    result = run(images, "--batch-size", "1")
     assert result.stderr.count("the model writes Python reprs") == 1
-    assert all(FoodRecord(**{key: line[key] for key in FoodRecord.model_fields}) for line in map(json.loads, result.stdout.splitlines()))
+    assert all(
+        FoodRecord(**{key: line[key] for key in FoodRecord.model_fields})
+        for line in map(json.loads, result.stdout.splitlines())
+    )
 
 
-def test_csv_with_confidence(pictures):
-    (pictures / "1b.png").write_bytes(b"")
-    result = run(pictures, "--format", "csv", "--confidence")
+def test_csv_with_confidence(images):
+    (images / "1b.png").write_bytes(b"")
+    result = run(images, "--format", "csv", "--confidence")
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert list(rows[0]) == ["file", "is_food", "image_title", "food_items", "drink_items", "confidence", "error"]
     assert [bool(row["error"]) for row in rows] == [False, False, True, False]
@@ -162,14 +179,26 @@ def test_csv_with_confidence(pictures):
         assert len(json.loads(row["food_items"])) == len(json.loads(row["confidence"])["food_items"])
 
 
-def test_free_answers_are_those_without_the_grammar(pictures, tuned):
-    lines = [json.loads(line) for line in run(pictures, "--free").stdout.splitlines()]
+def test_free_answers_are_those_without_the_grammar(images, tuned):
+    lines = [json.loads(line) for line in run(images, "--free").stdout.splitlines()]
     for line in lines:
-        [said] = tuned.answer([open_picture(line.pop("file"))])
+        [said] = tuned.answer([open_image(line.pop("file"))])
         assert json.dumps(line) == said or repr(said) in line["error"]
 
 
 def test_the_module_is_the_command_and_help_is_quick_to_read():
-    shown = subprocess.run([sys.executable, "-m", "foodextract", "extract", "--help"], capture_output=True, text=True, check=True).stdout
-    for option in ("--model", "--output", "--format", "--batch-size", "--tiles", "--device", "--confidence", "--free", "Exit status"):
+    shown = subprocess.run(
+        [sys.executable, "-m", "foodextract", "extract", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for option in (
+        "--model",
+        "--output",
+        "--format",
+        "--batch-size",
+        "--tiles",
+        "--device",
+        "--confidence",
+        "--free",
+        "Exit status",
+    ):
         assert option in shown

@@ -10,14 +10,28 @@ from pathlib import Path
 import pytest
 from jupyter_client.manager import KernelManager
 
-from foodextract import models, profiles
-from foodextract.models import ModelError
-from foodextract.profiles import CODE, PROFILES
+from foodextract.models import loading
+from foodextract.models.loading import ModelError
+from foodextract.names import CODE
+from foodextract.training import presets
+from foodextract.training.presets import PROFILES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])
 # What Colab has loaded before the first cell runs, or may have. A package replaced under a running kernel breaks it.
-PRELOADED = {"pillow", "numpy", "pandas", "pyarrow", "matplotlib", "scipy", "scikit-learn", "torch", "torchvision", "ipython", "tornado"}
+PRELOADED = {
+    "pillow",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "scipy",
+    "scikit-learn",
+    "torch",
+    "torchvision",
+    "ipython",
+    "tornado",
+}
 
 
 def cells(path: Path) -> list[str]:
@@ -55,12 +69,12 @@ def test_gemma_says_that_a_t4_is_refused():
 
 
 def test_a_profile_that_needs_a_gpu_stops_without_one_and_says_how_to_get_one(monkeypatch):
-    monkeypatch.setattr(profiles, "choose_device", lambda: models.torch.device("cpu"))
+    monkeypatch.setattr(presets, "choose_device", lambda: loading.torch.device("cpu"))
     with pytest.raises(ModelError, match="Runtime > Change runtime type > T4 GPU"):
         PROFILES["hub"].require_gpu()
     PROFILES["hub"].require_gpu(allow_cpu=True)
     PROFILES["offline"].require_gpu()
-    monkeypatch.setattr(profiles, "choose_device", lambda: models.torch.device("cuda"))
+    monkeypatch.setattr(presets, "choose_device", lambda: loading.torch.device("cuda"))
     PROFILES["hub"].require_gpu()
 
 
@@ -82,8 +96,17 @@ class Kernel:
         )
         self.content = folder / "content"
         self.content.mkdir()
-        redirect = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": CODE}
-        self.environment = {**os.environ, **redirect, "PYTHONPATH": str(folder / "site"), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+        redirect = {
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
+            "GIT_CONFIG_VALUE_0": CODE,
+        }
+        self.environment = {
+            **os.environ,
+            **redirect,
+            "PYTHONPATH": str(folder / "site"),
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        }
         self.start()
 
     def start(self) -> None:
@@ -102,7 +125,9 @@ class Kernel:
         """What a cell printed. Raises AssertionError with the cell's own error."""
         printed = []
         reply = self.client.execute_interactive(
-            source, timeout=300, output_hook=lambda m: printed.append(m["content"].get("text", "")) if m["msg_type"] == "stream" else None
+            source,
+            timeout=300,
+            output_hook=lambda m: printed.append(m["content"].get("text", "")) if m["msg_type"] == "stream" else None,
         )
         assert reply["content"]["status"] == "ok", (reply["content"].get("evalue"), "".join(printed))
         return "".join(printed)
@@ -124,7 +149,9 @@ def test_setup_cell_leaves_a_kernel_in_which_the_imports_work(path, kernel):
     kernel.run(parameters)
     kernel.run(imports)
     clone = kernel.content / "FoodExtract-Vision"
-    assert kernel.run("import foodextract; print(foodextract.__file__)").strip() == str(clone / "src" / "foodextract" / "__init__.py")
+    assert kernel.run("import foodextract; print(foodextract.__file__)").strip() == str(
+        clone / "src" / "foodextract" / "__init__.py"
+    )
     kernel.restart()
     for cell in (setup, parameters, imports):
         kernel.run(cell)
@@ -141,8 +168,14 @@ def test_a_failed_installation_stops_the_cell(kernel):
 
 def test_floors_hold_what_colab_has_loaded():
     """`make test-floors` installs requirements.txt with these versions instead."""
-    floors = dict(line.split("==") for line in (ROOT / "requirements-floors.txt").read_text().splitlines() if not line.startswith("#"))
+    floors = dict(
+        line.split("==")
+        for line in (ROOT / "requirements-floors.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
     assert {"pillow", "numpy", "pandas", "pyarrow", "matplotlib", "scipy", "scikit-learn"} <= set(floors)
     assert not {pin.split("==")[0] for path in NOTEBOOKS for pin in installed_by(cells(path)[0])} & set(floors)
-    git = subprocess.run(["git", "grep", "-l", "requirements-floors.txt", "--", "Makefile"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "grep", "-l", "requirements-floors.txt", "--", "Makefile"], cwd=ROOT, capture_output=True, text=True
+    )
     assert git.stdout.strip() == "Makefile"

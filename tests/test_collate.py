@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from foodextract import prompts
-from foodextract.collate import IGNORED, Collator, audit
-from foodextract.dataset import as_conversations, record_of
-from foodextract.decoding import Decoder
+from foodextract.data.dataset import as_conversations, record_of
+from foodextract.inference.decoding import Decoder
 from foodextract.schema import FoodRecord
+from foodextract.training.collate import IGNORED, Collator, audit
 
 
 @pytest.fixture(scope="module")

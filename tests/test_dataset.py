@@ -15,25 +15,36 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foodextract import dataset, ingest, profiles, publish, scenes, selection, sources
-from foodextract.samples import NOTHING, DatasetError, Reject, Sample
+from foodextract import names
+from foodextract.data import dataset, ingest, scenes, selection, sources
+from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample
+from foodextract.hub import publish
 
 
-def png(picture):
+def png(image):
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
 def textured(number):
-    """A picture like no other: smooth random colours."""
+    """An image like no other: smooth random colors."""
     coarse = np.random.default_rng(number).integers(0, 255, (9, 9, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
 
 
-def sample(number, picture=None, **told):
-    data = png(picture or textured(number))
-    return Sample(**{"name": f"{number:03d}.png", "read": lambda: data, "label": NOTHING, "source": "test", "licence": "CC0", **told})
+def sample(number, image=None, **told):
+    data = png(image or textured(number))
+    return Sample(
+        **{
+            "name": f"{number:03d}.png",
+            "read": lambda: data,
+            "label": NOTHING,
+            "source": "test",
+            "license": "CC0",
+            **told,
+        }
+    )
 
 
 def checksum(folder):
@@ -51,7 +62,11 @@ def sides(splits):
 
 def test_what_is_written_is_an_ordinary_image_folder(drawn, rows):
     loaded = datasets.load_dataset("imagefolder", data_dir=str(drawn), cache_dir=str(drawn.parent / "cache"))
-    assert {split: len(found) for split, found in loaded.items()} == {"train": 40, "test": 16} == {s: len(r) for s, r in rows.items()}
+    assert (
+        {split: len(found) for split, found in loaded.items()}
+        == {"train": 40, "test": 16}
+        == {s: len(r) for s, r in rows.items()}
+    )
     by_name = {row["name"]: row for row in loaded["train"]}
     for row in rows["train"]:
         assert dataset.record_of(row) == dataset.record_of(by_name[row["name"]])
@@ -59,7 +74,11 @@ def test_what_is_written_is_an_ordinary_image_folder(drawn, rows):
 
 
 def test_every_row_is_accounted_for(tmp_path):
-    given = [sample(n) for n in range(30)] + [Reject("x", "broken"), sample(30, label={"is_food": "?"}), sample(31, read=lambda: b"")]
+    given = [sample(n) for n in range(30)] + [
+        Reject("x", "broken"),
+        sample(30, label={"is_food": "?"}),
+        sample(31, read=lambda: b""),
+    ]
     report = dataset.build([*given, replace(given[0], name="copy.png")], tmp_path / "out")
     assert report["read"] == 34
     assert report["kept"] == report["train"] + report["test"] == 30
@@ -70,9 +89,11 @@ def test_every_row_is_accounted_for(tmp_path):
     assert "empty" in rejects["031.png"]
 
 
-def test_what_a_label_names_goes_with_its_picture(tmp_path, drawn):
+def test_what_a_label_names_goes_with_its_image(tmp_path, drawn):
     beer = {"is_food": 1, "image_title": "", "food_items": [], "drink_items": ["beer"]}
-    dataset.build([sample(n, label=beer, label_scope="primary" if n % 2 else "exhaustive") for n in range(30)], tmp_path / "out")
+    dataset.build(
+        [sample(n, label=beer, label_scope="primary" if n % 2 else "exhaustive") for n in range(30)], tmp_path / "out"
+    )
     for split in dataset.load(tmp_path / "out").values():
         assert dataset.scopes_of(split) == ["primary" if int(name[:3]) % 2 else "exhaustive" for name in split["name"]]
         assert set(split["image_title"]) == {"beer"}  # what nobody named is named after its items
@@ -106,13 +127,13 @@ def test_groups_and_look_alikes_stay_together(tmp_path):
         assert not set(rows["train"][column]) & set(rows["test"][column])
 
 
-def test_a_look_alike_of_a_held_out_picture_cannot_be_trained_on(tmp_path):
+def test_a_look_alike_of_a_held_out_image_cannot_be_trained_on(tmp_path):
     held_out = [sample(n, split="test") for n in range(5)]
     given = [sample(n, split="train") for n in range(10, 20)]
     planted = sample(50, textured(3).resize((80, 80)), split="train")
     dataset.build([*held_out, *given, planted], tmp_path / "out")
     [reject] = lines(tmp_path / "out" / "rejects.jsonl")
-    assert reject == {"name": "050.png", "reason": "near-duplicate of a picture held out, 003.png"}
+    assert reject == {"name": "050.png", "reason": "near-duplicate of an image held out, 003.png"}
 
 
 def test_split_is_four_to_one_and_does_not_move_when_rows_are_added():
@@ -155,7 +176,7 @@ BUILD = """
 import sys, time
 sys.path.insert(0, {here!r})
 from test_dataset import sample
-from foodextract import dataset
+from foodextract.data import dataset
 def slowly():
     for n in range(120):
         time.sleep(0.02)
@@ -198,7 +219,7 @@ def test_taking_up_reads_nothing_twice_and_notices_changes(tmp_path):
 
 
 def test_nothing_usable_is_an_error_with_reasons(tmp_path):
-    with pytest.raises(DatasetError, match=r"too few usable pictures(.|\n)*broken"):
+    with pytest.raises(DatasetError, match=r"too few usable images(.|\n)*broken"):
         dataset.build([Reject("a.png", "broken")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -240,7 +261,9 @@ def test_any_name_of_a_data_set_opens_it(tmp_path, drawn):
     folder.mkdir()
     for n in range(30):
         textured(n).save(folder / f"{n}.png")
-    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{n}.png", **NOTHING}) + "\n" for n in range(30)))
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{n}.png", **NOTHING}) + "\n" for n in range(30))
+    )
     opened = dataset.open_dataset(folder, tmp_path / "built")
     assert len(opened["train"]) + len(opened["test"]) == 30
     with pytest.raises(DatasetError, match="00_create"):
@@ -270,7 +293,7 @@ def test_a_bad_row_is_named_and_the_others_are_kept(tmp_path, line, reason):
     for n in range(30):
         textured(n).save(folder / f"{n}.png")
     (folder / "metadata.jsonl").write_text("\n".join([*rows[:3], line, *rows[4:]]))
-    report = dataset.build(sources.labelled_folder(folder), tmp_path / "out")
+    report = dataset.build(sources.labeled_folder(folder), tmp_path / "out")
     assert (report["kept"], report["rejected"]) == (29, 1)
     [reject] = lines(tmp_path / "out" / "rejects.jsonl")
     assert reason in reject["reason"]
@@ -286,6 +309,6 @@ def test_the_card_tells_the_runs_own_figures(drawn):
     text = str(card)
     for told in (
         "| train | 40 |", "| test | 16 |", report["fingerprint"][:16], "seed 5", "`abc`", "| scenes | 56 |", "load_dataset(",
-        "16 pictures are held out", "Drawn scenes are exact", "@misc", profiles.CODE,
+        "16 images are held out", "Drawn scenes are exact", "@misc", names.CODE,
     ):  # fmt: skip
         assert told in text

@@ -5,15 +5,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from llguidance import LLMatcher
+from odd_images import odd_images
 from PIL import Image
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
-from foodextract import models, scenes, schema
-from foodextract.decoding import Decoder, GrammarError
-from foodextract.dialects import Dialect
-from foodextract.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract import schema
+from foodextract.data import scenes
+from foodextract.inference.decoding import Decoder, GrammarError
+from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract.inference.grammar import Dialect
+from foodextract.models import loading
 from foodextract.schema import FoodRecord
-from odd_pictures import odd_pictures
 from test_schema import GOOD, NOTHING, records
 
 JSON, BEHIND_SPACE = Dialect(), Dialect(" ")
@@ -21,7 +23,7 @@ JSON, BEHIND_SPACE = Dialect(), Dialect(" ")
 
 @pytest.fixture(scope="module")
 def base():
-    return Extractor.from_pretrained(models.TINY_BASE, "cpu")
+    return Extractor.from_pretrained(loading.TINY_BASE, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,8 @@ def random_weights(base):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return [scene.image for scene in scenes.draw_scenes(77, "test", 8)] + list(odd_pictures(8))
+def images():
+    return [scene.image for scene in scenes.draw_scenes(77, "test", 8)] + list(odd_images(8))
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,26 @@ def test_the_grammar_has_every_canonical_text(accepts):
         assert accepts(record.to_json())
 
     check()
-    for letter in ("\x00", "\x08", "\x7f", "\x80", "é", "\u2028", "\ud7ff", "\ue000", "\uffff", "🥨", "\U0010ffff", '"', "\\", "/", "\n"):
-        assert accepts(FoodRecord(is_food=1, image_title=letter * schema.MAX_TITLE, food_items=[letter], drink_items=[]).to_json()), letter
+    for letter in (
+        "\x00",
+        "\x08",
+        "\x7f",
+        "\x80",
+        "é",
+        "\u2028",
+        "\ud7ff",
+        "\ue000",
+        "\uffff",
+        "🥨",
+        "\U0010ffff",
+        '"',
+        "\\",
+        "/",
+        "\n",
+    ):
+        assert accepts(
+            FoodRecord(is_food=1, image_title=letter * schema.MAX_TITLE, food_items=[letter], drink_items=[]).to_json()
+        ), letter
 
 
 @pytest.mark.parametrize(
@@ -109,24 +129,24 @@ def test_a_beginning_is_closed_with_what_is_complete_in_it():
 
 
 @pytest.mark.parametrize("name", ["tuned", "base", "random_weights"])
-def test_whatever_the_weights_and_the_picture_the_answer_is_a_record(name, request):
+def test_whatever_the_weights_and_the_image_the_answer_is_a_record(name, request):
     extractor = request.getfixturevalue(name)
-    results = list(extractor.extract_many(odd_pictures(24, seed=3), batch_size=24))
+    results = list(extractor.extract_many(odd_images(24, seed=3), batch_size=24))
     assert [type(result) for result in results] == [FoodRecord] * 24
 
 
-def test_what_is_free_is_what_generate_writes(base, pictures):
-    inputs = base.prepare(pictures)
+def test_what_is_free_is_what_generate_writes(base, images):
+    inputs = base.prepare(images)
     written = base.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     texts = base.processor.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert base.answer(pictures) == [text.removeprefix(" ") for text in texts]
+    assert base.answer(images) == [text.removeprefix(" ") for text in texts]
     assert len(set(map(len, texts))) > 3  # they end at different steps
 
 
-def test_the_grammar_changes_no_answer_that_it_allows(tuned, pictures):
-    free, strict = tuned.answer(pictures), tuned.answer(pictures, constrained=True)
+def test_the_grammar_changes_no_answer_that_it_allows(tuned, images):
+    free, strict = tuned.answer(images), tuned.answer(images, constrained=True)
     allowed = [number for number, text in enumerate(free) if valid(text)]
-    assert len(allowed) >= len(pictures) // 2
+    assert len(allowed) >= len(images) // 2
     assert [free[number] for number in allowed] == [strict[number] for number in allowed]
 
 
@@ -138,10 +158,12 @@ def valid(text):
 
 
 @pytest.mark.parametrize("name", ["tuned", "base", "random_weights"])
-def test_batch_answer_is_single_answer(name, request, pictures):
+def test_batch_answer_is_single_answer(name, request, images):
     extractor = request.getfixturevalue(name)
-    some = pictures[::3]
-    assert extractor.answer(some, constrained=True) == [extractor.answer([picture], constrained=True)[0] for picture in some]
+    some = images[::3]
+    assert extractor.answer(some, constrained=True) == [
+        extractor.answer([image], constrained=True)[0] for image in some
+    ]
 
 
 @torch.inference_mode()
@@ -165,38 +187,44 @@ def replay(decoder, inputs, answers, rows):
 
 
 @pytest.mark.parametrize("name", ["tuned", "random_weights"])
-def test_cache_padding_and_forced_tokens_change_nothing(name, request, pictures):
+def test_cache_padding_and_forced_tokens_change_nothing(name, request, images):
     extractor = request.getfixturevalue(name)
-    inputs = extractor.prepare(pictures)
+    inputs = extractor.prepare(images)
     answers = extractor._guided(BEHIND_SPACE).generate(inputs, 120)
     replay(extractor._guided(BEHIND_SPACE), inputs, answers, rows=(0, 3, 9, 15))
     assert any(logprob is None for answer in answers for logprob in answer.logprobs)
 
 
-def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, pictures):
-    tuned._guided(BEHIND_SPACE).generate(tuned.prepare(pictures[:1]), 1)  # the prefix has been read
+def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, images):
+    tuned._guided(BEHIND_SPACE).generate(tuned.prepare(images[:1]), 1)  # the prefix has been read
     shapes = []
-    hook = tuned.model.register_forward_pre_hook(lambda model, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    hook = tuned.model.register_forward_pre_hook(
+        lambda model, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     try:
-        answers = tuned._guided(BEHIND_SPACE).generate(tuned.prepare(pictures), MAX_NEW_TOKENS)
+        answers = tuned._guided(BEHIND_SPACE).generate(tuned.prepare(images), MAX_NEW_TOKENS)
     finally:
         hook.remove()
     chosen = [sum(logprob is not None for logprob in answer.logprobs) for answer in answers]
-    assert shapes[0][0] == len(pictures)
+    assert shapes[0][0] == len(images)
     assert [shape[0] for shape in shapes] == sorted((shape[0] for shape in shapes), reverse=True)
-    assert shapes[-1][0] < len(pictures)
+    assert shapes[-1][0] < len(images)
     assert max(chosen) <= len(shapes) < max(len(answer.tokens) for answer in answers)
 
 
-def test_the_prefix_is_read_once_and_changes_no_answer(tuned, pictures):
+def test_the_prefix_is_read_once_and_changes_no_answer(tuned, images):
     model = copy.deepcopy(tuned.model)
     prefix = tuned._prefix
     whole = Decoder.build(model, tuned.processor.tokenizer, BEHIND_SPACE.grammar(), BEHIND_SPACE.without_repeats)
-    spared = Decoder.build(model, tuned.processor.tokenizer, BEHIND_SPACE.grammar(), BEHIND_SPACE.without_repeats, prefix)
-    inputs, shapes = tuned.prepare(pictures), []
+    spared = Decoder.build(
+        model, tuned.processor.tokenizer, BEHIND_SPACE.grammar(), BEHIND_SPACE.without_repeats, prefix
+    )
+    inputs, shapes = tuned.prepare(images), []
     length = inputs["input_ids"].shape[1]
     assert len(prefix) > length / 3
-    model.register_forward_pre_hook(lambda model, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda model, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
 
     def answers(decoder):
         shapes.clear()
@@ -218,12 +246,14 @@ def test_the_prefix_is_read_once_and_changes_no_answer(tuned, pictures):
     assert shapes[0] == (1, len(prefix))  # read anew
 
 
-def test_a_repeat_is_taken_back_and_forgotten(tuned, pictures):
+def test_a_repeat_is_taken_back_and_forgotten(tuned, images):
     """The model is made to write a list with a repeat; from there on its answer is the one it gives where the repeat never stood."""
     decoder = copy.copy(tuned._guided(BEHIND_SPACE))
-    said = '{"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad", "pizza", "taco"], "drink_items": []}'
+    said = (
+        '{"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad", "pizza", "taco"], "drink_items": []}'
+    )
     script = decoder.lltokenizer.tokenize_str(" " + said)
-    inputs = tuned.prepare(pictures[:3])
+    inputs = tuned.prepare(images[:3])
     start = inputs["input_ids"].shape[1] - 1
     changed = []
 
@@ -247,7 +277,9 @@ def test_a_repeat_is_taken_back_and_forgotten(tuned, pictures):
     assert sum(changed) == 3
     for number, answer in enumerate(answers):
         text = decoder.text(answer)
-        assert text.startswith(' {"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad"], "drink_items": [')
+        assert text.startswith(
+            ' {"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad"], "drink_items": ['
+        )
         assert valid(text.removeprefix(" ")) == answer.finished
         after = len(decoder.lltokenizer.tokenize_str(text[: text.index('"drink_items":') + 14]))
         answer.logprobs[:after] = [None] * after  # these were dictated
@@ -262,7 +294,7 @@ def test_an_answer_that_runs_out_of_tokens_says_so(tuned):
 
 
 def test_another_architecture_with_sliding_windows_and_token_types(tuned):
-    """Gemma 3 from random weights, no processor of ours: prompts of two lengths around one picture each."""
+    """Gemma 3 from random weights, no processor of ours: prompts of two lengths around one image each."""
     tokenizer = tuned.processor.tokenizer
     config = Gemma3Config(
         text_config={
@@ -290,7 +322,10 @@ def test_another_architecture_with_sliding_windows_and_token_types(tuned):
     apart = []
     for row in range(2):
         shown = inputs["attention_mask"][row].bool()
-        one = {key: value[row : row + 1] if key == "pixel_values" else value[row : row + 1, shown] for key, value in inputs.items()}
+        one = {
+            key: value[row : row + 1] if key == "pixel_values" else value[row : row + 1, shown]
+            for key, value in inputs.items()
+        }
         apart += decoder.generate(one, 60)
     assert [answer.tokens for answer in together] == [answer.tokens for answer in apart]
     for answer in together:
@@ -303,9 +338,11 @@ def test_a_broken_grammar_is_refused(tuned):
 
 
 def test_the_grammar_is_one_that_llguidance_takes_without_a_warning(tuned):
-    failed, messages = LLMatcher.validate_grammar_with_warnings(BEHIND_SPACE.grammar(), tuned._guided(BEHIND_SPACE).lltokenizer)
+    failed, messages = LLMatcher.validate_grammar_with_warnings(
+        BEHIND_SPACE.grammar(), tuned._guided(BEHIND_SPACE).lltokenizer
+    )
     assert (failed, messages) == (False, [])
 
 
-def test_a_blank_picture_is_no_special_case(tuned):
+def test_a_blank_image_is_no_special_case(tuned):
     assert isinstance(tuned.extract(Image.new("L", (5, 5))), FoodRecord)

@@ -24,10 +24,12 @@ from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client
 from PIL import Image
 
-from foodextract import models, profiles, scenes
-from foodextract.results import read_results
+from foodextract import names
+from foodextract.data import scenes
+from foodextract.evaluation.results import read_results
+from foodextract.models import loading
+from foodextract.reporting.tables import metric_table
 from foodextract.schema import FoodRecord
-from foodextract.tables import metric_table
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "demos" / "FoodExtract-Vision"
@@ -45,27 +47,29 @@ def demo():
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     scenes.draw_scene(7, "test", 0).image.save(tmp_path / "a.png")
     return str(tmp_path / "a.png")
 
 
-def test_the_space_answers_like_the_command_line(demo, tuned, picture):
+def test_the_space_answers_like_the_command_line(demo, tuned, image):
     app, asking = demo
-    assert Path(asking.MODEL) == models.newest_tuned()
-    if Path(asking.MODEL) == models.TINY_TUNED:
-        assert FoodRecord.parse(app.extract(picture)) == tuned.extract(picture)
-    html, text = app.show(picture)
+    assert Path(asking.MODEL) == loading.newest_tuned()
+    if Path(asking.MODEL) == loading.TINY_TUNED:
+        assert FoodRecord.parse(app.extract(image)) == tuned.extract(image)
+    html, text = app.show(image)
     record = FoodRecord.parse(text)
-    assert [item for item in re.findall(r'<li class="chip \w+">(.*?) <small>', html)] == record.food_items + record.drink_items
+    assert [
+        item for item in re.findall(r'<li class="chip \w+">(.*?) <small>', html)
+    ] == record.food_items + record.drink_items
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
 def test_before_and_after_have_the_image_budget_of_the_tuned_model(tiles, tmp_path, monkeypatch):
     """Though the base comes with 17 tiles, as SmolVLM2 does: notebook 01 measured both alike."""
-    for name, folder, budget in (("MODEL", models.TINY_TUNED, tiles), ("BASE", models.TINY_BASE, 17)):
+    for name, folder, budget in (("MODEL", loading.TINY_TUNED, tiles), ("BASE", loading.TINY_BASE, 17)):
         shutil.copytree(folder, tmp_path / name)
-        models.load_processor(folder, budget).save_pretrained(tmp_path / name)
+        loading.load_processor(folder, budget).save_pretrained(tmp_path / name)
         monkeypatch.setenv(f"FOODEXTRACT_{name}", str(tmp_path / name))
     asking = runpy.run_path(str(SPACE / "asking.py"))
     before, after = (asking[name].prepare([Image.new("RGB", (64, 64))]) for name in ("UNTUNED", "TUNED"))
@@ -73,27 +77,29 @@ def test_before_and_after_have_the_image_budget_of_the_tuned_model(tiles, tmp_pa
     assert before["input_ids"].tolist() == after["input_ids"].tolist()
 
 
-def test_bad_input_is_a_friendly_message(demo, tmp_path, picture, monkeypatch):
+def test_bad_input_is_a_friendly_message(demo, tmp_path, image, monkeypatch):
     app, asking = demo
-    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(gr.Error, match="format"):
         app.extract(str(tmp_path / "b.png"))
     with pytest.raises(gr.Error, match="format"):
         asking.compared(str(tmp_path / "b.png"))
-    with pytest.raises(gr.Error, match="There is no picture yet"):
+    with pytest.raises(gr.Error, match="There is no image yet"):
         app.extract(None)
     monkeypatch.setattr(asking, "MAX_BYTES", 5)
     for ask in (asking.record_of, asking.compared):
         with pytest.raises(gr.Error, match=r"The file a\.png is larger than 0 MB: shrink it first"):
-            ask(picture)
+            ask(image)
 
 
-def test_a_model_that_cannot_be_loaded_is_a_friendly_message(demo, picture, monkeypatch):
+def test_a_model_that_cannot_be_loaded_is_a_friendly_message(demo, image, monkeypatch):
     app, asking = demo
     for broken in ("/no/such/folder", None):
         monkeypatch.setattr(asking, "TUNED", asking.load(broken))
-        with pytest.raises(gr.Error, match=r"cannot be loaded: (folder is neither a folder nor a Hub id|.*FOODEXTRACT_BASE)"):
-            app.extract(picture)
+        with pytest.raises(
+            gr.Error, match=r"cannot be loaded: (folder is neither a folder nor a Hub id|.*FOODEXTRACT_BASE)"
+        ):
+            app.extract(image)
 
 
 def test_what_the_model_writes_cannot_become_markup(demo):
@@ -116,25 +122,25 @@ def test_no_model_is_sure_to_the_full(demo):
 
 def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
     _, asking = demo
-    measured = asking.evidence.find(models.TINY_TUNED)
+    measured = asking.evidence.find(loading.TINY_TUNED)
     photographs = dataclasses.replace(measured, dataset="somebody/photographs")
     for model, evidence, known in (
-        (models.TINY_TUNED, measured, True),
-        (models.TINY_BASE, None, True),
+        (loading.TINY_TUNED, measured, True),
+        (loading.TINY_BASE, None, True),
         ("outputs/offline/stage2", measured, True),
         ("outputs/mine/stage2", photographs, False),
         ("owner/name", None, False),
-        ("owner/name", dataclasses.replace(measured, base_model=models.HUB_BASE), False),
+        ("owner/name", dataclasses.replace(measured, base_model=names.HUB_BASE), False),
     ):
         monkeypatch.setattr(asking, "MODEL", str(model))
         monkeypatch.setattr(asking, "EVIDENCE", evidence)
         assert ("never seen a photograph" in asking.notice()) == known, model
 
 
-def test_a_broken_file_does_not_spoil_the_batch(demo, tmp_path, picture):
+def test_a_broken_file_does_not_spoil_the_batch(demo, tmp_path, image):
     _, asking = demo
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    table, as_csv, as_jsonl = asking.batch([picture, str(tmp_path / "broken.jpg"), picture])
+    table, as_csv, as_jsonl = asking.batch([image, str(tmp_path / "broken.jpg"), image])
     assert [bool(row[5]) for row in table] == [False, True, False]
     rows = [json.loads(line) for line in Path(as_jsonl).read_text().splitlines()]
     with open(as_csv, newline="") as lines:
@@ -143,16 +149,16 @@ def test_a_broken_file_does_not_spoil_the_batch(demo, tmp_path, picture):
     assert rows[1].keys() == {"file", "error"}
     assert json.loads(cells[0]["food_items"]) == rows[0]["food_items"]
     with pytest.raises(gr.Error, match="more than the 50"):
-        asking.batch([picture] * 51)
+        asking.batch([image] * 51)
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_file_that_is_too_large_does_not_spoil_the_batch_and_is_not_opened(demo, tmp_path, picture, monkeypatch, place):
+def test_a_file_that_is_too_large_does_not_spoil_the_batch_and_is_not_opened(demo, tmp_path, image, monkeypatch, place):
     _, asking = demo
     heavy = tmp_path / "heavy.png"
-    heavy.write_bytes(Path(picture).read_bytes() + bytes(100_000))
+    heavy.write_bytes(Path(image).read_bytes() + bytes(100_000))
     monkeypatch.setattr(asking, "MAX_BYTES", 90_000)
-    paths = [picture, picture]
+    paths = [image, image]
     paths.insert(place, str(heavy))
     table, _, _ = asking.batch(paths)
     assert [row[5].partition(":")[0] for row in table if row[5]] == ["the file heavy.png is larger than 0 MB"]
@@ -162,9 +168,9 @@ def test_a_file_that_is_too_large_does_not_spoil_the_batch_and_is_not_opened(dem
     assert alone[5]
 
 
-def test_answers_to_download_are_deleted_with_what_was_uploaded(demo, picture):
+def test_answers_to_download_are_deleted_with_what_was_uploaded(demo, image):
     app, _ = demo
-    _, as_csv, as_jsonl = app.many([picture])
+    _, as_csv, as_jsonl = app.many([image])
     paths = [Path(button.value["path"]) for button in (as_csv, as_jsonl)]
     assert all(path.is_file() for path in paths)
     delete_files_created_by_app(app.demo, age=None)
@@ -211,26 +217,34 @@ print(*durations)
 """
 
 
-def test_on_zero_gpu_messages_are_as_friendly(tmp_path, picture):
+def test_on_zero_gpu_messages_are_as_friendly(tmp_path, image):
     """There a function runs in a process of its own, from which only results and `gr.Error` come back."""
-    (tmp_path / "b.png").write_bytes(b"no picture")
-    env = {**os.environ, "PYTHONPATH": f"{SPACE}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "FOODEXTRACT_MODEL": str(models.TINY_TUNED)}
-    command = [sys.executable, "-c", FORKED, picture, str(tmp_path / "b.png")]
+    (tmp_path / "b.png").write_bytes(b"no image")
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{SPACE}:{ROOT / 'src'}",
+        "OMP_NUM_THREADS": "1",
+        "FOODEXTRACT_MODEL": str(loading.TINY_TUNED),
+    }
+    command = [sys.executable, "-c", FORKED, image, str(tmp_path / "b.png")]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     alone, compared, both, durations = run.stdout.splitlines()
-    assert alone.startswith("Not a picture in a format we read")
+    assert alone.startswith("Not an image in a format we read")
     assert compared == alone
-    assert re.match("(yes|no) not a picture in a format we read", both)
+    assert re.match("(yes|no) not an image in a format we read", both)
     assert durations == "22 60 24"
 
 
 def test_the_page_shows_the_figures_of_its_model(demo, monkeypatch):
     _, asking = demo
-    measured = asking.evidence.find(models.TINY_TUNED)
+    measured = asking.evidence.find(loading.TINY_TUNED)
     monkeypatch.setattr(asking, "EVIDENCE", measured)
-    assert metric_table([row for row in read_results(ROOT / "results" / "offline.json") if row.low is not None]) in asking.figures()
-    assert asking.evidence.base_of(measured) == str(models.TINY_BASE)
+    assert (
+        metric_table([row for row in read_results(ROOT / "results" / "offline.json") if row.low is not None])
+        in asking.figures()
+    )
+    assert asking.evidence.base_of(measured) == str(loading.TINY_BASE)
     monkeypatch.setattr(asking, "EVIDENCE", None)
     assert "Nobody has measured" in asking.figures()
 
@@ -244,8 +258,8 @@ def test_ten_users_at_once_all_get_their_own_answers_in_the_order_in_which_they_
     async def ask(user, file):
         """Upload, and stand in the queue; the number that the queue gave."""
         [path] = (await user.post("upload", files={"files": ("a.png", file)})).json()
-        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        return (await user.post("call/extract", json={"data": [picture]})).json()["event_id"]
+        image = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        return (await user.post("call/extract", json={"data": [image]})).json()["event_id"]
 
     async def answer(user, event, done):
         async with user.stream("GET", f"call/extract/{event}") as lines:
@@ -272,16 +286,20 @@ def test_only_extract_is_for_programs(page):
     assert list(Client(page, verbose=False).view_api(return_format="dict")["named_endpoints"]) == ["/extract"]
 
 
-def test_the_http_example_of_the_page_works(demo, page, tuned, picture, tmp_path):
+def test_the_http_example_of_the_page_works(demo, page, tuned, image, tmp_path):
     app, _ = demo
     assert app.URL in app.API
-    example = re.search(r"```bash\n(.*?)```", app.API, re.DOTALL)[1].replace(app.URL, page.rstrip("/")).replace("lunch.jpg", picture)
+    example = (
+        re.search(r"```bash\n(.*?)```", app.API, re.DOTALL)[1]
+        .replace(app.URL, page.rstrip("/"))
+        .replace("lunch.jpg", image)
+    )
     run = subprocess.run(["bash", "-c", example], capture_output=True, text=True, check=True)
     [answer] = json.loads(run.stdout.partition("data: ")[2])
-    assert FoodRecord.parse(answer) == tuned.extract(picture)
+    assert FoodRecord.parse(answer) == tuned.extract(image)
 
 
-def test_the_mcp_door_has_the_tool(page, picture, tuned):
+def test_the_mcp_door_has_the_tool(page, image, tuned):
     """Without a library for it: the two messages that a client sends to a server that keeps no session."""
 
     def ask(method, **params):
@@ -292,18 +310,20 @@ def test_the_mcp_door_has_the_tool(page, picture, tuned):
 
     [tool] = ask("tools/list")["tools"]
     assert "one line of JSON" in tool["description"]
-    data = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
+    data = f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
     answer = ask("tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): data})
-    assert FoodRecord.parse(answer["content"][0]["text"]) == tuned.extract(picture)
-    refused = ask("tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): f"{page}lunch.png"})
+    assert FoodRecord.parse(answer["content"][0]["text"]) == tuned.extract(image)
+    refused = ask(
+        "tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): f"{page}lunch.png"}
+    )
     assert refused["isError"]
-    assert "send the picture itself" in refused["content"][0]["text"]
+    assert "send the image itself" in refused["content"][0]["text"]
 
 
 def answer_to(page, data):
-    """What `extract` says over HTTP about what it is given as a picture: the kind of event, and its data."""
-    picture = {**data, "meta": {"_type": "gradio.FileData"}}
-    event = httpx.post(f"{page}gradio_api/call/extract", json={"data": [picture]}, trust_env=False).json()["event_id"]
+    """What `extract` says over HTTP about what it is given as an image: the kind of event, and its data."""
+    image = {**data, "meta": {"_type": "gradio.FileData"}}
+    event = httpx.post(f"{page}gradio_api/call/extract", json={"data": [image]}, trust_env=False).json()["event_id"]
     text = httpx.get(f"{page}gradio_api/call/extract/{event}", timeout=60, trust_env=False).text
     return re.search("event: (.*)", text)[1], json.loads(re.search("data: (.*)", text)[1])
 
@@ -316,13 +336,13 @@ def test_an_address_is_not_fetched(page, stream):
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/lunch.png"
         event, answer = answer_to(page, {"path": address, "is_stream": stream})
         assert event == "error"
-        assert stream or "send the picture itself" in answer["error"]
+        assert stream or "send the image itself" in answer["error"]
         with pytest.raises(TimeoutError):
             listening.accept()
 
 
-def test_neither_data_in_a_path_nor_files_of_the_machine_are_read(page, picture):
-    data = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
+def test_neither_data_in_a_path_nor_files_of_the_machine_are_read(page, image):
+    data = f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
     for path in (data, "/etc/hostname"):
         assert answer_to(page, {"path": path})[0] == "error"
 
@@ -332,15 +352,19 @@ def test_bodies_are_bounded_before_they_are_read(page):
 
     for door in ("mcp/", "call/extract"):
         for content in (bytes(40 * 2**20), iter([bytes(2**20)] * 40)):
-            assert httpx.post(f"{page}gradio_api/{door}", content=content, timeout=60, trust_env=False).status_code == 413
-    file = httpx.post(f"{page}gradio_api/upload", files={"files": ("a.png", bytes(40 * 2**20))}, timeout=60, trust_env=False)
+            assert (
+                httpx.post(f"{page}gradio_api/{door}", content=content, timeout=60, trust_env=False).status_code == 413
+            )
+    file = httpx.post(
+        f"{page}gradio_api/upload", files={"files": ("a.png", bytes(40 * 2**20))}, timeout=60, trust_env=False
+    )
     assert file.status_code == 200
     assert "larger than 20 MB: shrink it first" in answer_to(page, {"path": file.json()[0]})[1]["error"]
 
 
-def test_who_finds_the_queue_full_is_told_to_come_again(page, picture):
+def test_who_finds_the_queue_full_is_told_to_come_again(page, image):
     """In words that are Gradio's own; 503 is what its page turns into "currently busy, please try again"."""
-    path = httpx.post(f"{page}gradio_api/upload", files={"files": Path(picture).read_bytes()}, trust_env=False).json()[0]
+    path = httpx.post(f"{page}gradio_api/upload", files={"files": Path(image).read_bytes()}, trust_env=False).json()[0]
     body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
 
     async def ask(number):
@@ -359,12 +383,20 @@ def test_who_finds_the_queue_full_is_told_to_come_again(page, picture):
 
 
 @pytest.mark.parametrize(
-    ("settings", "offline"), [({}, "1"), ({"FOODEXTRACT_MODEL": "a/b"}, "0"), ({"HF_HUB_OFFLINE": "1", "FOODEXTRACT_MODEL": "a/b"}, "1")]
+    ("settings", "offline"),
+    [({}, "1"), ({"FOODEXTRACT_MODEL": "a/b"}, "0"), ({"HF_HUB_OFFLINE": "1", "FOODEXTRACT_MODEL": "a/b"}, "1")],
 )
 def test_a_model_that_is_named_may_be_fetched(settings, offline):
-    unset = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "FOODEXTRACT_MODEL", "FOODEXTRACT_BASE")}
+    unset = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HF_HUB_OFFLINE", "FOODEXTRACT_MODEL", "FOODEXTRACT_BASE")
+    }
     command = ["make", "--silent", "--eval", "what: ; @echo $$HF_HUB_OFFLINE.", "what"]
-    assert subprocess.run(command, cwd=ROOT, env=unset | settings, capture_output=True, text=True).stdout == f"{offline}.\n"
+    assert (
+        subprocess.run(command, cwd=ROOT, env=unset | settings, capture_output=True, text=True).stdout
+        == f"{offline}.\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- front matter
@@ -377,9 +409,9 @@ def test_front_matter_and_pins_agree():
     ))  # fmt: skip
     assert front["sdk_version"] == ours["gradio"]
     assert front["python_version"] == "3.12.12"
-    assert front["models"] == [profiles.HUB_MODEL, models.HUB_BASE]
-    assert front["datasets"] == [profiles.HUB_DATASET]
-    assert front["thumbnail"].endswith(f"/{profiles.HUB_SPACE}/resolve/main/thumbnail.png")
+    assert front["models"] == [names.HUB_MODEL, names.HUB_BASE]
+    assert front["datasets"] == [names.HUB_DATASET]
+    assert front["thumbnail"].endswith(f"/{names.HUB_SPACE}/resolve/main/thumbnail.png")
     assert len(front["short_description"]) <= 60
     assert {name for name in theirs if theirs[name] != ours.get(name)} == {"pydantic"}
     assert (SPACE / "thumbnail.png").is_file()

@@ -16,18 +16,25 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from foodextract import models, scenes
-from foodextract.api import Settings, create_app
+from foodextract.data import scenes
+from foodextract.models import loading
 from foodextract.schema import FoodRecord
-from foodextract.server import WRITING_SECONDS
+from foodextract.serving.app import Settings, create_app
+from foodextract.serving.server import WRITING_SECONDS
 from test_server import encoded
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "gpu", "gke")
-DRAIN = Settings().upload.seconds + Settings().limits.deadline + WRITING_SECONDS  # until all that was accepted is answered, seconds
+DRAIN = (
+    Settings().upload.seconds + Settings().limits.deadline + WRITING_SECONDS
+)  # until all that was accepted is answered, seconds
 VERSION = "1.33.0"
-CUSTOM = {"monitoring.coreos.com/v1", "monitoring.googleapis.com/v1", "keda.sh/v1alpha1"}  # their schemas are not Kubernetes' own
+CUSTOM = {
+    "monitoring.coreos.com/v1",
+    "monitoring.googleapis.com/v1",
+    "keda.sh/v1alpha1",
+}  # their schemas are not Kubernetes' own
 
 
 def documents(text):
@@ -37,8 +44,12 @@ def documents(text):
 def rendered(overlay):
     """An overlay as `kubectl apply -k` would send it, by kind and name."""
     if not shutil.which("kubectl"):
-        (pytest.fail if os.environ.get("REQUIRE_KUBECTL") else pytest.skip)("kubectl renders the overlays, and is not here")
-    shown = subprocess.run(["kubectl", "kustomize", str(KUBERNETES / "overlays" / overlay)], capture_output=True, text=True)
+        (pytest.fail if os.environ.get("REQUIRE_KUBECTL") else pytest.skip)(
+            "kubectl renders the overlays, and is not here"
+        )
+    shown = subprocess.run(
+        ["kubectl", "kustomize", str(KUBERNETES / "overlays" / overlay)], capture_output=True, text=True
+    )
     assert shown.returncode == 0, shown.stderr
     return {(one["kind"], one["metadata"]["name"]): one for one in documents(shown.stdout)}
 
@@ -56,7 +67,10 @@ def test_every_file_is_used_and_every_used_file_is_there(folder):
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     used = set(paths(kustomization))
     assert all((folder / path).exists() for path in used)
-    assert {path.name for path in folder.glob("*.yaml")} == {"kustomization.yaml", *(path for path in used if path.endswith(".yaml"))}
+    assert {path.name for path in folder.glob("*.yaml")} == {
+        "kustomization.yaml",
+        *(path for path in used if path.endswith(".yaml")),
+    }
 
 
 @pytest.mark.parametrize("path", sorted(KUBERNETES.glob("base/*.yaml")), ids=lambda path: path.name)
@@ -88,7 +102,10 @@ def test_pods_keep_to_the_policy(overlay):
     assert "replicas" not in deployment["spec"]  # the autoscaler's
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert {one["topologyKey"] for one in pod["topologySpreadConstraints"]} == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
+    assert {one["topologyKey"] for one in pod["topologySpreadConstraints"]} == {
+        "kubernetes.io/hostname",
+        "topology.kubernetes.io/zone",
+    }
     [container] = pod["containers"]
     assert re.fullmatch(r"\S+:v?\d[\w.-]*", container["image"])
     assert container["securityContext"] == {
@@ -104,22 +121,36 @@ def test_pods_keep_to_the_policy(overlay):
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
     assert next(mount for mount in container["volumeMounts"] if mount["mountPath"] == "/model")["readOnly"]
     seconds = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
-    drain = int(container["command"][container["command"].index("--shutdown-timeout") + 1]) if overlay == "gpu" else DRAIN
+    drain = (
+        int(container["command"][container["command"].index("--shutdown-timeout") + 1]) if overlay == "gpu" else DRAIN
+    )
     assert pod["terminationGracePeriodSeconds"] > seconds + drain
     [key] = [entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if entry["name"].endswith("_API_KEY")]
     assert not key.get("optional")  # without a key nobody would be asked for one
     assert container["image"].startswith(("registry.example.com/", "REGION-docker.pkg.dev/"))
-    assert everything["Namespace", "foodextract"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert (
+        everything["Namespace", "foodextract"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
+        == "restricted"
+    )
     deny = everything["NetworkPolicy", "default-deny"]["spec"]
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
 
 def checkov(folder):
     """What the policy linter finds in the manifests of a folder: failed and passed checks, as `CKV_… resource`."""
-    command = [Path(sys.prefix) / "checkov" / "bin" / "checkov", "--config-file", DEPLOY / "checkov.yaml", "-d", folder, "-o", "json"]
+    command = [
+        Path(sys.prefix) / "checkov" / "bin" / "checkov",
+        "--config-file",
+        DEPLOY / "checkov.yaml",
+        "-d",
+        folder,
+        "-o",
+        "json",
+    ]
     told = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["results"]
     return [
-        {f"{check['check_id']} {check['resource']}" for check in told[f"{verdict}_checks"]} for verdict in ("failed", "passed", "skipped")
+        {f"{check['check_id']} {check['resource']}" for check in told[f"{verdict}_checks"]}
+        for verdict in ("failed", "passed", "skipped")
     ]
 
 
@@ -178,18 +209,24 @@ def test_probes_ask_what_the_server_answers():
     [_, deployment] = documents((KUBERNETES / "base/deployment.yaml").read_text())
     [container] = deployment["spec"]["template"]["spec"]["containers"]
     served = create_app(lambda: None, "m", Settings()).openapi()["paths"]
-    assert {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")} <= set(served)
+    assert {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")} <= set(
+        served
+    )
 
 
 def test_the_dockerfiles_pass_their_linter():
     linter = Path(sys.executable).with_name("hadolint")
-    checked = subprocess.run([linter, DEPLOY / "Dockerfile", DEPLOY / "vllm" / "Dockerfile"], capture_output=True, text=True)
+    checked = subprocess.run(
+        [linter, DEPLOY / "Dockerfile", DEPLOY / "vllm" / "Dockerfile"], capture_output=True, text=True
+    )
     assert checked.returncode == 0, checked.stdout
 
 
 def test_the_image_of_vllm_has_what_its_environment_has():
     wanted = {
-        line for line in (DEPLOY / "vllm" / "requirements.txt").read_text().splitlines() if line.startswith(("vllm==", "num2words=="))
+        line
+        for line in (DEPLOY / "vllm" / "requirements.txt").read_text().splitlines()
+        if line.startswith(("vllm==", "num2words=="))
     }
     image = (DEPLOY / "vllm" / "Dockerfile").read_text()
     assert {f"vllm=={re.search('vllm-openai:v(.+)', image)[1]}", re.search("num2words==.+", image)[0]} == wanted
@@ -200,7 +237,7 @@ def test_the_image_starts_the_command_that_is_there_and_keeps_no_root():
     entry = json.loads(re.search(r"^ENTRYPOINT (\[.*\])$", text, re.M)[1])
     assert entry[0] == "foodextract"
     help_ = subprocess.run([sys.executable, "-m", *entry, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "Answer pictures over HTTP" in help_
+    assert "Answer images over HTTP" in help_
     final = text[text.rindex("FROM ") :]
     assert re.search(r"^USER 10001:10001$", final, re.M)
     assert "HF_HUB_OFFLINE=1" in final
@@ -213,7 +250,7 @@ def test_the_image_starts_the_command_that_is_there_and_keeps_no_root():
 
 def test_the_image_s_own_steps_give_a_server_that_answers(tmp_path):
     """What the build stage runs, run here: from the files that it copies, by uv from its cache, into a folder in place of /app."""
-    context, app, tuned = tmp_path / "src", tmp_path / "app", models.TINY_TUNED
+    context, app, tuned = tmp_path / "src", tmp_path / "app", loading.TINY_TUNED
     build = (DEPLOY / "Dockerfile").read_text().split("FROM ")[1]
     for names, to in re.findall(r"^COPY (.+) (\S+)$", build, re.M):
         for name in names.split():
@@ -245,12 +282,17 @@ def test_the_image_s_own_steps_give_a_server_that_answers(tmp_path):
             while not said or said[-1]["event"] != "ready":
                 said.append(json.loads(served.stderr.readline()))
             port = next(re.search(r":(\d+) ", line["event"])[1] for line in said if "running on" in line["event"])
-            picture = encoded(scenes.draw_scene(7, "test", 0).image)
-            answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=picture, timeout=60, trust_env=False)
+            image = encoded(scenes.draw_scene(7, "test", 0).image)
+            answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=image, timeout=60, trust_env=False)
             assert FoodRecord.model_validate(answer.json()["record"])
-            check = json.loads(re.search(r"^HEALTHCHECK .*\\\n +CMD (.*)$", (DEPLOY / "Dockerfile").read_text(), re.M)[1])
+            check = json.loads(
+                re.search(r"^HEALTHCHECK .*\\\n +CMD (.*)$", (DEPLOY / "Dockerfile").read_text(), re.M)[1]
+            )
             proxied = environment | {"http_proxy": "http://127.0.0.1:9"}  # where nobody answers
-            assert subprocess.run([app / "bin" / "python", "-c", check[2].replace("8000", port)], env=proxied).returncode == 0
+            assert (
+                subprocess.run([app / "bin" / "python", "-c", check[2].replace("8000", port)], env=proxied).returncode
+                == 0
+            )
         finally:
             served.terminate()
             served.stderr.read()
@@ -260,7 +302,9 @@ def test_the_image_s_own_steps_give_a_server_that_answers(tmp_path):
 
 
 def test_the_image_installs_pinned_packages_only():
-    pinned = {line.split("==")[0] for line in (DEPLOY.parent / "requirements.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0] for line in (DEPLOY.parent / "requirements.txt").read_text().splitlines() if "==" in line
+    }
     wanted = {line for line in (DEPLOY / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
     assert wanted <= pinned
 

@@ -10,11 +10,13 @@ import torch
 from llguidance import LLMatcher
 
 import dialects as benchmark
-from foodextract import evaluation, models, scenes
-from foodextract.decoding import Decoder
-from foodextract.dialects import MAX_HEAD, MAX_LEAD, Dialect, recognize, undecided
-from foodextract.extractor import MAX_PROBE_TOKENS, PROBE, Extractor
-from foodextract.results import read_results
+from foodextract.data import scenes
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.results import read_results
+from foodextract.inference.decoding import Decoder
+from foodextract.inference.extractor import MAX_PROBE_TOKENS, PROBE, Extractor
+from foodextract.inference.grammar import MAX_HEAD, MAX_LEAD, Dialect, recognize, undecided
+from foodextract.models import loading
 from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
 from test_schema import GOOD, NOTHING
 
@@ -35,7 +37,10 @@ WRITERS = {  # how others write a record → the dialect it shows
     "repr, True": (lambda record: repr(with_bools(record)), Dialect(flags=("False", "True"), python=True)),
     "repr in a fence": (lambda record: "```python\n" + as_repr(record), Dialect("```python\n", python=True)),
     "compact": (lambda record: json.dumps(record.model_dump(), separators=(",", ":")), Dialect(spaced=True)),
-    "indented": (lambda record: json.dumps(with_bools(record), indent=4), Dialect(flags=("false", "true"), spaced=True)),
+    "indented": (
+        lambda record: json.dumps(with_bools(record), indent=4),
+        Dialect(flags=("false", "true"), spaced=True),
+    ),
     "letters": (lambda record: json.dumps(with_bools(record), ensure_ascii=False), Dialect(flags=("false", "true"))),
     "fenced": (lambda record: "```json\n" + record.to_json(), Dialect("```json\n")),
     "announced": (
@@ -72,7 +77,10 @@ def accepts(decoder, dialect, text):
 def test_what_others_write_is_recognized_allowed_and_read(name, tuned):
     write, dialect = WRITERS[name]
     longest = FoodRecord(
-        is_food=1, image_title="'" * MAX_TITLE, food_items=["🥨" * MAX_ITEM], drink_items=[f"\x7f{n}" for n in range(MAX_ITEMS)]
+        is_food=1,
+        image_title="'" * MAX_TITLE,
+        food_items=["🥨" * MAX_ITEM],
+        drink_items=[f"\x7f{n}" for n in range(MAX_ITEMS)],
     )
     for record in [*random_records(500), longest]:
         text = write(record)
@@ -118,11 +126,24 @@ def test_a_list_ends_before_an_item_that_comes_twice_however_it_is_quoted():
     for repeat in (", 'a'", ', "a"', ", 'it\\'s'", ", 'b', "):
         assert dialect.without_repeats(begun + repeat) == begun + "], 'drink_items':"
     escaped = '{"is_food":true,"image_title":"","food_items":["\\u00e9","b","é"'
-    assert Dialect(flags=("false", "true"), spaced=True).without_repeats(escaped).endswith('["\\u00e9", "b"], "drink_items":')
+    assert (
+        Dialect(flags=("false", "true"), spaced=True)
+        .without_repeats(escaped)
+        .endswith('["\\u00e9", "b"], "drink_items":')
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["", "A photo of a cat.", "{", '{"is_food": 2, "', '{"title": "is_food"}', "{'is_food\": 1, '", '{"is_food": 1, image_title']
+    "text",
+    [
+        "",
+        "A photo of a cat.",
+        "{",
+        '{"is_food": 2, "',
+        '{"title": "is_food"}',
+        "{'is_food\": 1, '",
+        '{"is_food": 1, image_title',
+    ],
 )
 def test_other_texts_show_no_dialect(text):
     assert recognize(text) is None
@@ -180,10 +201,14 @@ class Scripted(torch.nn.Module):
         cache = past_key_values or Cache(input_ids[:, :0], [None] * len(input_ids))
         cache.ids = torch.cat([cache.ids, input_ids], 1)
         if pixel_values is not None:
-            cache.scripts = [self.say(self.seen.get(self.key(pixels), FoodRecord.parse(NOTHING))) for pixels in pixel_values]
+            cache.scripts = [
+                self.say(self.seen.get(self.key(pixels), FoodRecord.parse(NOTHING))) for pixels in pixel_values
+            ]
         logits = torch.zeros(len(input_ids), 1, len(self.processor.tokenizer))
         for row, script in enumerate(f" {script}".encode() for script in cache.scripts):
-            text = self.lltokenizer.decode_bytes(cache.ids[row][attention_mask[row].bool()].tolist()).rpartition(b"Assistant:")[2]
+            text = self.lltokenizer.decode_bytes(cache.ids[row][attention_mask[row].bool()].tolist()).rpartition(
+                b"Assistant:"
+            )[2]
             rest = script[len(text) :] if script.startswith(text) else b""
             token = self.lltokenizer.tokenize_bytes(rest)[0] if rest else self.generation_config.eos_token_id
             logits[row, 0, token] = 5 if rest.startswith(b"?") else 20  # who hesitates
@@ -212,7 +237,7 @@ def speaking(tuned, images, records):
 
 
 def item_f1(labels, texts, read=FoodRecord.parse):
-    return next(metric.value for metric in evaluation.score(labels, texts, read=read) if metric.name == "item_f1_micro")
+    return next(metric.value for metric in evaluate.score(labels, texts, read=read) if metric.name == "item_f1_micro")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -248,7 +273,7 @@ def test_the_notice_comes_once(speaking, images, caplog):
     assert "Python reprs behind '```python\\n'" in told.message
 
 
-@pytest.mark.parametrize("folder", [models.TINY_TUNED, models.TINY_BASE], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [loading.TINY_TUNED, loading.TINY_BASE], ids=lambda folder: folder.name)
 def test_a_model_of_canonical_json_and_one_of_prose_are_asked_as_ever(folder, images, caplog):
     extractor = Extractor.from_pretrained(folder, "cpu")
     assert extractor.dialect == Dialect(extractor._lead)
@@ -265,7 +290,11 @@ def test_looking_costs_a_few_tokens_once(speaking, images):
         spent, extractor.model.forwards = extractor.model.forwards, 0
         extractor.answer([PROBE], constrained=True)
         assert 5 < spent - extractor.model.forwards <= (20 if name == "canonical" else MAX_PROBE_TOKENS)
-    prose = speaking(lambda record: "This is a long and winding text about what may be seen in an image, and it does not end soon. " * 9)
+    prose = speaking(
+        lambda record: (
+            "This is a long and winding text about what may be seen in an image, and it does not end soon. " * 9
+        )
+    )
     assert prose.dialect.canonical
     assert prose.model.forwards <= MAX_PROBE_TOKENS + 2
 
@@ -283,7 +312,9 @@ def test_a_model_that_trains_is_looked_at_every_time(speaking, images, records):
 
 
 def test_confidence_is_about_the_items_wherever_they_stand(images, tuned):
-    doubtful = FoodRecord(is_food=1, image_title="ça, 'ça'", food_items=["brûlée", "crè?me", "thé"], drink_items=['"é"?', "🥨"])
+    doubtful = FoodRecord(
+        is_food=1, image_title="ça, 'ça'", food_items=["brûlée", "crè?me", "thé"], drink_items=['"é"?', "🥨"]
+    )
     pixels = tuned.prepare(images[:1])["pixel_values"]
     for name in OTHERS:
         extractor = Extractor(Scripted(tuned.processor, [(pixels[0], doubtful)], WRITERS[name][0]), tuned.processor)
@@ -296,7 +327,9 @@ def test_confidence_is_about_the_items_wherever_they_stand(images, tuned):
 
 
 def test_a_repeat_ends_the_list_in_any_dialect(images, tuned):
-    twice = FoodRecord.model_construct(is_food=1, image_title="", food_items=["it's", "egg", "it's", "rice"], drink_items=[])
+    twice = FoodRecord.model_construct(
+        is_food=1, image_title="", food_items=["it's", "egg", "it's", "rice"], drink_items=[]
+    )
     pixels = tuned.prepare(images[:1])["pixel_values"]
     for name in OTHERS:
         extractor = Extractor(Scripted(tuned.processor, [(pixels[0], twice)], WRITERS[name][0]), tuned.processor)

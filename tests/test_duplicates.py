@@ -5,42 +5,44 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from foodextract import duplicates
-from foodextract.duplicates import FINGERPRINT_BYTES, NEAR, NEIGHBOURS, fingerprint, group_near, near_pairs
-from foodextract.scenes import draw_scenes, sprite
+from foodextract.data import near_duplicates
+from foodextract.data.near_duplicates import FINGERPRINT_BYTES, NEAR, NEIGHBORS, fingerprint, group_near, near_pairs
+from foodextract.data.scenes import draw_scenes, sprite
 
 
-def crop(picture, left, top, right, bottom):
-    """The picture less these shares of its edges."""
-    width, height = picture.size
-    return picture.crop((round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height)))
+def crop(image, left, top, right, bottom):
+    """The image less these shares of its edges."""
+    width, height = image.size
+    return image.crop(
+        (round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height))
+    )
 
 
-def jpeg(picture, quality):
+def jpeg(image, quality):
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=quality)
+    image.save(data, "JPEG", quality=quality)
     return Image.open(data)
 
 
-def resize(picture, scale):
-    return picture.resize([round(edge * scale) for edge in picture.size])
+def resize(image, scale):
+    return image.resize([round(edge * scale) for edge in image.size])
 
 
 CHANGES = {
-    "the same": lambda picture: picture.copy(),
-    "resized": lambda picture: resize(picture, 0.4),
-    "squeezed": lambda picture: picture.resize((224, 160)),
-    "recompressed": lambda picture: jpeg(picture, 30),
+    "the same": lambda image: image.copy(),
+    "resized": lambda image: resize(image, 0.4),
+    "squeezed": lambda image: image.resize((224, 160)),
+    "recompressed": lambda image: jpeg(image, 30),
     "mirrored": ImageOps.mirror,
-    "cropped all round": lambda picture: crop(picture, 0.05, 0.05, 0.05, 0.05),
-    "cropped at two edges": lambda picture: crop(picture, 0.05, 0.05, 0, 0),
-    "cropped off centre": lambda picture: crop(picture, 0.01, 0.04, 0.04, 0.01),
-    "all at once": lambda picture: jpeg(resize(ImageOps.mirror(crop(picture, 0.02, 0.01, 0.03, 0.04)), 0.6), 50),
+    "cropped all round": lambda image: crop(image, 0.05, 0.05, 0.05, 0.05),
+    "cropped at two edges": lambda image: crop(image, 0.05, 0.05, 0, 0),
+    "cropped off center": lambda image: crop(image, 0.01, 0.04, 0.04, 0.01),
+    "all at once": lambda image: jpeg(resize(ImageOps.mirror(crop(image, 0.02, 0.01, 0.03, 0.04)), 0.6), 50),
 }
 
 
 def texture(seed, size=(240, 180)):
-    """Coloured noise with the spectrum of photographs: amplitude falls with frequency."""
+    """Colored noise with the spectrum of photographs: amplitude falls with frequency."""
     rng = np.random.default_rng(seed)
     width, height = size
     fall = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width).clip(1) ** -1.3
@@ -50,18 +52,20 @@ def texture(seed, size=(240, 180)):
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def blank(*colour, size=(64, 48)):
-    return Image.new("RGB", size, colour)
+def blank(*color, size=(64, 48)):
+    return Image.new("RGB", size, color)
 
 
 def near_blank(count, seed=0):
-    """Fingerprints of white pictures that differ by a grey level here and there."""
-    cells = np.full((count, FINGERPRINT_BYTES), 250, np.uint8) - np.random.default_rng(seed).integers(0, 2, (count, FINGERPRINT_BYTES))
+    """Fingerprints of white images that differ by a gray level here and there."""
+    cells = np.full((count, FINGERPRINT_BYTES), 250, np.uint8) - np.random.default_rng(seed).integers(
+        0, 2, (count, FINGERPRINT_BYTES)
+    )
     return [row.astype(np.uint8).tobytes() for row in cells]
 
 
 def fade(one, other, steps=41):
-    """Fingerprints of the pictures on the way from one to another."""
+    """Fingerprints of the images on the way from one to another."""
     return [fingerprint(Image.blend(one, other, share)) for share in np.linspace(0, 1, steps)]
 
 
@@ -72,7 +76,7 @@ def parts(groups):
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Drawn scenes that show something: JPEG moves a plain colour further than two plain colours may differ."""
+    """Drawn scenes that show something: JPEG moves a plain color further than two plain colors may differ."""
     return [scene.image for scene in draw_scenes(21, "train", 90) if scene.objects]
 
 
@@ -83,52 +87,64 @@ def textures():
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_copy_is_found_again(scenes, textures, change):
-    pictures = scenes[:50] + textures
-    copies = [CHANGES[change](picture) for picture in pictures]
-    groups = group_near([fingerprint(picture) for picture in pictures + copies])
-    assert groups[: len(pictures)] == list(range(len(pictures)))  # each alone …
-    missed = [number for number, group in enumerate(groups[len(pictures) :]) if group != number]  # … but for its own copy
+    images = scenes[:50] + textures
+    copies = [CHANGES[change](image) for image in images]
+    groups = group_near([fingerprint(image) for image in images + copies])
+    assert groups[: len(images)] == list(range(len(images)))  # each alone …
+    missed = [number for number, group in enumerate(groups[len(images) :]) if group != number]  # … but for its own copy
     assert len(missed) <= 1, missed
 
 
-def test_all_copies_of_a_picture_make_one_group(textures):
-    pictures = [change(picture) for picture in textures[:3] for change in CHANGES.values()]
-    assert group_near([fingerprint(picture) for picture in pictures]) == [i // len(CHANGES) * len(CHANGES) for i in range(len(pictures))]
+def test_all_copies_of_a_image_make_one_group(textures):
+    images = [change(image) for image in textures[:3] for change in CHANGES.values()]
+    assert group_near([fingerprint(image) for image in images]) == [
+        i // len(CHANGES) * len(CHANGES) for i in range(len(images))
+    ]
 
 
-def test_different_pictures_stay_apart(scenes, textures):
-    pictures = scenes + textures
-    assert group_near([fingerprint(picture) for picture in pictures]) == list(range(len(pictures)))
+def test_different_images_stay_apart(scenes, textures):
+    images = scenes + textures
+    assert group_near([fingerprint(image) for image in images]) == list(range(len(images)))
 
 
 def test_different_dishes_on_the_same_plate_stay_apart(textures):
-    pictures = []
+    images = []
     for code in ("1F34E", "1F34C", "1F354", "1F382"):  # apple, banana, hamburger, cake: a quarter of the width each
         table, dish = textures[0].copy(), sprite(code).resize((64, 64))
         ImageDraw.Draw(table).ellipse((60, 30, 180, 150), fill="white")
         table.paste(dish, (88, 58), dish)
-        pictures.append(table)
-    assert group_near([fingerprint(picture) for picture in pictures]) == [0, 1, 2, 3]
+        images.append(table)
+    assert group_near([fingerprint(image) for image in images]) == [0, 1, 2, 3]
 
 
 def test_groups_do_not_depend_on_order_nor_on_batches(scenes, textures, monkeypatch):
-    pictures = scenes[:40] + textures[:10]
-    pictures += [CHANGES[change](picture) for picture in pictures[::3] for change in ("mirrored", "cropped all round", "recompressed")]
-    fingerprints = [fingerprint(picture) for picture in pictures] + near_blank(60) + fade(textures[-1], textures[-2])
+    images = scenes[:40] + textures[:10]
+    images += [
+        CHANGES[change](image) for image in images[::3] for change in ("mirrored", "cropped all round", "recompressed")
+    ]
+    fingerprints = [fingerprint(image) for image in images] + near_blank(60) + fade(textures[-1], textures[-2])
     groups = group_near(fingerprints)
-    assert 55 < len(set(groups)) < len(pictures)
-    assert all(groups[group] == group <= position for position, group in enumerate(groups))  # each is called by its first
+    assert 55 < len(set(groups)) < len(images)
+    assert all(
+        groups[group] == group <= position for position, group in enumerate(groups)
+    )  # each is called by its first
     assert group_near(fingerprints) == groups
-    for seed, batch in enumerate((7, 64, duplicates.BATCH)):
-        monkeypatch.setattr(duplicates, "BATCH", batch)
+    for seed, batch in enumerate((7, 64, near_duplicates.BATCH)):
+        monkeypatch.setattr(near_duplicates, "BATCH", batch)
         order = random.Random(seed).sample(range(len(fingerprints)), len(fingerprints))
         shuffled = group_near([fingerprints[old] for old in order])
         assert {frozenset(order[new] for new in part) for part in parts(shuffled)} == parts(groups)
 
 
 def test_pairs_name_what_is_grouped_and_how_far_apart(textures):
-    pictures = [textures[0], textures[1], resize(textures[0], 0.5), textures[1], crop(textures[0], 0.05, 0.05, 0.05, 0.05)]
-    fingerprints = [fingerprint(picture) for picture in pictures]
+    images = [
+        textures[0],
+        textures[1],
+        resize(textures[0], 0.5),
+        textures[1],
+        crop(textures[0], 0.05, 0.05, 0.05, 0.05),
+    ]
+    fingerprints = [fingerprint(image) for image in images]
     pairs = near_pairs(fingerprints)
     assert list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == [(0, 2), (0, 4), (1, 3), (2, 4)]
     assert pairs.distance[2] == 0 < pairs.distance[0] < pairs.distance[1] <= NEAR
@@ -143,42 +159,47 @@ def test_a_chain_of_small_steps_does_not_join_its_ends(textures):
         zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
     )  # every link of the chain is there
     groups = group_near(steps, pairs)
-    assert len(set(groups)) < 20  # neighbours are together …
+    assert len(set(groups)) < 20  # neighbors are together …
     assert max(len(part) for part in parts(groups)) < 20  # … but never half the chain
     assert groups[0] != groups[-1]
 
 
-def test_blank_pictures_need_not_be_equal_to_the_last_bit():
-    grey = bytes([128]) * FINGERPRINT_BYTES
+def test_blank_images_need_not_be_equal_to_the_last_bit():
+    gray = bytes([128]) * FINGERPRINT_BYTES
     third = FINGERPRINT_BYTES // 3
-    assert group_near([grey, grey[:third] + bytes([129]) * third + grey[:third], bytes([140]) * third + grey[third:]]) == [0, 0, 2]
+    assert group_near(
+        [gray, gray[:third] + bytes([129]) * third + gray[:third], bytes([140]) * third + gray[third:]]
+    ) == [0, 0, 2]
 
 
-def test_blank_and_tiny_pictures():
-    colours = [(255, 255, 255), (0, 0, 0), (200, 40, 40), (40, 200, 40), (200, 190, 40)]
-    pictures = [blank(*colour) for colour in colours] + [blank(*colour, size=(1, 1)) for colour in colours]
-    pictures += [texture(0, (2, 2)), texture(1, (3, 1)), texture(2, (1, 700)), texture(3, (4, 4))]
-    assert group_near([fingerprint(picture) for picture in pictures]) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 10, 11, 12, 13]
+def test_blank_and_tiny_images():
+    colors = [(255, 255, 255), (0, 0, 0), (200, 40, 40), (40, 200, 40), (200, 190, 40)]
+    images = [blank(*color) for color in colors] + [blank(*color, size=(1, 1)) for color in colors]
+    images += [texture(0, (2, 2)), texture(1, (3, 1)), texture(2, (1, 700)), texture(3, (4, 4))]
+    assert group_near([fingerprint(image) for image in images]) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 10, 11, 12, 13]
 
 
-def test_a_crowd_of_blank_pictures_is_one_group_and_takes_in_no_other(textures):
-    fingerprints = near_blank(300) + [fingerprint(picture) for picture in textures]
+def test_a_crowd_of_blank_images_is_one_group_and_takes_in_no_other(textures):
+    fingerprints = near_blank(300) + [fingerprint(image) for image in textures]
     assert group_near(fingerprints) == [0] * 300 + list(range(300, 330))
 
 
-def test_what_is_compared_grows_with_the_number_of_pictures():
+def test_what_is_compared_grows_with_the_number_of_images():
     """Random cells are all alike to the index, and so are blank ones: without a bound both would be compared all with all."""
     random_cells = np.random.default_rng(0).integers(0, 256, (16_000, FINGERPRINT_BYTES), dtype=np.uint8)
-    cells, *_ = duplicates._distinct([row.tobytes() for row in random_cells] + near_blank(4_000))
-    batches = [(len(one), len(other)) for one, other, _ in duplicates._candidates(cells)]
+    cells, *_ = near_duplicates._distinct([row.tobytes() for row in random_cells] + near_blank(4_000))
+    batches = [(len(one), len(other)) for one, other, _ in near_duplicates._candidates(cells)]
     compared = sum(one for one, _ in batches)
-    assert len(cells) * NEIGHBOURS < compared <= len(cells) * 2 * (NEIGHBOURS + 1)
-    assert all(one == other <= duplicates.BATCH for one, other in batches)
+    assert len(cells) * NEIGHBORS < compared <= len(cells) * 2 * (NEIGHBORS + 1)
+    assert all(one == other <= near_duplicates.BATCH for one, other in batches)
 
 
 def test_fingerprints_are_small_and_of_one_size():
-    modes = [Image.new(mode, size) for mode, size in (("RGB", (1, 1)), ("L", (300, 5)), ("RGBA", (9, 9)), ("RGB", (1500, 1000)))]
-    assert {len(fingerprint(picture)) for picture in modes} == {FINGERPRINT_BYTES}
+    modes = [
+        Image.new(mode, size)
+        for mode, size in (("RGB", (1, 1)), ("L", (300, 5)), ("RGBA", (9, 9)), ("RGB", (1500, 1000)))
+    ]
+    assert {len(fingerprint(image)) for image in modes} == {FINGERPRINT_BYTES}
     assert FINGERPRINT_BYTES <= 512
     assert fingerprint(texture(1)) == fingerprint(texture(1)) != fingerprint(texture(2))
 

@@ -6,8 +6,10 @@ from scipy.stats import binomtest, bootstrap
 from sklearn import metrics as reference
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from foodextract import comparison, evaluation, judging, scenes
-from foodextract.metrics import MEASURES
+import comparison
+from foodextract.data import scenes
+from foodextract.evaluation import evaluate, scoring
+from foodextract.evaluation.metrics import MEASURES
 from foodextract.schema import FoodRecord
 
 NOTHING = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
@@ -28,7 +30,7 @@ ANSWERS = [
 
 
 def by_name(labels=LABELS, answers=ANSWERS, **how):
-    return {metric.name: metric for metric in evaluation.score(labels, answers, **how)}
+    return {metric.name: metric for metric in evaluate.score(labels, answers, **how)}
 
 
 def values(*case, **how):
@@ -53,7 +55,9 @@ def test_figures_worked_out_by_hand():
     assert metrics["food_f1_micro"] == pytest.approx(2 * 1 / (2 * 1 + 2 + 3))
     assert metrics["drink_f1_micro"] == pytest.approx(2 * 1 / (2 * 1 + 1 + 0))
     assert metrics["item_f1_macro"] == pytest.approx((1 / 2 + 1 / 2 + 1 + 0 + 0) / 5)
-    assert metrics["drink_precision_macro"] == pytest.approx((1 + 1 / 2 + 1 + 1 + 0) / 5)  # nothing wanted, nothing given: 1; unreadable: 0
+    assert metrics["drink_precision_macro"] == pytest.approx(
+        (1 + 1 / 2 + 1 + 1 + 0) / 5
+    )  # nothing wanted, nothing given: 1; unreadable: 0
     assert metrics["title_similarity"] == pytest.approx(2 / 3)
     assert metrics["hallucination_rate"] == 1 / 2
     assert metrics["repetition_rate"] == metrics["truncation_rate"] == 0
@@ -90,10 +94,18 @@ def test_other_peoples_answers_can_be_read_leniently_and_stay_unstrict():
 
 def test_labels_that_name_only_the_main_item_count_for_recall_alone():
     labels = [food("pie"), food("pie"), food(drinks=["cola"]), food("egg", "jam"), NOTHING]
-    answers = [food("pie", "egg", drinks=["tea"]), food("egg"), food("chips", drinks=["cola"]), food("egg"), food("air")]
+    answers = [
+        food("pie", "egg", drinks=["tea"]),
+        food("egg"),
+        food("chips", drinks=["cola"]),
+        food("egg"),
+        food("air"),
+    ]
     scopes = ["primary", "primary", "primary", "exhaustive", "is_food by class name"]
     found = by_name(labels, [answer.to_json() for answer in answers], scopes=scopes)
-    assert {found[f"item_{name}_micro"].n for name in ("precision", "f1")} == {2}  # the exhaustive one, and the one with nothing to name
+    assert {found[f"item_{name}_micro"].n for name in ("precision", "f1")} == {
+        2
+    }  # the exhaustive one, and the one with nothing to name
     assert found["item_precision_micro"].value == pytest.approx(1 / 2)
     assert found["item_f1_micro"].value == pytest.approx(2 * 1 / (2 * 1 + 1 + 1))
     assert found["item_recall_micro"].value == pytest.approx(3 / 5)
@@ -110,21 +122,25 @@ def test_labels_that_name_only_the_main_item_count_for_recall_alone():
     [
         (["egg", "red apple"], ["Eggs", "apple, red", "rice"], (2, 1, 0)),
         (["egg"], ["egg", "eggs"], (1, 1, 0)),  # one to one
-        (["eggs", "eggsss"], ["egg", "eggss"], (2, 0, 0)),  # whoever gives eggs its best match, eggss, leaves eggsss without any
+        (
+            ["eggs", "eggsss"],
+            ["egg", "eggss"],
+            (2, 0, 0),
+        ),  # whoever gives eggs its best match, eggss, leaves eggsss without any
         (["doughnut"], ["donut"], (0, 1, 1)),  # 77 is below the threshold
         ([], ["egg"], (0, 1, 0)),
         (["egg"], [], (0, 0, 1)),
     ],
 )
 def test_names_spelled_alike(wanted, given, counts):
-    assert judging.soft(wanted, given) == judging.Counts(*counts)
+    assert scoring.soft(wanted, given) == scoring.Counts(*counts)
 
 
 def test_no_two_names_of_the_drawn_scenes_are_spelled_alike():
     """So soft figures forgive nothing there."""
     names = [*scenes.FOODS, *scenes.DRINKS]
     for number, name in enumerate(names):
-        assert judging.soft([name], names[:number]).found == 0, name
+        assert scoring.soft([name], names[:number]).found == 0, name
 
 
 WHOLE = food("pie", "egg").to_json()
@@ -147,54 +163,70 @@ WHOLE = food("pie", "egg").to_json()
     ],
 )
 def test_truncation_and_repetition(text, truncated, repeats):
-    assert judging.truncated(text) is truncated
-    assert judging.repeats(text) is repeats
+    assert scoring.truncated(text) is truncated
+    assert scoring.repeats(text) is repeats
 
 
 def test_what_became_of_each_name():
-    found = evaluation.by_class(LABELS, ANSWERS)
-    assert found["egg"] == judging.Counts(found=0, invented=0, missed=2)
-    assert found["taco"] == judging.Counts(found=0, invented=1, missed=1)
+    found = evaluate.by_class(LABELS, ANSWERS)
+    assert found["egg"] == scoring.Counts(found=0, invented=0, missed=2)
+    assert found["taco"] == scoring.Counts(found=0, invented=1, missed=1)
     assert found["pie"].f1 == found["tea"].f1 == 1
     assert next(iter(found)) == "egg"  # the most wanted first
-    assert "jam" not in evaluation.by_class(LABELS, ANSWERS, scopes=["primary"] * 5)
+    assert "jam" not in evaluate.by_class(LABELS, ANSWERS, scopes=["primary"] * 5)
 
 
 def test_groups_are_scored_apart():
-    groups = [evaluation.number_of_items(label) for label in LABELS]
+    groups = [evaluate.number_of_items(label) for label in LABELS]
     assert groups == ["2 items", "2 items", "0 items", "0 items", "1 item"]
-    assert evaluation.number_of_items(food("a", "b", drinks=["c", "d"])) == "3 or more items"
-    found = {group: {m.name: m for m in metrics} for group, metrics in evaluation.breakdown(LABELS, ANSWERS, groups).items()}
-    assert {group: metrics["strict_json_rate"].n for group, metrics in found.items()} == {"0 items": 2, "1 item": 1, "2 items": 2}
+    assert evaluate.number_of_items(food("a", "b", drinks=["c", "d"])) == "3 or more items"
+    found = {
+        group: {m.name: m for m in metrics} for group, metrics in evaluate.breakdown(LABELS, ANSWERS, groups).items()
+    }
+    assert {group: metrics["strict_json_rate"].n for group, metrics in found.items()} == {
+        "0 items": 2,
+        "1 item": 1,
+        "2 items": 2,
+    }
     assert found["2 items"]["item_f1_micro"].value == 0.5
     assert "hallucination_rate" not in found["2 items"]
 
 
 def test_worst_cases_are_the_worst():
-    assert evaluation.worst(LABELS, ANSWERS, 2) == [4, 0]
+    assert evaluate.worst(LABELS, ANSWERS, 2) == [4, 0]
     more = food("pie", "egg", "jam", "rice").to_json()
-    assert evaluation.worst([food("pie"), food("egg")], [more, food("pie").to_json()], 1) == [0]
-    assert evaluation.worst([food("pie"), food("egg")], [more, food("pie").to_json()], 1, ["primary"] * 2) == [1]
+    assert evaluate.worst([food("pie"), food("egg")], [more, food("pie").to_json()], 1) == [0]
+    assert evaluate.worst([food("pie"), food("egg")], [more, food("pie").to_json()], 1, ["primary"] * 2) == [1]
 
 
 def test_models_can_be_compared_on_labels_of_any_scope():
-    assert evaluation.f1_of_named(LABELS, ANSWERS) == by_name()["item_f1_micro"].value
-    scopes = ["primary", "primary", "exhaustive", "primary", "primary"]  # jam and taco are forgiven; what shows no food has no air either
-    assert evaluation.f1_of_named(LABELS, ANSWERS, scopes) == pytest.approx(2 * 2 / (2 * 2 + 1 + 3))
+    assert evaluate.f1_of_named(LABELS, ANSWERS) == by_name()["item_f1_micro"].value
+    scopes = [
+        "primary",
+        "primary",
+        "exhaustive",
+        "primary",
+        "primary",
+    ]  # jam and taco are forgiven; what shows no food has no air either
+    assert evaluate.f1_of_named(LABELS, ANSWERS, scopes) == pytest.approx(2 * 2 / (2 * 2 + 1 + 3))
 
 
-def test_who_says_the_same_of_all_pictures_does_not_look():
-    assert evaluation.looks_blind(LABELS, [LABELS[0].to_json()] * len(LABELS))
-    assert not evaluation.looks_blind(LABELS, ANSWERS)
-    assert not evaluation.looks_blind([NOTHING, NOTHING], [NOTHING.to_json()] * 2)  # there was nothing else to say
+def test_who_says_the_same_of_all_images_does_not_look():
+    assert evaluate.looks_blind(LABELS, [LABELS[0].to_json()] * len(LABELS))
+    assert not evaluate.looks_blind(LABELS, ANSWERS)
+    assert not evaluate.looks_blind([NOTHING, NOTHING], [NOTHING.to_json()] * 2)  # there was nothing else to say
 
 
 def test_recall_of_names_that_a_model_has_met():
-    found = evaluation.recall_of(LABELS, ANSWERS, {"pie", "taco", "tea", "air"})
-    assert (found.name, found.n, found.value) == ("known_item_recall", 3, pytest.approx(2 / 3))  # pie and tea; taco is on the wrong shelf
+    found = evaluate.recall_of(LABELS, ANSWERS, {"pie", "taco", "tea", "air"})
+    assert (found.name, found.n, found.value) == (
+        "known_item_recall",
+        3,
+        pytest.approx(2 / 3),
+    )  # pie and tea; taco is on the wrong shelf
     assert found.low < found.value < found.high
-    assert evaluation.recall_of(LABELS, ANSWERS, {"egg"}).n == 2
-    assert evaluation.recall_of(LABELS, ANSWERS, {"rice"}) is None
+    assert evaluate.recall_of(LABELS, ANSWERS, {"egg"}).n == 2
+    assert evaluate.recall_of(LABELS, ANSWERS, {"rice"}) is None
 
 
 # --------------------------------------------------------------------------------------------------- against scikit-learn, scipy and tables
@@ -218,7 +250,9 @@ def test_is_food_as_scikit_learn_has_it():
     truth, told = [label.is_food for label in labels], [record.is_food if record else 2 for record in said]
     found = values(labels, answers)
     assert found["is_food_accuracy"] == pytest.approx(reference.accuracy_score(truth, told))
-    assert found["is_food_balanced_accuracy"] == pytest.approx(reference.recall_score(truth, told, labels=[0, 1], average="macro"))
+    assert found["is_food_balanced_accuracy"] == pytest.approx(
+        reference.recall_score(truth, told, labels=[0, 1], average="macro")
+    )
     assert found["is_food_f1"] == pytest.approx(reference.f1_score(truth, told, labels=[1], average="micro"))
     assert found["is_food_mcc"] == pytest.approx(reference.matthews_corrcoef(truth, told))
 
@@ -226,30 +260,41 @@ def test_is_food_as_scikit_learn_has_it():
 def test_item_sets_as_scikit_learn_has_them():
     labels, answers, said = simulated()
     binary = MultiLabelBinarizer().fit([label.food_items for label in labels])
-    truth, told = (binary.transform([record.food_items if record else [] for record in records]) for records in (labels, said))
+    truth, told = (
+        binary.transform([record.food_items if record else [] for record in records]) for records in (labels, said)
+    )
     found = values(labels, answers)
-    for name, function in (("precision", reference.precision_score), ("recall", reference.recall_score), ("f1", reference.f1_score)):
+    for name, function in (
+        ("precision", reference.precision_score),
+        ("recall", reference.recall_score),
+        ("f1", reference.f1_score),
+    ):
         assert found[f"food_{name}_micro"] == pytest.approx(function(truth, told, average="micro")), name
     readable = np.array([record is not None for record in said])
-    per_picture = [reference.f1_score(t[None], a[None], average="samples", zero_division=1) for t, a in zip(truth, told, strict=True)]
-    assert found["food_f1_macro"] == pytest.approx(np.mean(np.where(readable, per_picture, 0)))
+    per_image = [
+        reference.f1_score(t[None], a[None], average="samples", zero_division=1)
+        for t, a in zip(truth, told, strict=True)
+    ]
+    assert found["food_f1_macro"] == pytest.approx(np.mean(np.where(readable, per_image, 0)))
 
 
 def test_wilson_interval_of_a_textbook_case():
-    metric = evaluation.rate("x", [True] * 81 + [False] * 182)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    metric = evaluate.rate("x", [True] * 81 + [False] * 182)  # Newcombe 1998, table I: 0.2553 to 0.3662
     assert (metric.low, metric.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
 
 
 def test_bootstrap_interval_is_that_of_scipy():
     labels, answers, _ = simulated()
-    counts = [judging.count_items(label, judging.try_read(text)) for label, text in zip(labels, answers, strict=True)]
+    counts = [scoring.count_items(label, scoring.try_read(text)) for label, text in zip(labels, answers, strict=True)]
     columns = [np.array([getattr(count, name) for count in counts]) for name in ("found", "invented", "missed")]
 
     def micro(found, invented, missed, axis):
         return 2 * found.sum(axis) / (2 * found.sum(axis) + invented.sum(axis) + missed.sum(axis))
 
-    interval = bootstrap(columns, micro, paired=True, n_resamples=2000, batch=100, method="percentile", rng=1).confidence_interval
-    metric = evaluation.micro_f1("x", counts)
+    interval = bootstrap(
+        columns, micro, paired=True, n_resamples=2000, batch=100, method="percentile", rng=1
+    ).confidence_interval
+    metric = evaluate.micro_f1("x", counts)
     assert (metric.low, metric.high) == pytest.approx(tuple(interval), abs=0.01)
     assert metric.value == values(labels, answers)["item_f1_micro"]
 
@@ -259,8 +304,8 @@ def test_bootstrap_interval_has_its_coverage():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(100):
-        right = rng.random(150) < 0.8  # one item a picture: named correctly, or another one invented in its place
-        metric = evaluation.micro_f1("x", [evaluation.Counts(int(r), int(not r), int(not r)) for r in right])
+        right = rng.random(150) < 0.8  # one item an image: named correctly, or another one invented in its place
+        metric = evaluate.micro_f1("x", [evaluate.Counts(int(r), int(not r), int(not r)) for r in right])
         hits += metric.low <= 0.8 <= metric.high
     assert 88 <= hits <= 100
 
@@ -269,7 +314,7 @@ def test_bootstrap_interval_has_its_coverage():
 
 
 def test_a_rate_is_compared_by_mcnemars_exact_test():
-    """13 pictures, of which ours alone are right on 7 and theirs alone on 1: few enough for every permutation."""
+    """13 images, of which ours alone are right on 7 and theirs alone on 1: few enough for every permutation."""
     right, wrong = food("pie").to_json(), "?"
     ours, theirs = [right] * 7 + [wrong] + [right] * 5, [wrong] * 7 + [right] + [right] * 5
     [found] = comparison.compare([food("pie")] * 13, ours, theirs, metrics=["strict_json_rate"])
@@ -282,14 +327,17 @@ def test_a_model_does_not_differ_from_itself_and_differs_from_a_worse_one():
     labels, answers, _ = simulated()
     for found in comparison.compare(labels, answers, answers):
         assert (found.metric.value, found.metric.low, found.metric.high, found.p) == (0, 0, 0, 1)
-    worse = {d.metric.name: d for d in comparison.compare(labels, answers, ["?"] * 300, metrics=["item_f1_micro", "item_f1_macro"])}
+    worse = {
+        d.metric.name: d
+        for d in comparison.compare(labels, answers, ["?"] * 300, metrics=["item_f1_micro", "item_f1_macro"])
+    }
     for name, found in worse.items():
         assert found.p < 0.001, name
         assert found.metric.low > 0, name
 
 
 def test_pairing_narrows_the_interval():
-    """Ours and theirs err on the same pictures, so their difference is known far better than either."""
+    """Ours and theirs err on the same images, so their difference is known far better than either."""
     labels, ours, _ = simulated()
     theirs = ["?" if number % 20 == 0 else text for number, text in enumerate(ours)]
     [found] = comparison.compare(labels, ours, theirs, metrics=["item_f1_macro"])
@@ -298,7 +346,9 @@ def test_pairing_narrows_the_interval():
 
 
 def test_differences_as_rows():
-    rows = comparison.difference_rows("b", "a minus b", comparison.compare(LABELS, ANSWERS, ANSWERS, metrics=["item_f1_micro"]), "c")
+    rows = comparison.difference_rows(
+        "b", "a minus b", comparison.compare(LABELS, ANSWERS, ANSWERS, metrics=["item_f1_micro"]), "c"
+    )
     assert [(row.metric, row.value, row.low, row.unit) for row in rows] == [
         ("item_f1_micro_difference", 0, 0, "share"),
         ("item_f1_micro_p", 1, None, "probability"),
@@ -314,15 +364,17 @@ def test_what_is_compared_is_measured():
 
 def test_lists_that_do_not_match_are_an_error():
     with pytest.raises(ValueError, match="5 labels cannot be scored against 1 answers"):
-        evaluation.score(LABELS, [""])
+        evaluate.score(LABELS, [""])
     with pytest.raises(ValueError, match="5 labels need as many scopes, not 1"):
-        evaluation.score(LABELS, ANSWERS, scopes=["primary"])
+        evaluate.score(LABELS, ANSWERS, scopes=["primary"])
 
 
 def test_asking_keeps_the_order_over_batches(rows):
-    sizes = evaluation.ask(lambda batch: [f"{len(batch)} {picture.mode}" for picture in batch], rows["test"]["image"], batch_size=6)
+    sizes = evaluate.ask(
+        lambda batch: [f"{len(batch)} {image.mode}" for image in batch], rows["test"]["image"], batch_size=6
+    )
     assert sizes == ["6 RGB"] * 12 + ["4 RGB"] * 4
 
 
-def test_anything_that_answers_one_picture_can_be_asked(rows):
-    assert evaluation.ask(evaluation.each(lambda picture: picture.mode), rows["test"]["image"], batch_size=6) == ["RGB"] * 16
+def test_anything_that_answers_one_image_can_be_asked(rows):
+    assert evaluate.ask(evaluate.each(lambda image: image.mode), rows["test"]["image"], batch_size=6) == ["RGB"] * 16

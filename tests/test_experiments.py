@@ -15,16 +15,21 @@ import blip
 import captioning
 import gemma
 import recipes
-from foodextract import adapters, captioner, evaluation, models, training
-from foodextract.collate import IGNORED, Collator, audit
-from foodextract.dataset import as_conversations
-from foodextract.extractor import Extractor
-from foodextract.models import ModelError
-from foodextract.prepared import prepare, whole_text
-from foodextract.profiles import VISION
-from foodextract.results import make_row, read_results
-from foodextract.sources import FOOD101, HUB_DATASET
-from foodextract.stage import Stage
+from foodextract.data.dataset import as_conversations
+from foodextract.data.sources import FOOD101
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.results import make_row, read_results
+from foodextract.inference import blip as captioner
+from foodextract.inference.extractor import Extractor
+from foodextract.models import loading
+from foodextract.models.loading import ModelError
+from foodextract.names import HUB_DATASET
+from foodextract.training import lora
+from foodextract.training import run as training
+from foodextract.training.cache import prepare, whole_text
+from foodextract.training.collate import IGNORED, Collator, audit
+from foodextract.training.config import Stage
+from foodextract.training.presets import VISION
 
 EXPERIMENTS = Path(recipes.__file__).parent
 SMALL_256M = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
@@ -90,15 +95,19 @@ def test_an_experiment_replaces_its_own_rows_only(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------------------- adapters
 
 
-LORA = adapters.Lora(rank=4, alpha=8, dropout=0.0, exclude=r".*vision_model.*", also=("lm_head", "embed_tokens"))
+LORA = lora.Lora(rank=4, alpha=8, dropout=0.0, exclude=r".*vision_model.*", also=("lm_head", "embed_tokens"))
 TUNE = Stage("tuned", (VISION,), 5e-3, epochs=1, batch_size=8, accumulation=1, lora=LORA)
 
 
 def test_only_excluding_keeps_adapters_out_of_the_vision_tower(base):
-    frozen = models.load_model(models.TINY_BASE, CPU, training=True)
-    inside = [name for name in adapters.adapted_modules(adapters.attach(frozen, replace(LORA, exclude=None))) if "vision_model" in name]
+    frozen = loading.load_model(loading.TINY_BASE, CPU, training=True)
+    inside = [
+        name
+        for name in lora.adapted_modules(lora.attach(frozen, replace(LORA, exclude=None)))
+        if "vision_model" in name
+    ]
     assert len(inside) == 6 * base.config.vision_config.num_hidden_layers
-    names = adapters.adapted_modules(adapters.attach(base, LORA))
+    names = lora.adapted_modules(lora.attach(base, LORA))
     assert "model.text_model.layers.0.self_attn.q_proj" in names
     assert not [name for name in names if "vision_model" in name]
     assert not [name for name, p in base.named_parameters() if p.requires_grad and "vision_model" in name]
@@ -112,23 +121,25 @@ def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tm
     assert by_module["vision_model"].weights_moved == 0
     assert by_module["lm_head"].weights_moved > 0
     merged = dict(base.named_parameters())
-    assert not torch.equal(merged["lm_head.weight"], merged["model.text_model.embed_tokens.weight"])  # trained apart, and saved so
+    assert not torch.equal(
+        merged["lm_head.weight"], merged["model.text_model.embed_tokens.weight"]
+    )  # trained apart, and saved so
     assert set(before) <= set(merged)
-    fresh = models.load_model(models.TINY_BASE, CPU)
+    fresh = loading.load_model(loading.TINY_BASE, CPU)
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "tuned" / "adapter").get_base_model()
-    saved = models.load_model(tmp_path / "tuned", CPU)
-    pictures = [row["image"].convert("RGB") for row in rows["test"].select(range(8))]
-    finished = models.load_model(models.TINY_BASE, CPU, training=True)
+    saved = loading.load_model(tmp_path / "tuned", CPU)
+    images = [row["image"].convert("RGB") for row in rows["test"].select(range(8))]
+    finished = loading.load_model(loading.TINY_BASE, CPU, training=True)
     training.train_stage(finished, processor, replace(TUNE, epochs=4), rows["train"], tmp_path)  # not trained again
     assert all(torch.equal(a, b) for a, b in zip(finished.parameters(), base.parameters(), strict=True))
-    answers = [Extractor(model, processor).answer(pictures) for model in (base, saved, loaded, finished)]
+    answers = [Extractor(model, processor).answer(images) for model in (base, saved, loaded, finished)]
     assert answers[0] == answers[1] == answers[2] == answers[3]
-    assert answers[0] != Extractor(models.load_model(models.TINY_BASE, CPU), processor).answer(pictures)
+    assert answers[0] != Extractor(loading.load_model(loading.TINY_BASE, CPU), processor).answer(images)
 
 
 def test_interrupted_adapters_end_like_uninterrupted_ones(processor, rows, tmp_path, die_in_second_epoch):
     stage = replace(TUNE, lora=replace(LORA, dropout=0.05), epochs=2)
-    whole, broken, again = (models.load_model(models.TINY_BASE, CPU, training=True) for _ in range(3))
+    whole, broken, again = (loading.load_model(loading.TINY_BASE, CPU, training=True) for _ in range(3))
     training.train_stage(whole, processor, stage, rows["train"], tmp_path / "whole")
 
     die_in_second_epoch(broken, processor, stage, rows["train"], tmp_path / "broken")
@@ -150,38 +161,53 @@ def test_gemma_trains_on_the_answer_and_the_end_of_the_turn(tiny_gemma, rows):
     row = as_conversations(rows["train"])[0]
     batch = Collator(processor)([row])
     tokens = audit(processor, batch)
-    assert "".join(text for text, seen in tokens if seen) == row["completion"][0]["content"][0]["text"] + "<end_of_turn>"
+    assert (
+        "".join(text for text, seen in tokens if seen) == row["completion"][0]["content"][0]["text"] + "<end_of_turn>"
+    )
     assert [text for text, _ in tokens].count("<bos>") == 1
     assert [text for text, _ in tokens].count("<image_soft_token>") == model.config.vision_soft_tokens_per_image
     assert torch.isfinite(model(**batch).loss)
 
 
 def test_gemma_answers_alike_alone_and_in_a_batch(tiny_gemma, rows, monkeypatch):
-    monkeypatch.setattr("foodextract.extractor.MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr("foodextract.inference.extractor.MAX_NEW_TOKENS", 12)
     extractor = Extractor(*tiny_gemma)
-    pictures = [row["image"].convert("RGB") for row in rows["test"].select(range(3))]
-    assert extractor.answer(pictures) == [extractor.answer([picture])[0] for picture in pictures]
+    images = [row["image"].convert("RGB") for row in rows["test"].select(range(3))]
+    assert extractor.answer(images) == [extractor.answer([image])[0] for image in images]
 
 
 def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(rows, tmp_path, capsys):
     model, processor = gemma.load(recipes.TINY, CPU)
-    stage = Stage("tuned", (), 1e-2, epochs=4, batch_size=8, accumulation=1, lora=adapters.Lora(16, 8), every=4, validation=4, fast=False)
+    stage = Stage(
+        "tuned",
+        (),
+        1e-2,
+        epochs=4,
+        batch_size=8,
+        accumulation=1,
+        lora=lora.Lora(16, 8),
+        every=4,
+        validation=4,
+        fast=False,
+    )
     log, _ = training.train_stage(model, processor, stage, rows["train"].select(range(20)), tmp_path)
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
     again, _ = gemma.load(recipes.TINY, CPU)
     training.train_stage(again, processor, stage, rows["train"].select(range(20)), tmp_path)
     assert "already trained" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
-    written = json.loads((tmp_path / "tuned" / models.FINISHED).read_text())
+    written = json.loads((tmp_path / "tuned" / loading.FINISHED).read_text())
     assert [entry["step"] for entry in written["log"] if "eval_loss" in entry] == [4, 8]
     with torch.no_grad():
         model.model.embed_vision.embedding_projection.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="the loss became NaN at step 1"):
-        training.train_stage(model, processor, replace(stage, validation=0), rows["train"].select(range(8)), tmp_path / "nan")
+        training.train_stage(
+            model, processor, replace(stage, validation=0), rows["train"].select(range(8)), tmp_path / "nan"
+        )
 
 
 def test_gemma_refuses_a_gpu_that_has_only_fp16(monkeypatch):
-    only_fp16 = models.Precision(torch.float32, torch.float16, "")
+    only_fp16 = loading.Precision(torch.float32, torch.float16, "")
     monkeypatch.setattr(gemma, "choose_precision", lambda *_, **__: only_fp16)
     with pytest.raises(ModelError, match="overflows fp16"):
         gemma.load(recipes.TINY, CPU)
@@ -220,7 +246,9 @@ def test_captions_lead_back_to_classes(text, name):
     assert captioning.to_class(text, CLASSES) == name
 
 
-CAPTIONS = captioning.Captioning(recipes.TINY, "scenes", 1e-3, batch_size=4, steps=6, save_every=2, buffer=1, augment=True, seed=1)
+CAPTIONS = captioning.Captioning(
+    recipes.TINY, "scenes", 1e-3, batch_size=4, steps=6, save_every=2, buffer=1, augment=True, seed=1
+)
 
 
 def test_streamed_scenes_show_one_food_each_and_have_named_classes():
@@ -228,14 +256,16 @@ def test_streamed_scenes_show_one_food_each_and_have_named_classes():
     first = list(islice(rows, 4))
     assert captioning.class_names(rows) == ["pizza", "banana"]
     assert {row["image"].size for row in first} == {(256, 256)}
-    assert [row["label"] for row in first] == [row["label"] for row in islice(captioning.stream(CAPTIONS, "train", CLASSES[:2]), 4)]
+    assert [row["label"] for row in first] == [
+        row["label"] for row in islice(captioning.stream(CAPTIONS, "train", CLASSES[:2]), 4)
+    ]
 
 
 def test_captions_are_trained_as_they_are_written():
     model, processor = blip.load(recipes.TINY, CPU)
-    pictures = [row["image"] for row in islice(captioning.stream(CAPTIONS, "train", CLASSES[:2]), 2)]
+    images = [row["image"] for row in islice(captioning.stream(CAPTIONS, "train", CLASSES[:2]), 2)]
     texts = [captioning.TARGET.format(name) for name in ("pizza", "french fries")]
-    batch = captioning.make_batch(processor, pictures, texts, model.config.text_config.bos_token_id)
+    batch = captioning.make_batch(processor, images, texts, model.config.text_config.bos_token_id)
     assert set(batch["input_ids"][:, 0].tolist()) == {model.decoder_input_ids}  # what `generate` starts with
     assert (batch["labels"] == IGNORED).equal(batch["attention_mask"] == 0)
     assert processor.batch_decode(batch["input_ids"], skip_special_tokens=True) == texts
@@ -246,7 +276,9 @@ def test_blip_sees_what_the_tiny_base_sees(base):
     pixels = torch.randn(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
     theirs = base.model.vision_model(pixels).last_hidden_state.detach()
     ours = model.vision_model(pixels).last_hidden_state[:, 1:].detach()
-    assert torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).mean() > 0.9  # the class token takes a little attention
+    assert (
+        torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).mean() > 0.9
+    )  # the class token takes a little attention
 
 
 def test_an_interrupted_loop_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
@@ -287,7 +319,7 @@ def test_each_row_of_the_ablation_has_one_change():
     reference = [Stage("stage1", (VISION,), 5e-4, 1), Stage("stage2", (), 1e-4, 0.5)]
     assert ablation.stages_of("reference", reference) == reference
     [only] = ablation.stages_of("one stage", reference)
-    assert only == replace(reference[0], epochs=1.5)  # as many pictures in all
+    assert only == replace(reference[0], epochs=1.5)  # as many images in all
     [lora] = ablation.stages_of("LoRA", reference)
     assert replace(lora, lora=None) == only
     for name, choice in ablation.CHOICES.items():
@@ -307,12 +339,14 @@ def test_ablation_pairs_by_seed_and_has_students_interval():
     found = {(r.subject, r.metric): r for r in ablation.summary(runs)}
     change = found["5 tiles minus reference", "item_f1_micro_difference"]
     assert (change.value, change.n) == (pytest.approx(0.1), 3)  # of 0.1, 0.0 and 0.2
-    assert change.high - change.value == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # t for 2 degrees of freedom, s = 0.1
+    assert change.high - change.value == pytest.approx(
+        4.302653 * 0.1 / 3**0.5, rel=1e-5
+    )  # t for 2 degrees of freedom, s = 0.1
     assert found["reference", "item_f1_micro"].value == pytest.approx(0.6)
     assert ablation.interval([0.9, 1.0, 1.0], 0)[1] == 1  # no share is more than all
 
 
-def test_loss_on_all_text_leaves_out_pictures_and_padding_only(rows, processor, tmp_path):
+def test_loss_on_all_text_leaves_out_images_and_padding_only(rows, processor, tmp_path):
     split = rows["train"].select(range(4))
     prepared = prepare(split, processor, tmp_path)
     batch = whole_text(prepared).gather([0, 1, 2, 3])
@@ -332,11 +366,18 @@ def test_ablation_is_taken_up_where_it_was(tmp_path, monkeypatch):
         asked.append((name, seed))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        metrics = [evaluation.Metric("item_f1_micro", seed / 10, 0, 1, 9)]
-        return evaluation.to_rows("ablation", f"{name} | seed {seed}", metrics, "c")
+        metrics = [evaluate.Metric("item_f1_micro", seed / 10, 0, 1, 9)]
+        return evaluate.to_rows("ablation", f"{name} | seed {seed}", metrics, "c")
 
     monkeypatch.setattr(ablation, "run", run)
-    settings = {"pictures": 48, "test": 4, "seeds": 2, "only": ["reference", "5 tiles"], "work": tmp_path / "w", "out": tmp_path / "a.json"}
+    settings = {
+        "images": 48,
+        "test": 4,
+        "seeds": 2,
+        "only": ["reference", "5 tiles"],
+        "work": tmp_path / "w",
+        "out": tmp_path / "a.json",
+    }
     with pytest.raises(KeyboardInterrupt):
         ablation.main(**settings)
     ablation.main(**settings)
@@ -362,10 +403,10 @@ TINY_RUN = {"scenes": [32, 8], "every": 0, "validation": 0, "epochs": 1}
 @pytest.mark.parametrize(
     ("name", "changes", "more"),
     [
-        ("gemma_3n_lora", {**TINY_RUN, "every": 2, "validation": 4}, {"eval_pictures": 4}),
+        ("gemma_3n_lora", {**TINY_RUN, "every": 2, "validation": 4}, {"eval_images": 4}),
         ("smolvlm2_256m_lora", TINY_RUN, {}),
         ("smolvlm2_256m_two_stage", TINY_RUN, {}),
-        ("blip_partial", {"steps": 4, "batch_size": 4}, {"eval_pictures": 8}),
+        ("blip_partial", {"steps": 4, "batch_size": 4}, {"eval_images": 8}),
     ],
 )
 def test_notebooks_run_from_top_to_bottom(name, changes, more, tmp_path, monkeypatch):
@@ -374,7 +415,12 @@ def test_notebooks_run_from_top_to_bottom(name, changes, more, tmp_path, monkeyp
     where = {"output": str(tmp_path / name), "results": str(tmp_path / "results.json")}
     source, executed = EXPERIMENTS / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
     papermill.execute_notebook(
-        source, executed, parameters={"changes": changes, **where, **more}, cwd=tmp_path, progress_bar=False, kernel_name="python3"
+        source,
+        executed,
+        parameters={"changes": changes, **where, **more},
+        cwd=tmp_path,
+        progress_bar=False,
+        kernel_name="python3",
     )
     rows = read_results(tmp_path / "results.json")
     assert {row.benchmark for row in rows} == {name}

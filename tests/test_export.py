@@ -21,10 +21,12 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
 
-from foodextract import models, prompts, scenes, schema
+from foodextract import prompts, schema
 from foodextract.__main__ import app
-from foodextract.dialects import Dialect
-from foodextract.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract.data import scenes
+from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract.inference.grammar import Dialect
+from foodextract.models import loading
 from foodextract.schema import FoodRecord
 
 VLLM = Path(__file__).parents[1] / "deploy" / "vllm"
@@ -35,15 +37,15 @@ RECORD = FoodRecord(is_food=1, image_title="beer", food_items=[], drink_items=["
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "model"
-    result = CliRunner().invoke(app, ["export", "vllm", str(folder), "--model", str(models.TINY_TUNED)])
+    result = CliRunner().invoke(app, ["export", "vllm", str(folder), "--model", str(loading.TINY_TUNED)])
     assert result.exit_code == 0, result.output
     assert str(folder / "serve.sh") in result.stdout
     return folder
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "a.png"
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "a.png"
     next(iter(scenes.draw_scenes(83, "test", 1))).image.save(path)
     return path
 
@@ -56,15 +58,17 @@ def command(folder):
     fake.chmod(0o755)
     run = ["sh", str(folder / "serve.sh"), "--host", "0.0.0.0"]
     path = f"{fake.parent}:{os.environ['PATH']}"
-    told = subprocess.run(run, capture_output=True, text=True, check=True, cwd="/", env={"PATH": path}).stdout.splitlines()
+    told = subprocess.run(
+        run, capture_output=True, text=True, check=True, cwd="/", env={"PATH": path}
+    ).stdout.splitlines()
     assert told[0] == str(folder)
     return told[1:]
 
 
-def test_the_folder_is_the_model_that_was_exported(exported, tuned, picture):
+def test_the_folder_is_the_model_that_was_exported(exported, tuned, image):
     assert AutoConfig.from_pretrained(exported).architectures == ["SmolVLMForConditionalGeneration"]
-    assert Extractor.from_pretrained(exported, "cpu", "fp32").extract(picture).is_food == tuned.extract(picture).is_food
-    assert (exported / "chat_template.jinja").read_text() == (models.TINY_TUNED / "chat_template.jinja").read_text()
+    assert Extractor.from_pretrained(exported, "cpu", "fp32").extract(image).is_food == tuned.extract(image).is_food
+    assert (exported / "chat_template.jinja").read_text() == (loading.TINY_TUNED / "chat_template.jinja").read_text()
     assert json.loads((exported / "food_record.schema.json").read_text()) == schema.guided_schema()
 
 
@@ -73,7 +77,10 @@ def test_the_command_leaves_room_for_the_longest_prompt_and_answer(exported, tun
     assert arguments[:2] == ["serve", "."]
     assert arguments[-2:] == ["--host", "0.0.0.0"]
     options = dict(zip(arguments[2:-2:2], arguments[3:-2:2], strict=True))
-    longest = max(tuned.prepare([Image.new("RGB", size)])["input_ids"].shape[1] for size in ((9, 9), (3000, 40), (40, 3000), (900, 900)))
+    longest = max(
+        tuned.prepare([Image.new("RGB", size)])["input_ids"].shape[1]
+        for size in ((9, 9), (3000, 40), (40, 3000), (900, 900))
+    )
     assert int(options["--max-model-len"]) == longest + MAX_NEW_TOKENS
     assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
     assert (exported / options["--chat-template"]).exists()
@@ -82,7 +89,7 @@ def test_the_command_leaves_room_for_the_longest_prompt_and_answer(exported, tun
 
 def test_a_model_that_writes_another_dialect_is_not_exported(tmp_path, monkeypatch):
     monkeypatch.setattr(Extractor, "dialect", Dialect(" ", python=True))
-    result = CliRunner().invoke(app, ["export", "vllm", str(tmp_path / "out"), "--model", str(models.TINY_TUNED)])
+    result = CliRunner().invoke(app, ["export", "vllm", str(tmp_path / "out"), "--model", str(loading.TINY_TUNED)])
     assert result.exit_code == 2
     assert "tiny-tuned writes Python reprs" in result.stderr
     assert "foodextract train --base" in result.stderr
@@ -90,38 +97,53 @@ def test_a_model_that_writes_another_dialect_is_not_exported(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
-def test_vllm_will_read_our_prompt(tmp_path, tiles, tuned, picture):
+def test_vllm_will_read_our_prompt(tmp_path, tiles, tuned, image):
     """As vLLM 0.33 makes it: text wrapped into parts, the template rendered, <image> replaced by what its processor counts."""
     assert (
-        CliRunner().invoke(app, ["export", "vllm", str(tmp_path), "--model", str(models.TINY_TUNED), "--tiles", str(tiles)]).exit_code == 0
+        CliRunner()
+        .invoke(app, ["export", "vllm", str(tmp_path), "--model", str(loading.TINY_TUNED), "--tiles", str(tiles)])
+        .exit_code
+        == 0
     )
     processor = AutoProcessor.from_pretrained(tmp_path)
-    system, user = client["request"](picture.read_bytes(), "m")["messages"]
+    system, user = client["request"](image.read_bytes(), "m")["messages"]
     kinds = {"image_url": {"type": "image"}, "text": {"type": "text", "text": prompts.USER}}
     wrapped = [{"role": "system", "content": [{"type": "text", "text": system["content"]}]}]
     wrapped += [{"role": "user", "content": [kinds[part["type"]] for part in user["content"]]}]
     text = processor.apply_chat_template(wrapped, add_generation_prompt=True)
-    size = Image.open(picture).size
+    size = Image.open(image).size
     _, rows, columns = processor.image_processor.get_number_of_image_patches(size[1], size[0], {})
     tile = processor.image_token * processor.image_seq_len
     grid = "".join(
-        "".join(f"{processor.fake_image_token}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
+        "".join(f"{processor.fake_image_token}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1))
+        + "\n"
         for row in range(1, rows + 1)
     )
     whole = f"{processor.fake_image_token}{processor.global_image_token}{tile}{processor.fake_image_token}"
-    theirs = processor.tokenizer(text.replace("<image>", (grid + "\n" if grid else "") + whole), add_special_tokens=False)["input_ids"]
-    ours = Extractor(tuned.model, processor).prepare([Image.open(picture).convert("RGB")])["input_ids"][0].tolist()
+    theirs = processor.tokenizer(
+        text.replace("<image>", (grid + "\n" if grid else "") + whole), add_special_tokens=False
+    )["input_ids"]
+    ours = Extractor(tuned.model, processor).prepare([Image.open(image).convert("RGB")])["input_ids"][0].tolist()
     assert theirs == ours
 
 
-def test_vllm_itself_can_be_asked(exported, tuned, picture, monkeypatch):
+def test_vllm_itself_can_be_asked(exported, tuned, image, monkeypatch):
     """`check_export.py` starts vLLM's renderer with the options of serve.sh, and tells a right reading from wrong ones."""
     monkeypatch.syspath_prepend(str(VLLM))
     check = runpy.run_path(str(VLLM / "check_export.py"))
     started = check["render_command"](exported, "/there/vllm", 9)
-    assert started == ["/there/vllm", "launch", "render", *command(exported)[1:-2], "--host", "127.0.0.1", "--port", "9"]
-    asked = client["request"](picture.read_bytes(), "m")
-    tokens = tuned.read(picture)["input_ids"][0].tolist()
+    assert started == [
+        "/there/vllm",
+        "launch",
+        "render",
+        *command(exported)[1:-2],
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "9",
+    ]
+    asked = client["request"](image.read_bytes(), "m")
+    tokens = tuned.read(image)["input_ids"][0].tolist()
     params = {"temperature": 0.0, "max_tokens": MAX_NEW_TOKENS, "structured_outputs": {"json": schema.guided_schema()}}
     assert check["differences"](asked, {"token_ids": tokens, "sampling_params": params}, tokens) == []
     wrong = {
@@ -132,7 +154,7 @@ def test_vllm_itself_can_be_asked(exported, tuned, picture, monkeypatch):
 
 
 def test_the_schema_allows_the_canonical_text_and_no_other_spacing():
-    tokenizer = from_tokenizer(models.load_processor(models.TINY_TUNED).tokenizer)
+    tokenizer = from_tokenizer(loading.load_processor(loading.TINY_TUNED).tokenizer)
     guided = LLMatcher.grammar_from_json_schema(
         json.dumps(schema.guided_schema()), defaults={"whitespace_flexible": True}
     )  # as vLLM calls it
@@ -153,16 +175,25 @@ def test_the_schema_allows_the_canonical_text_and_no_other_spacing():
 def endpoint(monkeypatch):
     """A stub that keeps what it is asked, and answers with `RECORD`, or as told in `reply`."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    asked, reply = [], {"statuses": [], "text": RECORD.to_json(), "seconds": 0}  # statuses of the next answers, before 200
+    asked, reply = (
+        [],
+        {"statuses": [], "text": RECORD.to_json(), "seconds": 0},
+    )  # statuses of the next answers, before 200
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply["text"]}}
-            body = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}).encode()
+            body = json.dumps(
+                {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+            ).encode()
             time.sleep(reply["seconds"])
             self.send_response(reply["statuses"].pop(0) if reply["statuses"] else 200)
-            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), "Retry-After-Ms": "1"}.items():
+            for name, value in {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                "Retry-After-Ms": "1",
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
@@ -177,34 +208,34 @@ def endpoint(monkeypatch):
     stub.server_close()
 
 
-def run_client(address, *pictures, timeout=60.0):
+def run_client(address, *images, timeout=60.0):
     with pytest.raises(client["typer"].Exit) as ended:
-        client["main"](list(pictures), address, "foodextract", timeout)
+        client["main"](list(images), address, "foodextract", timeout)
     return ended.value.exit_code
 
 
 @pytest.mark.parametrize(("statuses", "ended"), [([429, 500], 0), ([429] * 3, 1), ([500] * 3, 1)])
-def test_the_client_asks_a_busy_or_broken_server_twice_more(endpoint, picture, capsys, statuses, ended):
+def test_the_client_asks_a_busy_or_broken_server_twice_more(endpoint, image, capsys, statuses, ended):
     address, asked, reply = endpoint
     reply["statuses"] = statuses.copy()
-    assert run_client(address, picture) == ended
+    assert run_client(address, image) == ended
     assert len(asked) == 3
     told = capsys.readouterr()
     assert told.out == ("" if ended else RECORD.to_json() + "\n")
-    assert f"{picture}: Error code: {statuses[-1]}" in told.err or not ended
+    assert f"{image}: Error code: {statuses[-1]}" in told.err or not ended
 
 
-def test_the_client_does_not_wait_for_ever(endpoint, picture, capsys):
+def test_the_client_does_not_wait_for_ever(endpoint, image, capsys):
     address, _, reply = endpoint
     reply["seconds"] = 1
-    assert run_client(address, picture, timeout=0.1) == 1
+    assert run_client(address, image, timeout=0.1) == 1
     assert "timed out" in capsys.readouterr().err
 
 
-def test_the_client_asks_as_the_openai_api_wants_it(endpoint, picture, capsys):
+def test_the_client_asks_as_the_openai_api_wants_it(endpoint, image, capsys):
     address, asked, reply = endpoint
 
-    assert run_client(address, picture) == 0
+    assert run_client(address, image) == 0
     assert capsys.readouterr().out == RECORD.to_json() + "\n"
     [(path, body)] = asked
     assert path == "/v1/chat/completions"
@@ -217,20 +248,20 @@ def test_the_client_asks_as_the_openai_api_wants_it(endpoint, picture, capsys):
     url = body["messages"][1]["content"][0]["image_url"]["url"]
     assert base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))[:2] == b"\xff\xd8"
     reply["text"] = "no JSON"
-    assert run_client(address, picture, picture.with_name("nowhere.png")) == 1
+    assert run_client(address, image, image.with_name("nowhere.png")) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert "not JSON" in told.err
     assert "nowhere.png" in told.err
 
 
-# ------------------------------------------------------------------------------------------------------------ labelling millions, resumably
+# ------------------------------------------------------------------------------------------------------------ labeling millions, resumably
 
 
 @pytest.fixture
 def many(tmp_path):
-    """Nine pictures in two folders, one of them broken."""
-    folder = tmp_path / "pictures"
+    """Nine images in two folders, one of them broken."""
+    folder = tmp_path / "images"
     (folder / "b").mkdir(parents=True)
     for number in range(9):
         path = folder / ("b" if number % 2 else "") / f"{number}.png"
@@ -248,18 +279,18 @@ def titled(conversations):
     return [RECORD.to_json()] * len(conversations)
 
 
-def test_an_engine_that_fails_on_one_picture_answers_the_others(many, tmp_path):
+def test_an_engine_that_fails_on_one_image_answers_the_others(many, tmp_path):
     [row] = label_many["shards"](many, tmp_path, 9)
-    pictures = []
+    images = []
 
     def fragile(conversations):
-        pictures.append(len(conversations))
-        if len(pictures) in (1, 4):  # on all together, then on the third alone
+        images.append(len(conversations))
+        if len(images) in (1, 4):  # on all together, then on the third alone
             raise RuntimeError("no memory")
         return titled(conversations)
 
     assert label_many["answer_shard"](row, many, tmp_path, fragile) == {"shard": 0, "answered": 7, "failed": 2}
-    assert pictures == [8] + [1] * 8
+    assert images == [8] + [1] * 8
     errors = {line["file"]: line["error"] for line in answered(tmp_path) if "error" in line}
     assert set(errors) == {row["files"][2], "b/5.png"}
     assert errors[row["files"][2]] == "the engine failed: no memory"
@@ -292,14 +323,14 @@ def test_the_job_gives_its_workers_whole_paths_and_adds_up(many, tmp_path, monke
     data = SimpleNamespace(from_items=lambda rows, override_num_blocks: Rows(rows))
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=data))
     monkeypatch.chdir(tmp_path)
-    done = label_many["label"](Path("pictures"), Path("answers"), lambda: titled, 2, 3, 0.5)
+    done = label_many["label"](Path("images"), Path("answers"), lambda: titled, 2, 3, 0.5)
     assert done == {"answered": 8, "failed": 1}
     assert given == [{"concurrency": 3, "num_gpus": 0.5}]
     assert len(answered(tmp_path / "answers")) == 9
     assert label_many["label"](many, tmp_path / "answers", lambda: titled, 2, 3, 0.5) == {"answered": 0, "failed": 0}
 
 
-def test_every_picture_gets_one_line_however_often_it_is_interrupted(many, tmp_path):
+def test_every_image_gets_one_line_however_often_it_is_interrupted(many, tmp_path):
     answers, done = tmp_path / "answers", []
     assert [row["shard"] for row in label_many["shards"](many, answers, 2)] == [0, 1, 2, 3, 4]
     for shard in (3, 1):
@@ -315,7 +346,9 @@ def test_every_picture_gets_one_line_however_often_it_is_interrupted(many, tmp_p
     done += [label_many["answer_shard"](row, many, answers, titled) for row in todo]
     assert label_many["shards"](many, answers, 2) == []
     lines = answered(answers)
-    assert sorted(line["file"] for line in lines) == sorted(path.relative_to(many).as_posix() for path in many.rglob("[0-9].png"))
+    assert sorted(line["file"] for line in lines) == sorted(
+        path.relative_to(many).as_posix() for path in many.rglob("[0-9].png")
+    )
     assert [line["file"] for line in lines if "error" in line] == ["b/5.png"]
     assert all({**RECORD.model_dump(), "file": line["file"]} == line for line in lines if "error" not in line)
     assert sum(row["answered"] for row in done) == 8
@@ -328,10 +361,10 @@ def test_a_killed_worker_leaves_no_half_a_shard(many, tmp_path):
 import os, runpy, signal
 many = runpy.run_path({str(VLLM / "label_many.py")!r})
 from pathlib import Path
-pictures, answers = Path({str(many)!r}), Path({str(answers)!r})
-row = many["shards"](pictures, answers, 4)[0]
+images, answers = Path({str(many)!r}), Path({str(answers)!r})
+row = many["shards"](images, answers, 4)[0]
 Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-many["answer_shard"](row, pictures, answers, lambda asked: ["x"] * len(asked))
+many["answer_shard"](row, images, answers, lambda asked: ["x"] * len(asked))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert answered(answers) == []

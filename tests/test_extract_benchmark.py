@@ -7,7 +7,7 @@ import extract_onnx
 import extract_report
 import memory
 import valid
-from foodextract.results import read_results
+from foodextract.evaluation.results import read_results
 
 ROOT = extract_report.ROOT
 
@@ -18,7 +18,7 @@ def figures(path):
 
 def test_every_lever_is_told(tmp_path):
     results = tmp_path / "extract.json"
-    extract.main(["tiny"], pictures=1, batch=[1, 2], threads=1, processor=extract.models.TINY_TUNED, results=results)
+    extract.main(["tiny"], images=1, batch=[1, 2], threads=1, processor=extract.models.TINY_TUNED, results=results)
     of = figures(results)
     [seed] = {subject for subject, _ in of if extract_report.SEED in subject}
     for name in (seed.removeprefix("tiny, "), extract_report.OURS, "one tile", "one tile, our loop"):
@@ -36,7 +36,9 @@ def test_every_lever_is_told(tmp_path):
 
 def test_parity_and_latency_of_graphs_are_told(tmp_path):
     results = tmp_path / "onnx.json"
-    extract_onnx.main(["tiny"], compared=4, pictures=1, batch_size=3, threads=1, model=extract_onnx.models.TINY_TUNED, results=results)
+    extract_onnx.main(
+        ["tiny"], compared=4, images=1, batch_size=3, threads=1, model=extract_onnx.models.TINY_TUNED, results=results
+    )
     of = figures(results)
     assert of["ONNX fp32 or torch fp32", "same_answer_rate"].value == 1
     for way in ("torch fp32", "ONNX fp32", "ONNX int8"):
@@ -50,10 +52,13 @@ def test_validity_and_memory_are_measured_and_told(tmp_path, capsys):
     assert {of[f"{precision} or fp32", "same_answer_rate"].n for precision in ("bf16", "int8")} == {8}
     memory.main(100, 8, tmp_path / "memory.json")
     assert (tmp_path / "memory.png").stat().st_size > 5_000
-    assert "100 pictures of many sizes" in extract_report.memory(read_results(tmp_path / "memory.json"))
+    assert "100 images of many sizes" in extract_report.memory(read_results(tmp_path / "memory.json"))
 
 
 def test_the_pages_show_what_is_in_results():
     how = "run `python benchmarks/extract_report.py`"
-    assert f"<!-- extract -->\n{extract_report.text(ROOT)}\n<!-- /extract -->" in (ROOT / "benchmarks" / "README.md").read_text(), how
+    assert (
+        f"<!-- extract -->\n{extract_report.text(ROOT)}\n<!-- /extract -->"
+        in (ROOT / "benchmarks" / "README.md").read_text()
+    ), how
     assert f"<!-- extract -->\n{extract_report.line(ROOT)}\n<!-- /extract -->" in (ROOT / "README.md").read_text(), how

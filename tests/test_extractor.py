@@ -12,38 +12,40 @@ import pytest
 import torch
 from PIL import Image
 
-from foodextract import models, prompts, scenes
-from foodextract.extractor import PREPARED, Extractor
-from foodextract.int8 import TokenByToken, quantise
-from foodextract.models import TINY_BASE, ModelError
-from foodextract.pictures import PictureError
+from foodextract import prompts
+from foodextract.data import scenes
+from foodextract.images import ImageError
+from foodextract.inference.extractor import PREPARED, Extractor
+from foodextract.models import loading
+from foodextract.models.loading import TINY_BASE, ModelError
+from foodextract.models.quantization import TokenByToken, quantize
 from foodextract.schema import AnswerError, FoodRecord
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [scene.image for scene in scenes.draw_scenes(77, "test", 12)]
 
 
-def test_batch_answer_is_single_answer(tuned, pictures):
-    assert tuned.answer(pictures) == [tuned.answer([picture])[0] for picture in pictures]
+def test_batch_answer_is_single_answer(tuned, images):
+    assert tuned.answer(images) == [tuned.answer([image])[0] for image in images]
 
 
-def test_the_base_talks_and_does_not_speak_json(pictures):
-    answers = Extractor.from_pretrained(TINY_BASE, "cpu").answer(pictures)
+def test_the_base_talks_and_does_not_speak_json(images):
+    answers = Extractor.from_pretrained(TINY_BASE, "cpu").answer(images)
     assert not any("{" in text for text in answers)
     assert len({text for text in answers if " " in text}) >= 6
 
 
-def test_a_bad_picture_does_not_spoil_its_batch(tuned, pictures):
-    results = list(tuned.extract_many([pictures[0], b"", pictures[1], "nowhere.jpg", pictures[2]], batch_size=3))
-    expected = [FoodRecord, PictureError, FoodRecord, PictureError, FoodRecord]
+def test_a_bad_image_does_not_spoil_its_batch(tuned, images):
+    results = list(tuned.extract_many([images[0], b"", images[1], "nowhere.jpg", images[2]], batch_size=3))
+    expected = [FoodRecord, ImageError, FoodRecord, ImageError, FoodRecord]
     assert [isinstance(result, kind) for result, kind in zip(results, expected, strict=True)] == [True] * 5
-    assert results[::2] == [tuned.extract(picture) for picture in pictures[:3]]
-    assert all(isinstance(result, PictureError) for result in tuned.extract_many([b"", b"x"], batch_size=1))
-    with pytest.raises(PictureError, match="empty"):
+    assert results[::2] == [tuned.extract(image) for image in images[:3]]
+    assert all(isinstance(result, ImageError) for result in tuned.extract_many([b"", b"x"], batch_size=1))
+    with pytest.raises(ImageError, match="empty"):
         tuned.extract(b"")
 
 
@@ -59,32 +61,34 @@ def test_any_size_is_answered(tuned, size):
     assert tuned.extract(Image.new("RGB", size, "white")).is_food in (0, 1)
 
 
-def test_every_kind_of_picture_is_the_same_picture(tuned, pictures, tmp_path):
-    file, picture = tmp_path / "a.png", pictures[1]
-    picture.save(file)
+def test_every_kind_of_image_is_the_same_image(tuned, images, tmp_path):
+    file, image = tmp_path / "a.png", images[1]
+    image.save(file)
     turned = tmp_path / "b.png"  # stored on its side, with the EXIF tag that says so
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
-    kinds = [picture, str(file), file, file.read_bytes(), np.asarray(picture), turned]
-    assert list(tuned.extract_many(iter(kinds), batch_size=4)) == [tuned.extract(picture)] * len(kinds)
+    image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    kinds = [image, str(file), file, file.read_bytes(), np.asarray(image), turned]
+    assert list(tuned.extract_many(iter(kinds), batch_size=4)) == [tuned.extract(image)] * len(kinds)
     assert list(tuned.extract_many(tmp_path)) == list(tuned.extract_many([file, turned]))
 
 
-def test_pixels_and_prompt_are_those_of_the_processor(tuned, pictures):
-    """One preprocessing: what the processor alone makes of a chat with a picture is what the model gets."""
-    own, chat = tuned.prepare([pictures[0]]), prompts.conversation()
-    chat[1]["content"][0]["image"] = pictures[0]
-    theirs = tuned.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+def test_pixels_and_prompt_are_those_of_the_processor(tuned, images):
+    """One preprocessing: what the processor alone makes of a chat with an image is what the model gets."""
+    own, chat = tuned.prepare([images[0]]), prompts.conversation()
+    chat[1]["content"][0]["image"] = images[0]
+    theirs = tuned.processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     assert set(own) == set(theirs)
     for key in own:
         assert torch.equal(own[key], theirs[key]), key
 
 
-def test_who_is_not_waited_for_any_more_leaves_the_batch_and_changes_no_other_answer(tuned, pictures):
-    read = [tuned.read(picture) for picture in pictures[:4]]
+def test_who_is_not_waited_for_any_more_leaves_the_batch_and_changes_no_other_answer(tuned, images):
+    read = [tuned.read(image) for image in images[:4]]
     whole = [record for record, _ in tuned.answer_read(read)]
-    assert whole == list(tuned.extract_many(pictures[:4]))
+    assert whole == list(tuned.extract_many(images[:4]))
     gone, asked = next(number for number, record in enumerate(whole) if record.is_food), []
     left = [record for record, _ in tuned.answer_read(read, lambda number: asked.append(number) or number != gone)]
     assert left.pop(gone).image_title == ""
@@ -92,31 +96,35 @@ def test_who_is_not_waited_for_any_more_leaves_the_batch_and_changes_no_other_an
     assert asked.count(gone) == 1
 
 
-def test_an_endless_stream_is_read_only_a_little_ahead(tuned, pictures):
+def test_an_endless_stream_is_read_only_a_little_ahead(tuned, images):
     read = count()
-    results = tuned.extract_many((pictures[next(read) % 2] for _ in count()), batch_size=2)
+    results = tuned.extract_many((images[next(read) % 2] for _ in count()), batch_size=2)
     for _ in range(5):
         next(results)
     assert next(read) <= 2 * (3 + PREPARED)
     results.close()
 
 
-def test_confidence_has_a_value_for_every_item(tuned, pictures):
-    results = list(tuned.extract_many_with_confidence(pictures))
+def test_confidence_has_a_value_for_every_item(tuned, images):
+    results = list(tuned.extract_many_with_confidence(images))
     for record, confidence in results:
         assert 0.5 <= confidence.is_food <= 1
         for field in ("food_items", "drink_items"):
             assert len(getattr(record, field)) == len(getattr(confidence, field))
             assert all(value <= 0 for value in getattr(confidence, field))
     assert len({confidence.is_food for _, confidence in results}) > 6
-    free = next(result for result in replace(tuned, constrained=False).extract_many_with_confidence(pictures) if isinstance(result, tuple))
+    free = next(
+        result
+        for result in replace(tuned, constrained=False).extract_many_with_confidence(images)
+        if isinstance(result, tuple)
+    )
     assert free[1] is None
 
 
-def test_confidence_in_is_food_is_its_probability_among_both_values(tuned, pictures):
-    [(record, confidence)] = tuned.extract_many_with_confidence(pictures[:1])
+def test_confidence_in_is_food_is_its_probability_among_both_values(tuned, images):
+    [(record, confidence)] = tuned.extract_many_with_confidence(images[:1])
     tokenizer = tuned.processor.tokenizer
-    inputs = tuned.prepare(pictures[:1])
+    inputs = tuned.prepare(images[:1])
     begun = tokenizer(' {"is_food": ', add_special_tokens=False, return_tensors="pt").input_ids
     ids = torch.cat([inputs.pop("input_ids"), begun], 1)
     inputs.pop("attention_mask")
@@ -126,16 +134,17 @@ def test_confidence_in_is_food_is_its_probability_among_both_values(tuned, pictu
     assert log(confidence.is_food) == pytest.approx(float(both[record.is_food]), abs=1e-4)
 
 
-def test_int8_answers_like_fp32(pictures, tuned):
-    quantised = Extractor.from_pretrained(models.TINY_TUNED, "cpu", precision="int8")
-    layers = [module for module in quantised.model.modules() if isinstance(module, TokenByToken)]
+def test_int8_answers_like_fp32(images, tuned):
+    quantized = Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="int8")
+    layers = [module for module in quantized.model.modules() if isinstance(module, TokenByToken)]
     assert len(layers) == sum(isinstance(module, torch.nn.Linear) for module in tuned.model.modules())
     assert all(type(layer.linear).__module__.startswith("torch.ao") for layer in layers)
-    alone = [quantised.extract(picture) for picture in pictures]
+    alone = [quantized.extract(image) for image in images]
     assert (
-        sum(record.is_food == tuned.extract(picture).is_food for record, picture in zip(alone, pictures, strict=True)) >= len(pictures) - 2
+        sum(record.is_food == tuned.extract(image).is_food for record, image in zip(alone, images, strict=True))
+        >= len(images) - 2
     )
-    assert list(quantised.extract_many(pictures, len(pictures))) == alone
+    assert list(quantized.extract_many(images, len(images))) == alone
 
 
 @torch.inference_mode()
@@ -144,27 +153,31 @@ def test_int8_rounds_a_token_the_same_whatever_is_beside_it():
     for bias in (True, False):
         exact = torch.nn.Linear(96, 40, bias)
         rounded = torch.nn.Sequential(copy.deepcopy(exact))
-        quantise(rounded)
+        quantize(rounded)
         x = torch.randn(2, 5, 96) * torch.logspace(-3, 3, 10).view(2, 5, 1)  # tokens of very different sizes
         x[1, 2] = 0
         together = rounded(x)
-        assert torch.equal(together, torch.stack([torch.stack([rounded(token[None])[0] for token in row]) for row in x]))
+        assert torch.equal(
+            together, torch.stack([torch.stack([rounded(token[None])[0] for token in row]) for row in x])
+        )
         assert ((together - exact(x)).norm(dim=-1) <= 0.03 * exact(x).norm(dim=-1)).all()
 
 
 def test_a_precision_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(ModelError, match="'int4' is not known: choose one of fp32"):
-        Extractor.from_pretrained(models.TINY_TUNED, "cpu", precision="int4")
+        Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="int4")
     with pytest.raises(ModelError, match="'int8' is for answering on a CPU"):
-        models.load_model(models.TINY_TUNED, torch.device("cuda"), precision="int8")
-    assert Extractor.from_pretrained(models.TINY_TUNED, "cpu", precision="bf16").model.dtype is torch.bfloat16
+        loading.load_model(loading.TINY_TUNED, torch.device("cuda"), precision="int8")
+    assert Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="bf16").model.dtype is torch.bfloat16
 
 
-def test_the_snippet_of_the_readme_answers_without_us(tuned, pictures, tmp_path, monkeypatch):
-    [snippet] = re.findall(r"```python\n(from transformers import pipeline\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    pictures[1].save(tmp_path / "lunch.png")
+def test_the_snippet_of_the_readme_answers_without_us(tuned, images, tmp_path, monkeypatch):
+    [snippet] = re.findall(
+        r"```python\n(from transformers import pipeline\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    images[1].save(tmp_path / "lunch.png")
     monkeypatch.chdir(tmp_path)
     said = io.StringIO()
     with redirect_stdout(said):
-        exec(snippet.replace("outputs/offline/stage2", str(models.TINY_TUNED)).replace("lunch.jpg", "lunch.png"), {})
-    assert said.getvalue().strip() == tuned.answer([pictures[1]])[0]
+        exec(snippet.replace("outputs/offline/stage2", str(loading.TINY_TUNED)).replace("lunch.jpg", "lunch.png"), {})
+    assert said.getvalue().strip() == tuned.answer([images[1]])[0]

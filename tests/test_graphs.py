@@ -8,23 +8,25 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from foodextract import graphs, models, scenes
 from foodextract.__main__ import app
-from foodextract.extractor import Extractor
-from foodextract.models import ModelError
+from foodextract.data import scenes
+from foodextract.inference import onnx
+from foodextract.inference.extractor import Extractor
+from foodextract.models import loading
+from foodextract.models.loading import ModelError
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graphs") / "model"
-    result = CliRunner().invoke(app, ["export", "onnx", str(folder), "--model", str(models.TINY_TUNED)])
+    result = CliRunner().invoke(app, ["export", "onnx", str(folder), "--model", str(loading.TINY_TUNED)])
     assert result.exit_code == 0, result.output
     assert "decoder_model_merged_quantized.onnx" in result.stdout
     return folder
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [scene.image for scene in scenes.draw_scenes(77, "test", 12)]
 
 
@@ -39,7 +41,13 @@ def logits(model, inputs, blocks):
             mask[:, -ids.shape[1] :] = ids != 2
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
         )
         inputs, cache = {}, output.past_key_values
         out.append(output.logits)
@@ -56,38 +64,43 @@ def logits(model, inputs, blocks):
 
 
 @pytest.mark.parametrize("tiles", [1, 17])
-def test_the_graphs_compute_what_the_model_does(exported, tuned, pictures, tiles):
+def test_the_graphs_compute_what_the_model_does(exported, tuned, images, tiles):
     """Two prompts of different lengths where there are 17 tiles, blocks padded on the left, a row that leaves the batch."""
-    processor = models.load_processor(models.TINY_TUNED, tiles)
-    inputs = Extractor(tuned.model, processor).prepare([pictures[0], Image.new("RGB", (400, 90), "red")])
+    processor = loading.load_processor(loading.TINY_TUNED, tiles)
+    inputs = Extractor(tuned.model, processor).prepare([images[0], Image.new("RGB", (400, 90), "red")])
     assert (inputs["attention_mask"].min() == 0) == (tiles > 1)
     blocks = [torch.tensor([[5, 6, 7], [2, 2, 9]]), torch.tensor([[8], [9]])]  # 2 is padding
-    for theirs, ours in zip(logits(tuned.model, inputs, blocks), logits(graphs.GraphModel(exported), inputs, blocks), strict=True):
+    for theirs, ours in zip(
+        logits(tuned.model, inputs, blocks), logits(onnx.GraphModel(exported), inputs, blocks), strict=True
+    ):
         assert theirs.shape == ours.shape
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
-def test_they_answer_as_the_model_does(exported, tuned, pictures):
+def test_they_answer_as_the_model_does(exported, tuned, images):
     extractor = Extractor.from_pretrained(exported)
-    assert extractor.answer(pictures) == tuned.answer(pictures)
-    assert list(extractor.extract_many(pictures, 5)) == list(tuned.extract_many(pictures, 5))
-    assert extractor.extract(pictures[0]) == tuned.extract(pictures[0])
+    assert extractor.answer(images) == tuned.answer(images)
+    assert list(extractor.extract_many(images, 5)) == list(tuned.extract_many(images, 5))
+    assert extractor.extract(images[0]) == tuned.extract(images[0])
 
 
-def test_in_int8_they_say_nearly_the_same(exported, tuned, pictures):
-    quantised = Extractor.from_pretrained(exported, precision="int8")
-    same = [ours.is_food == theirs.is_food for ours, theirs in zip(*(e.extract_many(pictures) for e in (quantised, tuned)), strict=True)]
-    assert sum(same) >= len(pictures) - 2
-    for name in (graphs.VISION, graphs.TEXT):
+def test_in_int8_they_say_nearly_the_same(exported, tuned, images):
+    quantized = Extractor.from_pretrained(exported, precision="int8")
+    same = [
+        ours.is_food == theirs.is_food
+        for ours, theirs in zip(*(e.extract_many(images) for e in (quantized, tuned)), strict=True)
+    ]
+    assert sum(same) >= len(images) - 2
+    for name in (onnx.VISION, onnx.TEXT):
         whole = (exported / "onnx" / f"{name}.onnx.data").stat().st_size
-        assert (exported / "onnx" / f"{name}{graphs.QUANTISED}.onnx").stat().st_size < 0.45 * whole
+        assert (exported / "onnx" / f"{name}{onnx.QUANTIZED}.onnx").stat().st_size < 0.45 * whole
 
 
-def test_the_folder_is_one_that_the_command_takes(exported, tuned, pictures, tmp_path):
-    pictures[1].save(tmp_path / "a.png")
+def test_the_folder_is_one_that_the_command_takes(exported, tuned, images, tmp_path):
+    images[1].save(tmp_path / "a.png")
     result = CliRunner().invoke(app, ["extract", str(tmp_path), "--model", str(exported), "--precision", "fp32"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"file": str(tmp_path / "a.png"), **tuned.extract(pictures[1]).model_dump()}
+    assert json.loads(result.stdout) == {"file": str(tmp_path / "a.png"), **tuned.extract(images[1]).model_dump()}
 
 
 def test_what_it_cannot_do_is_said(exported, tmp_path, monkeypatch):
@@ -99,10 +112,10 @@ def test_what_it_cannot_do_is_said(exported, tmp_path, monkeypatch):
     for name in ("config.json", "generation_config.json"):
         (tmp_path / name).write_bytes((exported / name).read_bytes())
     with pytest.raises(ModelError, match=r"vision_encoder.onnx cannot be loaded .*: export the model again"):
-        graphs.GraphModel(tmp_path)
+        onnx.GraphModel(tmp_path)
     for missing in ("onnxscript", "onnxruntime"):
         monkeypatch.setitem(sys.modules, missing, None)
-        result = CliRunner().invoke(app, ["export", "onnx", str(tmp_path / "out"), "--model", str(models.TINY_TUNED)])
+        result = CliRunner().invoke(app, ["export", "onnx", str(tmp_path / "out"), "--model", str(loading.TINY_TUNED)])
         assert result.exit_code == 2
         assert f"ONNX needs {missing}, which is not installed here: pip install" in result.stderr
         monkeypatch.undo()

@@ -15,12 +15,15 @@ from packaging.version import Version
 from PIL import Image
 from typer.testing import CliRunner
 
-from foodextract import cards, dataset, evidence, hub_data, ingest, publish, sources
 from foodextract.__main__ import app
-from foodextract.models import TINY_TUNED
-from foodextract.profiles import PROFILES
-from foodextract.samples import DatasetError
+from foodextract.data import dataset, hub_source, ingest, sources
+from foodextract.data.samples import DatasetError
+from foodextract.evaluation import provenance
+from foodextract.hub import publish
+from foodextract.models.loading import TINY_TUNED
+from foodextract.reporting import cards
 from foodextract.schema import FoodRecord
+from foodextract.training.presets import PROFILES
 from hub_server import Fault, Repository
 
 ID = "somebody/images"
@@ -51,21 +54,29 @@ def labeled(numbers, **columns):
 
 
 def original(numbers, label=PIE):
-    return [{"image": textured(n), "output_json": json.dumps(label), "image_name": f"{n}.jpg", "image_source": "food270"} for n in numbers]
+    return [
+        {"image": textured(n), "output_json": json.dumps(label), "image_name": f"{n}.jpg", "image_source": "food270"}
+        for n in numbers
+    ]
 
 
 @pytest.fixture
 def published(online, drawn, tmp_path):
     """The drawn data set as notebook 00 publishes it, under ID."""
     folder = shutil.copytree(drawn, tmp_path / "drawn")
-    (folder / "README.md").write_text(str(cards.dataset_card(json.loads((folder / "report.json").read_text()), "drawn", 42, "abc")))
+    (folder / "README.md").write_text(
+        str(cards.dataset_card(json.loads((folder / "report.json").read_text()), "drawn", 42, "abc"))
+    )
     plan = publish.dataset_plan(folder, ID)
     put(online, {name: what if isinstance(what, bytes) else what.read_bytes() for name, what in plan.files.items()})
     return online
 
 
 def told(split):
-    return [{key: value for key, value in row.items() if key != "image"} | {"pixels": row["image"].tobytes()} for row in split]
+    return [
+        {key: value for key, value in row.items() if key != "image"} | {"pixels": row["image"].tobytes()}
+        for row in split
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- whose columns
@@ -76,8 +87,8 @@ def test_a_published_data_set_is_used_as_it_is(published, rows, tmp_path):
     for split in ("train", "test"):
         assert opened[split].features == rows[split].features
         assert told(opened[split]) == told(rows[split])
-    assert evidence.origin(opened) == ID
-    assert evidence.origin({"test": opened["test"].select(range(3))}) == ID
+    assert provenance.origin(opened) == ID
+    assert provenance.origin({"test": opened["test"].select(range(3))}) == ID
     report = json.loads((tmp_path / "built" / "report.json").read_text())
     assert report["sources"] == [[ID, 56]]
     assert (report["train"], report["test"], report["findings"]) == (40, 16, [])
@@ -93,9 +104,10 @@ def test_its_labels_are_not_judged_again(online, tmp_path, rows):
         files[f"data/{name}-00000-of-00001.parquet"] = file.getvalue()
     put(online, files)
     opened = dataset.open_dataset(ID, tmp_path / "built")
-    assert {json.dumps(dataset.record_of(row).model_dump(), sort_keys=True) for row in opened["train"].remove_columns("image")} == {
-        json.dumps(odd, sort_keys=True)
-    }
+    assert {
+        json.dumps(dataset.record_of(row).model_dump(), sort_keys=True)
+        for row in opened["train"].remove_columns("image")
+    } == {json.dumps(odd, sort_keys=True)}
     assert len(opened["train"]) == len(opened["test"]) == 16
 
 
@@ -114,27 +126,32 @@ def test_notebook_00_takes_a_published_data_set_too(published, rows, tmp_path):
     report = dataset.build(sources.mix([(sources.open_source("hub", dataset_id=ID), 1)]), tmp_path / "out")
     assert report["sources"] == [(ID, 56)]
     again = dataset.load(tmp_path / "out")
-    assert evidence.origin(again) == ID
+    assert provenance.origin(again) == ID
     for split in ("train", "test"):
         assert list(again[split]["name"]) == list(rows[split]["name"])
-        assert list(again[split]["licence"]) == list(rows[split]["licence"])
+        assert list(again[split]["license"]) == list(rows[split]["license"])
 
 
 def test_a_data_set_made_from_a_published_one_names_that_and_not_what_that_was_made_from(online, rows, tmp_path):
     files = {}
     for split, part in rows.items():
         file = io.BytesIO()
-        part.map(lambda row: {"source": "some/where", "licence": "see the/original"}, features=part.features).to_parquet(file)
+        part.map(
+            lambda row: {"source": "some/where", "license": "see the/original"}, features=part.features
+        ).to_parquet(file)
         files[f"data/{split}-00000-of-00001.parquet"] = file.getvalue()
     put(online, files)
     dataset.build(sources.hub(ID), tmp_path / "out")
-    assert evidence.origin(dataset.load(tmp_path / "out")) == ID
+    assert provenance.origin(dataset.load(tmp_path / "out")) == ID
 
 
 @pytest.mark.parametrize("stated", ["validation", "dev", "val", "valid", "test", "holdout"])
 def test_another_author_s_records_are_built_with_the_splits_that_they_state(online, tmp_path, stated):
-    columns = {"category": "pies", "licence": "CC0", "label_scope": "primary"}
-    files = {"data/train.parquet": parquet(labeled(range(20), **columns)), f"data/{stated}.parquet": parquet(labeled(range(20, 28)))}
+    columns = {"category": "pies", "license": "CC0", "label_scope": "primary"}
+    files = {
+        "data/train.parquet": parquet(labeled(range(20), **columns)),
+        f"data/{stated}.parquet": parquet(labeled(range(20, 28))),
+    }
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
         f"  - split: {split}\n    path: data/{split}.parquet\n" for split in ("train", stated)
     )
@@ -142,21 +159,21 @@ def test_another_author_s_records_are_built_with_the_splits_that_they_state(onli
     opened = dataset.open_dataset(ID, tmp_path / "built")
     assert [len(opened["train"]), len(opened["test"])] == [20, 8]
     assert {name[:6] for name in opened["test"]["name"]} == {f"{number:06d}" for number in range(20, 28)}
-    assert set(opened["train"]["licence"]) == {"CC0"}
+    assert set(opened["train"]["license"]) == {"CC0"}
     assert dataset.scopes_of(opened["train"]) == ["primary"] * 20
-    assert evidence.origin(opened) == ID
+    assert provenance.origin(opened) == ID
 
 
 def test_records_with_one_split_are_split_here(online, tmp_path):
     put(online, {"data/train.parquet": parquet(labeled(range(30)))})
     opened = dataset.open_dataset(ID, tmp_path / "built", seed=3)
     assert len(opened["train"]) > len(opened["test"]) > 0
-    assert evidence.held_out(opened) == "split by foodextract with seed 3"
+    assert provenance.held_out(opened) == "split by foodextract with seed 3"
 
 
 def test_what_is_no_training_split_is_never_trained_on(online, tmp_path):
     put(online, {"data/test.parquet": parquet(labeled(range(30)))})
-    with pytest.raises(DatasetError, match=r"too few usable pictures \(0 train, 30 test"):
+    with pytest.raises(DatasetError, match=r"too few usable images \(0 train, 30 test"):
         dataset.open_dataset(ID, tmp_path / "built")
 
 
@@ -173,7 +190,9 @@ def test_images_that_lie_beside_their_metadata_are_fetched(online, tmp_path):
     put(online, files)
     opened = dataset.open_dataset(ID, tmp_path / "built")
     assert [len(opened["train"]), len(opened["test"])] == [6, 3]
-    assert sorted(image.tobytes() for image in opened["test"]["image"]) == sorted(textured(number).tobytes() for number in range(6, 9))
+    assert sorted(image.tobytes() for image in opened["test"]["image"]) == sorted(
+        textured(number).tobytes() for number in range(6, 9)
+    )
     online.faults = [Fault("GET", r"/train/4\.png", 404)]
     with pytest.raises(DatasetError, match=r"the connection to the Hub failed at 4\.png of 'somebody/images'"):
         dataset.build(sources.hub(ID), tmp_path / "again")
@@ -194,7 +213,7 @@ def test_images_that_lie_beside_their_metadata_are_fetched(online, tmp_path):
 def test_a_row_does_not_choose_a_file_of_this_machine_or_of_another_place(tmp_path, path):
     textured(1).save(tmp_path / "private.png")
     with pytest.raises(OSError, match="the row has no image"):
-        hub_data.image_bytes(ID, {"bytes": None, "path": path and path.format(here=tmp_path)})
+        hub_source.image_bytes(ID, {"bytes": None, "path": path and path.format(here=tmp_path)})
 
 
 def test_images_in_an_archive_are_read(online):
@@ -212,12 +231,19 @@ def test_images_in_an_archive_are_read(online):
 def test_other_columns_are_named_with_those_that_are_needed(online, tmp_path):
     put(online, {"data/train.parquet": parquet([{"image": textured(1), "caption": "a pie", "label": 3}])})
     wanted = "drink_items and food_items and image and image_title and is_food, or image and output_json"
-    for ask in (lambda: dataset.open_dataset(ID, tmp_path / "built"), lambda: sources.open_source("hub", dataset_id=ID)):
-        with pytest.raises(DatasetError, match=f"'somebody/images' has the columns caption, image, label: it needs {wanted}"):
+    for ask in (
+        lambda: dataset.open_dataset(ID, tmp_path / "built"),
+        lambda: sources.open_source("hub", dataset_id=ID),
+    ):
+        with pytest.raises(
+            DatasetError, match=f"'somebody/images' has the columns caption, image, label: it needs {wanted}"
+        ):
             ask()
 
 
-@pytest.mark.parametrize("files", [{}, {"images.py": b"import datasets"}, {"notes.txt": b""}], ids=["empty", "script", "text"])
+@pytest.mark.parametrize(
+    "files", [{}, {"images.py": b"import datasets"}, {"notes.txt": b""}], ids=["empty", "script", "text"]
+)
 def test_what_is_no_data_set_is_named(online, tmp_path, files):
     put(online, {"README.md": b"", **files})
     with pytest.raises(DatasetError, match="'somebody/images'"):
@@ -242,7 +268,9 @@ FAULTY = {
 
 
 @pytest.mark.parametrize(
-    "written", [json.dumps, repr, lambda label: f"Here it is:\n```json\n{json.dumps(label)}\n```"], ids=["JSON", "repr", "chat"]
+    "written",
+    [json.dumps, repr, lambda label: f"Here it is:\n```json\n{json.dumps(label)}\n```"],
+    ids=["JSON", "repr", "chat"],
 )
 def test_every_fault_of_a_label_is_found(online, tmp_path, written):
     clean = [{"image": textured(100 + n), "output_json": written(PIE), "image_name": "clean"} for n in range(30)]
@@ -263,12 +291,21 @@ def test_every_fault_of_a_label_is_found(online, tmp_path, written):
 
 
 def test_labels_in_structs_and_columns_come_as_they_are(online):
-    rows = [{"image": textured(n), "output_json": {"is_food": None, "image_title": None, "food_items": None}, "id": n} for n in range(2)]
+    rows = [
+        {"image": textured(n), "output_json": {"is_food": None, "image_title": None, "food_items": None}, "id": n}
+        for n in range(2)
+    ]
     features = {
-        "output_json": {"is_food": datasets.Value("bool"), "image_title": datasets.Value("string"), "food_items": datasets.Value("string")}
+        "output_json": {
+            "is_food": datasets.Value("bool"),
+            "image_title": datasets.Value("string"),
+            "food_items": datasets.Value("string"),
+        }
     }
     put(online, {"data/train.parquet": parquet(rows, features)})
-    assert [sample.label for sample in sources.hub(ID)] == [{"is_food": None, "image_title": None, "food_items": None}] * 2
+    assert [sample.label for sample in sources.hub(ID)] == [
+        {"is_food": None, "image_title": None, "food_items": None}
+    ] * 2
     rows = [{"image": textured(3), "is_food": True, "image_title": None, "food_items": "a, b", "drink_items": [None]}]
     put(online, {"data/train.parquet": parquet(rows)})
     assert [sample.label for sample in sources.hub(ID)] == [{key: rows[0][key] for key in FoodRecord.model_fields}]
@@ -293,7 +330,9 @@ def test_it_is_fetched_once_for_a_revision(online, request, tmp_path, kind, caps
     again = dataset.open_dataset(ID, tmp_path / "built", seed=1)
     assert unchanged(tmp_path / "built") == before
     assert online.asked("GET", "resolve") == 0
-    assert {split: rows._fingerprint for split, rows in again.items()} == {split: rows._fingerprint for split, rows in first.items()}
+    assert {split: rows._fingerprint for split, rows in again.items()} == {
+        split: rows._fingerprint for split, rows in first.items()
+    }
     elsewhere = dataset.open_dataset(ID, tmp_path / "another machine" / "built", seed=1)
     assert [rows._fingerprint for rows in elsewhere.values()] == [rows._fingerprint for rows in first.values()]
     online.faults = [Fault(method, ".", 503) for method in ("GET", "HEAD")]
@@ -354,7 +393,8 @@ def test_a_hub_that_gives_out_in_the_middle_is_named_and_the_next_start_goes_on(
     put(online, {f"data/train-0000{number}-of-00002.parquet": part for number, part in enumerate(parts)})
     online.faults = [fault]
     with pytest.raises(
-        DatasetError, match=r"the connection to the Hub failed after 12 rows of 'somebody/images' \(.*\): rerun the command to resume"
+        DatasetError,
+        match=r"the connection to the Hub failed after 12 rows of 'somebody/images' \(.*\): rerun the command to resume",
     ):
         dataset.open_dataset(ID, tmp_path / "built")
     ledger = tmp_path / "built.partial" / ingest.LEDGER
@@ -368,7 +408,10 @@ def test_a_hub_that_gives_out_in_the_middle_is_named_and_the_next_start_goes_on(
 def test_what_an_interrupted_build_read_of_another_revision_is_not_used(online, tmp_path):
     """The labels are the same, so the ledger alone would not notice that the images are others."""
     for first in (0, 100):
-        parts = [parquet([{**row, "image_name": "x"} for row in original(range(first + start, first + start + 15))]) for start in (0, 15)]
+        parts = [
+            parquet([{**row, "image_name": "x"} for row in original(range(first + start, first + start + 15))])
+            for start in (0, 15)
+        ]
         put(online, {f"data/train-0000{number}-of-00002.parquet": part for number, part in enumerate(parts)})
         online.faults = [Fault("GET", "train-00001", 500)] if first == 0 else []
         if first == 0:
@@ -409,7 +452,13 @@ def test_a_passing_fault_is_not_noticed(online, tmp_path):
 
 def test_a_damaged_file_is_not_blamed_on_the_connection(online, tmp_path):
     good = parquet(original(range(30)))
-    put(online, {"data/train-00000-of-00002.parquet": good, "data/train-00001-of-00002.parquet": good[:4] + bytes(300) + good[304:]})
+    put(
+        online,
+        {
+            "data/train-00000-of-00002.parquet": good,
+            "data/train-00001-of-00002.parquet": good[:4] + bytes(300) + good[304:],
+        },
+    )
     with pytest.raises(DatasetError, match=r"row \d+ of 'somebody/images' cannot be read"):
         dataset.open_dataset(ID, tmp_path / "built")
 
@@ -417,9 +466,13 @@ def test_a_damaged_file_is_not_blamed_on_the_connection(online, tmp_path):
 def test_nobody_waits_for_minutes_in_silence():
     config = datasets.config
     assert (
-        config.STREAMING_READ_MAX_RETRIES * max(config.STREAMING_READ_RETRY_INTERVAL, config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL) <= 60
+        config.STREAMING_READ_MAX_RETRIES
+        * max(config.STREAMING_READ_RETRY_INTERVAL, config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL)
+        <= 60
     )
-    assert config.STREAMING_OPEN_MAX_RETRIES * getattr(config, "STREAMING_OPEN_RETRY_INTERVAL", 0) <= 60  # not in datasets 4.0
+    assert (
+        config.STREAMING_OPEN_MAX_RETRIES * getattr(config, "STREAMING_OPEN_RETRY_INTERVAL", 0) <= 60
+    )  # not in datasets 4.0
 
 
 # ------------------------------------------------------------------------------------------------------------------------- totals
@@ -447,7 +500,10 @@ def test_long_reads_know_how_long_they_are(online, published, tmp_path, monkeypa
 
 
 def test_a_total_reads_no_row(online):
-    put(online, {"data/train.parquet": parquet([{**row, "filler": os.urandom(400_000).hex()} for row in original(range(4))])})
+    put(
+        online,
+        {"data/train.parquet": parquet([{**row, "filler": os.urandom(400_000).hex()} for row in original(range(4))])},
+    )
     rows = sources.hub(ID)
     assert rows.total == 4
     size = len(online.files("dataset", ID)["data/train.parquet"])
@@ -461,9 +517,9 @@ def test_a_total_reads_no_row(online):
 
 def model_card(rows, tmp_path):
     folder = shutil.copytree(TINY_TUNED, tmp_path / "tuned", dirs_exist_ok=True)
-    known = evidence.verified(TINY_TUNED)
-    evidence.write(folder, "a/base", rows, [PROFILES["offline"].stage2], known.rows)
-    card = cards.model_card(evidence.verified(folder), "one tile", "somebody/model", {"F32": 1})
+    known = provenance.verified(TINY_TUNED)
+    provenance.write(folder, "a/base", rows, [PROFILES["offline"].stage2], known.rows)
+    card = cards.model_card(provenance.verified(folder), "one tile", "somebody/model", {"F32": 1})
     return card, {result.dataset_split for result in card.data.eval_results}
 
 
@@ -471,7 +527,7 @@ def test_a_model_card_names_the_split_of_a_data_set_that_has_it(published, tmp_p
     card, splits = model_card(dataset.open_dataset(ID, tmp_path / "built"), tmp_path)
     assert splits == {"test"}
     assert card.data.datasets == [ID]
-    assert f"Held-out pictures (the split `test` of {ID})" in card.content
+    assert f"Held-out images (the split `test` of {ID})" in card.content
 
 
 def test_a_model_card_says_who_split_a_data_set_that_has_only_train(online, tmp_path):
@@ -479,12 +535,14 @@ def test_a_model_card_says_who_split_a_data_set_that_has_only_train(online, tmp_
     card, splits = model_card(dataset.open_dataset(ID, tmp_path / "built", seed=7), tmp_path)
     assert splits == {None}
     assert card.data.datasets == [ID]
-    assert "Held-out pictures (split by foodextract with seed 7)" in card.content
+    assert "Held-out images (split by foodextract with seed 7)" in card.content
 
 
 def test_the_data_set_card_says_which_datasets_can_read_its_files(published):
     files = published.files("dataset", ID)
-    features = json.loads(pyarrow.parquet.read_schema(io.BytesIO(files["data/test-00000-of-00001.parquet"])).metadata[b"huggingface"])
+    features = json.loads(
+        pyarrow.parquet.read_schema(io.BytesIO(files["data/test-00000-of-00001.parquet"])).metadata[b"huggingface"]
+    )
     types = {feature["_type"] for feature in features["info"]["features"].values()}
     assert "List" in types, "the type that older releases do not know"
     assert f"needs `datasets` {cards.OLDEST_DATASETS} or newer" in files["README.md"].decode()
@@ -492,7 +550,7 @@ def test_the_data_set_card_says_which_datasets_can_read_its_files(published):
 
 
 def test_figures_from_before_the_split_was_noted_can_be_read(tmp_path):
-    told = json.loads((TINY_TUNED / evidence.EVALUATION).read_text())
+    told = json.loads((TINY_TUNED / provenance.EVALUATION).read_text())
     told.pop("held_out", None)
     (tmp_path / "evaluation.json").write_text(json.dumps(told))
-    assert evidence.Evidence.read(tmp_path / "evaluation.json").held_out == ""
+    assert provenance.Evidence.read(tmp_path / "evaluation.json").held_out == ""

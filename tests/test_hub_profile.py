@@ -11,10 +11,9 @@ import nbformat
 import papermill
 import pytest
 
-from foodextract.models import HUB_BASE
-from foodextract.results import read_results
+from foodextract.evaluation.results import read_results
+from foodextract.names import HUB_BASE, HUB_DATASET
 from foodextract.schema import FoodRecord
-from foodextract.sources import HUB_DATASET
 from hub_server import Repository, environment, running_hub
 from original import BROKEN, DIRT, EXACT_COPY, SPECIAL, parquet, rows_of_the_original, save_base
 
@@ -34,7 +33,9 @@ def executed(home):
     with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
         model, data = Repository(False), Repository(False)
         model.commit({path.name: path.read_bytes() for path in base.iterdir()})
-        data.commit({"README.md": b"# Original\n", "data/train-00000-of-00001.parquet": parquet(rows_of_the_original())})
+        data.commit(
+            {"README.md": b"# Original\n", "data/train-00000-of-00001.parquet": parquet(rows_of_the_original())}
+        )
         hub.repositories |= {("model", HUB_BASE): model, ("dataset", HUB_DATASET): data}
         patch.delenv("FOODEXTRACT_PROFILE", raising=False)
         printed = {}
@@ -42,7 +43,14 @@ def executed(home):
             (ZERO, {"push_to_hub": IMAGES}),
             (
                 ONE,
-                {"dataset": IMAGES, "stage1": QUICK, "stage2": QUICK, "allow_cpu": True, "push_to_hub": MODEL, "push_space_to_hub": SPACE},
+                {
+                    "dataset": IMAGES,
+                    "stage1": QUICK,
+                    "stage2": QUICK,
+                    "allow_cpu": True,
+                    "push_to_hub": MODEL,
+                    "push_space_to_hub": SPACE,
+                },
             ),
         ):
             machine = home / name[:2]
@@ -51,10 +59,17 @@ def executed(home):
             for variable, value in {**environment(hub), "HF_HOME": str(machine / "cache")}.items():
                 patch.setenv(variable, value)
             papermill.execute_notebook(
-                ROOT / name, machine / name, parameters=parameters, cwd=machine, progress_bar=False, kernel_name="python3"
+                ROOT / name,
+                machine / name,
+                parameters=parameters,
+                cwd=machine,
+                progress_bar=False,
+                kernel_name="python3",
             )
             cells = nbformat.read(machine / name, as_version=4).cells
-            printed[name] = "\n".join(output.get("text", "") for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+            printed[name] = "\n".join(
+                output.get("text", "") for cell in cells if cell.cell_type == "code" for output in cell.outputs
+            )
         yield hub, home, printed
 
 
@@ -84,9 +99,16 @@ def every_fault_of_the_original_is_noticed(story):
     assert ("000002", "type") in found
     assert ("000003", "type") in found
     assert "000004" in rejects
-    assert any(f"{number:06d}" in rejects and "duplicate" in rejects[f"{number:06d}"] for number in (EXACT_COPY, EXACT_COPY - 1))
+    assert any(
+        f"{number:06d}" in rejects and "duplicate" in rejects[f"{number:06d}"]
+        for number in (EXACT_COPY, EXACT_COPY - 1)
+    )
     assert f"{BROKEN:06d}" in rejects
-    kept = {row["name"].split("-")[0]: row for split in ("train", "test") for row in lines(home / "00", f"{split}/metadata.jsonl")}
+    kept = {
+        row["name"].split("-")[0]: row
+        for split in ("train", "test")
+        for row in lines(home / "00", f"{split}/metadata.jsonl")
+    }
     assert kept["000003"]["food_items"] == ["soup", "bread"]
     assert kept["000002"]["is_food"] == 1  # "false" beside soup: the items win, with a finding
     assert ("000002", "contradiction") in found
@@ -99,10 +121,8 @@ def notebook_00_says_what_to_paste_into_01(story):
 def what_00_published_arrives_with_its_splits(story):
     hub, home, printed = story
     report = json.loads((home / "00" / "outputs" / "hub" / "dataset" / "report.json").read_text())
-    assert f"{report['train']:,} pictures to learn from, {report['test']:,} held out" in printed[ONE]
-    script = (
-        f"import datasets; rows = datasets.load_dataset({IMAGES!r}); rows['test'][0]['image']; print(len(rows['train']), len(rows['test']))"
-    )
+    assert f"{report['train']:,} images to learn from, {report['test']:,} held out" in printed[ONE]
+    script = f"import datasets; rows = datasets.load_dataset({IMAGES!r}); rows['test'][0]['image']; print(len(rows['train']), len(rows['test']))"
     assert in_a_new_process(hub, home, script).split() == [str(report["train"]), str(report["test"])]
 
 
@@ -112,7 +132,9 @@ def the_base_is_asked_in_one_tile_and_trained_in_fp32_from_bf16(story):
     moved = {row["module"]: row["weights_moved"] for row in stage1["moved"]}
     assert moved["vision_model"] == 0
     assert moved["text_model"] > 0
-    processor = json.loads((home / "01" / "outputs" / "hub" / "stage2" / "processor_config.json").read_text())["image_processor"]
+    processor = json.loads((home / "01" / "outputs" / "hub" / "stage2" / "processor_config.json").read_text())[
+        "image_processor"
+    ]
     assert (processor["do_image_splitting"], processor["size"]) == (False, {"longest_edge": 512})
     assert "GB at most while training" in printed[ONE]
     tokens = json.loads((home / "01" / "outputs" / "hub" / "stage2" / "tokenizer.json").read_text())["added_tokens"]
@@ -166,6 +188,8 @@ def in_a_new_process(hub, home: Path, script: str, **more: str) -> str:
     cache = home / "elsewhere"
     cache.mkdir(exist_ok=True)
     variables = {**os.environ, **environment(hub), "HF_HOME": str(cache), "PYTHONPATH": str(ROOT / "src"), **more}
-    done = subprocess.run([sys.executable, "-c", script], cwd=cache, env=variables, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=cache, env=variables, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -4,42 +4,42 @@ import pytest
 import torch
 from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 
-from foodextract import models
-from foodextract.models import ModelError
+from foodextract.models import loading
+from foodextract.models.loading import ModelError
 
 
-@pytest.mark.parametrize("folder", [models.TINY_BASE, models.TINY_TUNED], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [loading.TINY_BASE, loading.TINY_TUNED], ids=lambda folder: folder.name)
 def test_bundled_models_are_real_and_small(folder):
-    assert type(models.load_model(folder)) is SmolVLMForConditionalGeneration
-    assert type(models.load_processor(folder)) is SmolVLMProcessor
+    assert type(loading.load_model(folder)) is SmolVLMForConditionalGeneration
+    assert type(loading.load_processor(folder)) is SmolVLMProcessor
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 12_000_000
     assert not {file.suffix for file in folder.iterdir()} - {".json", ".safetensors", ".jinja"}
 
 
 def test_one_tile_is_one_tile_and_stays_so(tmp_path, rows):
-    processor = models.load_processor(models.TINY_BASE)
+    processor = loading.load_processor(loading.TINY_BASE)
     tile = processor.image_processor.max_image_size["longest_edge"]
     tiles = {}
     for budget in (17, 5, 1):
-        models.set_image_budget(processor, budget)
+        loading.set_image_budget(processor, budget)
         processor.save_pretrained(tmp_path / str(budget))
-        loaded = models.load_processor(tmp_path / str(budget))
+        loaded = loading.load_processor(tmp_path / str(budget))
         pixels = loaded(text=["<image>"], images=[[rows["train"][0]["image"]]], return_tensors="pt")["pixel_values"]
         tiles[budget] = pixels.shape[1]
         assert pixels.shape[-2:] == (tile, tile)
     assert tiles == {17: 17, 5: 5, 1: 1}
     with pytest.raises(ModelError, match="3 tiles"):
-        models.set_image_budget(processor, 3)
+        loading.set_image_budget(processor, 3)
 
 
 def test_precision_keeps_master_weights_in_fp32(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert models.choose_precision(cpu, training=True).weights is torch.float32
+    assert loading.choose_precision(cpu, training=True).weights is torch.float32
     for capability, autocast in (((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((7, 5), torch.float16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        chosen = models.choose_precision(gpu, training=True)
+        chosen = loading.choose_precision(gpu, training=True)
         assert (chosen.weights, chosen.autocast) == (torch.float32, autocast)
-        assert models.choose_precision(gpu, training=False).weights is autocast
+        assert loading.choose_precision(gpu, training=False).weights is autocast
 
 
 def test_a_cpu_with_matrix_units_trains_large_models_in_bf16(monkeypatch):
@@ -52,7 +52,7 @@ def test_a_cpu_with_matrix_units_trains_large_models_in_bf16(monkeypatch):
         ({"neon": True}, True, 256_484_928, None),  # a processor of another kind
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
-        chosen = models.choose_precision(cpu, training, parameters)
+        chosen = loading.choose_precision(cpu, training, parameters)
         assert (chosen.weights, chosen.autocast) == (torch.float32, autocast)
         assert ("bf16 autocast" in chosen.reason) == (autocast is not None)
         assert chosen.int8 == (not training)
@@ -60,34 +60,37 @@ def test_a_cpu_with_matrix_units_trains_large_models_in_bf16(monkeypatch):
 
 def test_a_cpu_answers_in_int8_where_the_model_is_large(monkeypatch):
     def kinds(**settings):
-        return {type(module).__module__.split(".")[1] for module in models.load_model(models.TINY_BASE, **settings).modules()}
+        return {
+            type(module).__module__.split(".")[1]
+            for module in loading.load_model(loading.TINY_BASE, **settings).modules()
+        }
 
     assert "ao" not in kinds()
-    monkeypatch.setattr(models, "INT8_PAYS", 1_000_000)
+    monkeypatch.setattr(loading, "INT8_PAYS", 1_000_000)
     assert "ao" in kinds()
     assert "ao" not in kinds(training=True) | kinds(precision="fp32") | kinds(precision="bf16")
 
 
 def test_what_is_no_smolvlm_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
-        models.load_model(tmp_path)
+        loading.load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError, match="'llama' model, not a SmolVLM"):
-        models.load_model(tmp_path)
+        loading.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(ModelError, match=f"{tmp_path} cannot be loaded"):
-        models.load_model(tmp_path)
+        loading.load_model(tmp_path)
 
 
 def test_damaged_weights_are_named(tmp_path):
-    models.load_model(models.TINY_BASE).save_pretrained(tmp_path)
+    loading.load_model(loading.TINY_BASE).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be loaded"):
-        models.load_model(tmp_path)
+        loading.load_model(tmp_path)
 
 
-@pytest.mark.parametrize("load", [models.load_model, models.load_processor])
+@pytest.mark.parametrize("load", [loading.load_model, loading.load_processor])
 def test_an_unreachable_hub_is_named(load):
     with pytest.raises(ModelError, match=r"nobody/nothing.*check the name and the connection, or give a folder"):
         load("nobody/nothing")
@@ -97,14 +100,14 @@ def test_an_unreachable_hub_is_named(load):
 
 def test_a_missing_device_is_named():
     with pytest.raises(ModelError, match="'cuda:99' is not available"):
-        models.choose_device("cuda:99")
+        loading.choose_device("cuda:99")
     with pytest.raises(ModelError, match="'gpu'"):
-        models.choose_device("gpu")
+        loading.choose_device("gpu")
 
 
 def test_newest_finished_training_is_the_default(tmp_path):
-    assert models.newest_tuned(tmp_path) == models.TINY_TUNED
+    assert loading.newest_tuned(tmp_path) == loading.TINY_TUNED
     (tmp_path / "run" / "stage2").mkdir(parents=True)
-    assert models.newest_tuned(tmp_path) == models.TINY_TUNED
-    (tmp_path / "run" / "stage2" / models.FINISHED).write_text("{}")
-    assert models.newest_tuned(tmp_path) == tmp_path / "run" / "stage2"
+    assert loading.newest_tuned(tmp_path) == loading.TINY_TUNED
+    (tmp_path / "run" / "stage2" / loading.FINISHED).write_text("{}")
+    assert loading.newest_tuned(tmp_path) == tmp_path / "run" / "stage2"

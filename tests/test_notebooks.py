@@ -1,4 +1,4 @@
-"""Both notebooks, top to bottom, small: as `make demo` runs them, and on a stranger's folder of pictures."""
+"""Both notebooks, top to bottom, small: as `make demo` runs them, and on a stranger's folder of images."""
 
 import json
 import shutil
@@ -13,8 +13,9 @@ import psutil
 import pytest
 import yaml
 
-from foodextract import checkpoints, models
-from foodextract.results import read_results
+from foodextract.evaluation.results import read_results
+from foodextract.models import loading
+from foodextract.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 ZERO, ONE = "00_create_vlm_dataset.ipynb", "01_fine_tune_vlm_v3_smolVLM_500m.ipynb"
@@ -24,7 +25,9 @@ pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(1800)]
 
 
 def run(name, where, /, **parameters):
-    papermill.execute_notebook(ROOT / name, where / name, parameters=parameters, cwd=where, progress_bar=False, kernel_name="python3")
+    papermill.execute_notebook(
+        ROOT / name, where / name, parameters=parameters, cwd=where, progress_bar=False, kernel_name="python3"
+    )
 
 
 def test_the_offline_story(tmp_path, monkeypatch):
@@ -37,23 +40,23 @@ def test_the_offline_story(tmp_path, monkeypatch):
     moved = {row.subject: row.value for row in rows if row.metric == "weights_moved_share"}
     assert moved["stage1 vision_model"] == 0
     assert moved["stage2 vision_model"] > 0.9
-    assert models.newest_tuned(tmp_path / "outputs") == tmp_path / "outputs" / "offline" / "stage2"
+    assert loading.newest_tuned(tmp_path / "outputs") == tmp_path / "outputs" / "offline" / "stage2"
 
 
-def test_any_checkpoint_on_any_labelled_folder(tmp_path, drawn):
+def test_any_checkpoint_on_any_labeled_folder(tmp_path, drawn):
     """Every place a parameter, none of them a default."""
-    pictures, checkpoint = tmp_path / "pictures", tmp_path / "checkpoint"
-    shutil.copytree(drawn / "train", pictures)
-    (pictures / "broken.jpg").write_bytes(b"")
+    images, checkpoint = tmp_path / "images", tmp_path / "checkpoint"
+    shutil.copytree(drawn / "train", images)
+    (images / "broken.jpg").write_bytes(b"")
     nothing = {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}
-    with (pictures / "metadata.jsonl").open("a") as lines:
+    with (images / "metadata.jsonl").open("a") as lines:
         lines.write(json.dumps({"file_name": "broken.jpg", **nothing}) + "\n{no json\n")
-    shutil.copytree(models.TINY_TUNED, checkpoint)
-    run(ZERO, tmp_path, profile="offline", source="folder", folder=str(pictures), output="built", seed=3)
+    shutil.copytree(loading.TINY_TUNED, checkpoint)
+    run(ZERO, tmp_path, profile="offline", source="folder", folder=str(images), output="built", seed=3)
     report = json.loads((tmp_path / "built" / "report.json").read_text())
     assert (report["kept"], report["rejected"]) == (40, 2)
     places = {"base_model": str(checkpoint), "dataset": "built", "output": "tuned", "results": "figures.json"}
-    run(ONE, tmp_path, profile="offline", seed=3, eval_pictures=4, **places, **SMALL)
+    run(ONE, tmp_path, profile="offline", seed=3, eval_images=4, **places, **SMALL)
     assert (tmp_path / "tuned" / "stage2" / "model.safetensors").is_file()
     assert {row.n for row in read_results(tmp_path / "figures.json") if row.metric == "strict_json_rate"} == {4}
 
@@ -67,7 +70,18 @@ def printed(notebook):
 def kill_once(there, where, parameters):
     """Run notebook 01 in the folder `where` and kill its kernel with SIGKILL as soon as `there` matches a file."""
     where.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "papermill", ROOT / ONE, where / ONE, "--cwd", where, "--no-progress-bar", "-y", yaml.dump(parameters)]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        ROOT / ONE,
+        where / ONE,
+        "--cwd",
+        where,
+        "--no-progress-bar",
+        "-y",
+        yaml.dump(parameters),
+    ]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         while not there():
@@ -86,10 +100,12 @@ def test_the_notebook_killed_in_both_stages_resumes_on_another_machine(drawn, tm
     kept.parent.mkdir()
     epochs = {"epochs": 3, "batch_size": 8, "accumulation": 1}  # of 5 steps
     parameters = {
-        "profile": "offline", "dataset": str(drawn), "stage1": epochs, "stage2": epochs, "eval_pictures": 4, "keep_in": str(kept),
+        "profile": "offline", "dataset": str(drawn), "stage1": epochs, "stage2": epochs, "eval_images": 4, "keep_in": str(kept),
     }  # fmt: skip
     for stage in ("stage1", "stage2"):
-        kill_once(lambda stage=stage: checkpoints.last_checkpoint(kept / stage / "checkpoints"), tmp_path / "one", parameters)
+        kill_once(
+            lambda stage=stage: checkpoints.last_checkpoint(kept / stage / "checkpoints"), tmp_path / "one", parameters
+        )
     trained = (kept / "stage1" / "model.safetensors").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "two").mkdir()
@@ -100,10 +116,14 @@ def test_the_notebook_killed_in_both_stages_resumes_on_another_machine(drawn, tm
     assert "stage1: resumed" not in said
     assert (kept / "stage1" / "model.safetensors").stat().st_mtime_ns == trained
     for stage in ("stage1", "stage2"):
-        finished = json.loads((kept / stage / models.FINISHED).read_text())
+        finished = json.loads((kept / stage / loading.FINISHED).read_text())
         assert [entry["step"] for entry in finished["log"]] == list(range(1, 16))
         assert not (kept / stage / "checkpoints").exists()
     asked = [json.loads(line) for line in (kept / "answers" / "base.jsonl").read_text().splitlines()]
     assert [len(batch["answers"]) for batch in asked[1:]] == [4]  # asked once, on the first machine
-    seconds = {row.subject: row.value for row in read_results(tmp_path / "two" / "results" / "offline.json") if row.metric == "seconds"}
+    seconds = {
+        row.subject: row.value
+        for row in read_results(tmp_path / "two" / "results" / "offline.json")
+        if row.metric == "seconds"
+    }
     assert seconds["ask_base"] == pytest.approx(asked[1]["seconds"], abs=1e-5)

@@ -11,7 +11,15 @@ import pytest
 import torch
 from transformers import SmolVLMConfig
 
-from foodextract.performance import Step, flops_per_picture, matmul_rate, memory_kept, peak_memory, performance_rows, reset_peak_memory
+from foodextract.training.throughput import (
+    Step,
+    flops_per_image,
+    matmul_rate,
+    memory_kept,
+    peak_memory,
+    performance_rows,
+    reset_peak_memory,
+)
 
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 512, "patch_size": 16}
 TEXT = {
@@ -24,31 +32,42 @@ CONFIG = SmolVLMConfig(vision_config=VISION, text_config=TEXT, scale_factor=4)
 @pytest.mark.parametrize(
     ("tiles", "tokens", "answer", "vision", "tera"),
     [
-        (1, 255, 60, "frozen", 0.727),  # V + 2C + 3LM with V = 213.8, C = 1.5 and 0.629 a token, 0.0946 a position of the head, in GFLOP
+        (
+            1,
+            255,
+            60,
+            "frozen",
+            0.727,
+        ),  # V + 2C + 3LM with V = 213.8, C = 1.5 and 0.629 a token, 0.0946 a position of the head, in GFLOP
         (1, 255, 60, "trained", 1.156),  # 3 (V + C + LM)
         (17, 1315, 1315, "frozen", 6.86),
         (1, 255, 60, "cached", 0.727 - 0.2138),
     ],
 )
 def test_a_step_of_the_500m_model(tiles, tokens, answer, vision, tera):
-    assert flops_per_picture(CONFIG, Step(tiles, tokens, 0, 1, answer, vision)) == pytest.approx(tera * 1e12, rel=0.01)
+    assert flops_per_image(CONFIG, Step(tiles, tokens, 0, 1, answer, vision)) == pytest.approx(tera * 1e12, rel=0.01)
 
 
 def test_sharing_the_system_message_saves_its_tokens():
-    alone = flops_per_picture(CONFIG, Step(1, 255, 0, 1, 60, "cached"))
-    shared = flops_per_picture(CONFIG, Step(1, 120, 135, 32, 60, "cached"))
+    alone = flops_per_image(CONFIG, Step(1, 255, 0, 1, 60, "cached"))
+    shared = flops_per_image(CONFIG, Step(1, 120, 135, 32, 60, "cached"))
     assert shared < 0.6 * alone
-    assert flops_per_picture(CONFIG, Step(1, 120, 135, 1, 60, "cached")) == pytest.approx(alone, rel=1e-9)  # nobody to share it with
+    assert flops_per_image(CONFIG, Step(1, 120, 135, 1, 60, "cached")) == pytest.approx(
+        alone, rel=1e-9
+    )  # nobody to share it with
 
 
 def test_the_device_is_measured():
     cpu = torch.device("cpu")
     assert matmul_rate(cpu, torch.float32, size=64, seconds=0.01) > 1e6
-    rows = {row.metric: row for row in performance_rows("stage1", CONFIG, Step(1, 255, 0, 1, 60, "frozen"), 50, 10, 2, cpu, torch.float32)}
+    rows = {
+        row.metric: row
+        for row in performance_rows("stage1", CONFIG, Step(1, 255, 0, 1, 60, "frozen"), 50, 10, 2, cpu, torch.float32)
+    }
     assert (rows["images_per_second"].value, rows["images_per_second"].n) == (10, 100)
     assert rows["tokens_per_second"].value == 2550
     assert rows["tflop_per_second"].value == pytest.approx(7.27, rel=0.01)
-    assert rows["flops_utilisation"].value > 0
+    assert rows["mfu"].value > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel counts from a given point on Linux only")
@@ -85,7 +104,9 @@ def what_tensors_ask_for() -> dict[str, list[int]]:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc is what gives memory back too early")
 def test_freed_memory_is_kept_for_the_next_tensor_and_given_back_in_the_end():
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # what earlier tests freed would be reused in this one
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn")
+    ) as fresh:  # what earlier tests freed would be reused in this one
         found = fresh.submit(what_tensors_ask_for).result()
     as_usual, kept = found["pages"]
     before, during, after = found["memory"]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foodextract.pictures import MAX_PIXELS, PictureError, find_pictures, open_picture
+from foodextract.images import MAX_PIXELS, ImageError, find_images, open_image
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -31,39 +31,39 @@ ODD_BUT_FINE = {
 
 
 @pytest.mark.parametrize("name", ODD_BUT_FINE)
-def test_odd_pictures_become_rgb(name):
-    picture = open_picture(ODD_BUT_FINE[name])
-    assert picture.mode == "RGB"
-    assert min(picture.size) >= 1
+def test_odd_images_become_rgb(name):
+    image = open_image(ODD_BUT_FINE[name])
+    assert image.mode == "RGB"
+    assert min(image.size) >= 1
 
 
 def test_16_bits_are_scaled_and_not_clipped():
-    assert open_picture(ODD_BUT_FINE["16 bits"]).getpixel((0, 0)) == (156, 156, 156)  # 40000 / 257
+    assert open_image(ODD_BUT_FINE["16 bits"]).getpixel((0, 0)) == (156, 156, 156)  # 40000 / 257
 
 
 def test_every_16_bit_value_is_rounded():
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     for whole in (values, values.astype(np.int32)):
-        assert np.array_equal(np.asarray(open_picture(Image.fromarray(whole)))[..., 0], np.round(values / 257))
+        assert np.array_equal(np.asarray(open_image(Image.fromarray(whole)))[..., 0], np.round(values / 257))
 
 
 def test_floats_are_scaled_by_the_largest_and_what_is_below_0_is_black():
     values = np.array([[-3, 0, 100, 200]], np.float32)
-    assert np.asarray(open_picture(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 128, 255]
+    assert np.asarray(open_image(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 128, 255]
 
 
 LIMITED = """
 import resource, sys
-from foodextract.pictures import open_picture
+from foodextract.images import open_image
 data = sys.stdin.buffer.read()
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 14 * 4000**2,) * 2)
-print(open_picture(data).mode)
+print(open_image(data).mode)
 """
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F", "RGBA", "P", "RGB"])
-def test_to_open_a_picture_takes_no_more_than_14_bytes_a_pixel(mode):
+def test_to_open_a_image_takes_no_more_than_14_bytes_a_pixel(mode):
     options = {"transparency": 0} if mode == "P" else {"compression": "tiff_deflate"} if mode == "F" else {}
     data = encoded(Image.new(mode, (4000, 4000)), "TIFF" if mode == "F" else "PNG", **options)
     ended = subprocess.run([sys.executable, "-c", LIMITED], input=data, capture_output=True)
@@ -71,32 +71,32 @@ def test_to_open_a_picture_takes_no_more_than_14_bytes_a_pixel(mode):
 
 
 def test_transparency_is_laid_on_white():
-    assert open_picture(ODD_BUT_FINE["transparent"]).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(ODD_BUT_FINE["transparent"]).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_first_frame_of_an_animation_counts():
-    assert open_picture(ODD_BUT_FINE["animated"]).getpixel((0, 0))[0] > 150
+    assert open_image(ODD_BUT_FINE["animated"]).getpixel((0, 0))[0] > 150
 
 
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert open_picture(encoded(RED, "JPEG", exif=exif)).size == (30, 40)
+    assert open_image(encoded(RED, "JPEG", exif=exif)).size == (30, 40)
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         (b"", "empty"),
-        (b"no picture at all", "format"),
+        (b"no image at all", "format"),
         (encoded(RED)[:-40], "truncated"),
         (encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")[:600], "truncated"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "format"),
     ],
 )
 def test_bad_files_say_what_is_wrong(data, words):
-    with pytest.raises(PictureError, match=words):
-        open_picture(data)
+    with pytest.raises(ImageError, match=words):
+        open_image(data)
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])
@@ -104,28 +104,28 @@ def test_too_many_pixels_are_refused_before_decoding(side, monkeypatch):
     data = encoded(Image.new("1", (side, side)))
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     assert side**2 > MAX_PIXELS
-    with pytest.raises(PictureError, match=r"megapixels.*shrink"):
-        open_picture(data)
+    with pytest.raises(ImageError, match=r"megapixels.*shrink"):
+        open_image(data)
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(PictureError, match="no such file"):
-        open_picture(tmp_path / "nowhere.jpg")
+    with pytest.raises(ImageError, match="no such file"):
+        open_image(tmp_path / "nowhere.jpg")
 
 
 def test_folders_are_searched_in_a_fixed_order(tmp_path):
     for name in ("b.jpg", "a/c.PNG", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    found = list(find_pictures([tmp_path, tmp_path / "a" / "notes.txt"]))
+    found = list(find_images([tmp_path, tmp_path / "a" / "notes.txt"]))
     assert [path.name for path in found] == ["c.PNG", "b.jpg", "notes.txt"]
 
 
-def test_arrays_are_pictures_too():
+def test_arrays_are_images_too():
     array = np.asarray(RED)
-    assert np.array_equal(open_picture(array), array)
-    assert open_picture(array[:, :, 0]).getpixel((0, 0)) == (200, 200, 200)
-    assert open_picture(np.dstack([array, np.zeros((30, 40), np.uint8)])).getpixel((0, 0)) == (255, 255, 255)
+    assert np.array_equal(open_image(array), array)
+    assert open_image(array[:, :, 0]).getpixel((0, 0)) == (200, 200, 200)
+    assert open_image(np.dstack([array, np.zeros((30, 40), np.uint8)])).getpixel((0, 0)) == (255, 255, 255)
     for wrong in (array.astype(float), array[None], np.zeros((0, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)):
-        with pytest.raises(PictureError, match="of uint8"):
-            open_picture(wrong)
+        with pytest.raises(ImageError, match="of uint8"):
+            open_image(wrong)

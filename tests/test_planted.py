@@ -1,6 +1,7 @@
 import json
 
-from foodextract import dataset, planted, sources
+import corruptions
+from foodextract.data import dataset, sources
 
 
 def lines(path):
@@ -9,9 +10,11 @@ def lines(path):
 
 def test_what_is_planted_is_found_again(tmp_path):
     clean = list(sources.scenes(seed=3, train=120, test=40))
-    sown = list(planted.planted(iter(clean), every=5))
+    sown = list(corruptions.planted(iter(clean), every=5))
     originals = {sample.name: sample for sample in clean}
-    faulty = {sample.name for sample in sown if sample.name in originals and sample.label != originals[sample.name].label}
+    faulty = {
+        sample.name for sample in sown if sample.name in originals and sample.label != originals[sample.name].label
+    }
     copies = {sample.name for sample in sown} - set(originals)
     assert len(copies) == 32
     assert len(faulty) >= 16
@@ -25,5 +28,7 @@ def test_what_is_planted_is_found_again(tmp_path):
 
 
 def test_the_same_seed_plants_the_same():
-    first, second = (list(planted.planted(sources.scenes(seed=3, train=10, test=4), every=3, seed=1)) for _ in range(2))
+    first, second = (
+        list(corruptions.planted(sources.scenes(seed=3, train=10, test=4), every=3, seed=1)) for _ in range(2)
+    )
     assert [(a.name, a.label, a.read()) for a in first] == [(b.name, b.label, b.read()) for b in second]

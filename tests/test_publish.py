@@ -23,14 +23,20 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from foodextract import cards, evidence, profiles, prompts, publish, scenes
-from foodextract import dataset as pictures
-from foodextract import hub as talking
+from foodextract import names, prompts
 from foodextract.__main__ import app
-from foodextract.models import HUB_BASE, TINY_TUNED
-from foodextract.publish import Plan, PublishError
+from foodextract.data import dataset as images
+from foodextract.data import scenes
+from foodextract.evaluation import provenance
+from foodextract.hub import client as talking
+from foodextract.hub import publish
+from foodextract.hub.publish import Plan, PublishError
+from foodextract.models.loading import TINY_TUNED
+from foodextract.names import HUB_BASE
+from foodextract.reporting import cards
+from foodextract.reporting.tables import NAMES
 from foodextract.schema import FoodRecord
-from foodextract.tables import NAMES
+from foodextract.training import presets
 from hub_server import LARGE, TOKEN, Fault, Repository, environment, running_hub
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +108,7 @@ def test_only_what_is_allowed_by_name(model_folder):
 
 
 def test_no_figures_no_publishing(model_folder):
-    (model_folder / evidence.EVALUATION).unlink()
+    (model_folder / provenance.EVALUATION).unlink()
     with pytest.raises(PublishError, match=r"has no evaluation.json.*notebook 01"):
         publish.model_plan(model_folder)
 
@@ -116,9 +122,9 @@ def test_figures_of_other_weights_do_not_count(model_folder):
 
 
 def test_figures_of_the_base_alone_do_not_count(model_folder):
-    found = evidence.verified(model_folder)
-    stages = [profiles.PROFILES["offline"].stage1]
-    evidence.write(model_folder, "a/b", "scenes", stages, [row for row in found.rows if row.subject == "base"])
+    found = provenance.verified(model_folder)
+    stages = [presets.PROFILES["offline"].stage1]
+    provenance.write(model_folder, "a/b", "scenes", stages, [row for row in found.rows if row.subject == "base"])
     with pytest.raises(PublishError, match="no figures of these weights"):
         publish.model_plan(model_folder)
 
@@ -127,8 +133,8 @@ def test_figures_of_the_base_alone_do_not_count(model_folder):
 def test_where_things_lie_on_this_machine_stays_here(model_folder, tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     given = str(model_folder) if given == "folder" else given
-    found = evidence.verified(model_folder)
-    evidence.write(model_folder, given, given, [profiles.PROFILES["offline"].stage2], found.rows)
+    found = provenance.verified(model_folder)
+    provenance.write(model_folder, given, given, [presets.PROFILES["offline"].stage2], found.rows)
     sent = content(publish.model_plan(model_folder, MODEL))
     said = json.loads(sent["evaluation.json"])
     assert said["base_model"] == said["dataset"] == Path(given).name
@@ -140,15 +146,18 @@ def test_where_things_lie_on_this_machine_stays_here(model_folder, tmp_path, mon
 
 def test_a_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evidence.name_of("outputs/mine") == "outputs/mine"
+    assert provenance.name_of("outputs/mine") == "outputs/mine"
     (tmp_path / "outputs" / "mine").mkdir(parents=True)
-    assert evidence.name_of("outputs/mine") == "mine"
+    assert provenance.name_of("outputs/mine") == "mine"
 
 
 def test_data_go_by_the_name_of_their_source():
-    said = {"source": ["food270", "mine", "scenes", "scenes"], "licence": ["see somebody/pictures", "see below", "CC0", "CC0"]}
+    said = {
+        "source": ["food270", "mine", "scenes", "scenes"],
+        "license": ["see somebody/images", "see below", "CC0", "CC0"],
+    }
     rows = datasets.DatasetDict(train=datasets.Dataset.from_dict(said))
-    assert evidence.origin(rows) == "scenes + somebody/pictures + mine"
+    assert provenance.origin(rows) == "scenes + somebody/images + mine"
 
 
 def test_the_project_s_own_name_is_for_models_made_from_its_own_base(model_folder, tmp_path, monkeypatch):
@@ -157,10 +166,10 @@ def test_the_project_s_own_name_is_for_models_made_from_its_own_base(model_folde
     assert (result.exit_code, result.stdout) == (2, "")
     assert "tiny-base" in result.stderr
     assert "--to owner/name" in result.stderr
-    found = evidence.verified(model_folder)
-    evidence.write(model_folder, HUB_BASE, found.dataset, [profiles.PROFILES["offline"].stage2], found.rows)
+    found = provenance.verified(model_folder)
+    provenance.write(model_folder, HUB_BASE, found.dataset, [presets.PROFILES["offline"].stage2], found.rows)
     said = str(publish.model_plan(model_folder))
-    assert said.startswith(f"model {profiles.HUB_MODEL} from {model_folder}, 2,8")
+    assert said.startswith(f"model {names.HUB_MODEL} from {model_folder}, 2,8")
     assert "parameters in fp32:" in said
 
 
@@ -187,16 +196,16 @@ def test_a_damaged_file_is_named(model_folder, name, damage):
 
 def test_shards_need_their_index(model_folder):
     (model_folder / "model.safetensors").rename(model_folder / "model-00001-of-00001.safetensors")
-    found = evidence.verified(TINY_TUNED)
-    evidence.write(model_folder, found.base_model, found.dataset, [profiles.PROFILES["offline"].stage2], found.rows)
+    found = provenance.verified(TINY_TUNED)
+    provenance.write(model_folder, found.base_model, found.dataset, [presets.PROFILES["offline"].stage2], found.rows)
     with pytest.raises(PublishError, match=r"index\.json is missing"):
         publish.model_plan(model_folder, MODEL)
 
 
 def test_a_plan_for_a_data_set_leaves_it_as_it_was(built):
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    plan = publish.dataset_plan(built, "somebody/pictures")
-    assert 'load_dataset("somebody/pictures"' in plan.files["README.md"].decode()
+    plan = publish.dataset_plan(built, "somebody/images")
+    assert 'load_dataset("somebody/images"' in plan.files["README.md"].decode()
     made = plan.files["data/test-00000-of-00001.parquet"].parent
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
     assert made.is_dir()
@@ -208,7 +217,13 @@ def test_a_plan_for_a_data_set_leaves_it_as_it_was(built):
 
 @pytest.mark.parametrize(
     ("name", "ours"),
-    [("app.py", True), ("foodextract/old/module.txt", True), ("NOTICE", True), ("pages/x.py", False), ("picture.png", False)],
+    [
+        ("app.py", True),
+        ("foodextract/old/module.txt", True),
+        ("NOTICE", True),
+        ("pages/x.py", False),
+        ("image.png", False),
+    ],
 )
 def test_what_is_ours_in_a_space(name, ours):
     assert publish._is_ours("space", name) == ours
@@ -219,7 +234,9 @@ def test_what_is_ours_in_a_data_set():
     assert not publish._is_ours("dataset", "data/theirs/train.parquet")
 
 
-@pytest.mark.parametrize("plan", [publish.model_plan, lambda folder: publish.dataset_plan(folder, "a/b"), publish.space_plan])
+@pytest.mark.parametrize(
+    "plan", [publish.model_plan, lambda folder: publish.dataset_plan(folder, "a/b"), publish.space_plan]
+)
 def test_a_folder_without_anything_is_refused(plan, tmp_path):
     with pytest.raises(PublishError, match=re.escape(str(tmp_path))):
         plan(tmp_path)
@@ -228,7 +245,10 @@ def test_a_folder_without_anything_is_refused(plan, tmp_path):
 def test_dry_run_lists_every_file_and_sends_nothing(hub, model_folder):
     result = CliRunner().invoke(app, ["publish", "model", str(model_folder), "--to", MODEL, "--dry-run"])
     assert result.exit_code == 0, result.stderr
-    listed = {name: int(size.replace(",", "")) for size, name in re.findall(r"^ *([\d,]+)  (\S+)$", result.stdout, re.MULTILINE)}
+    listed = {
+        name: int(size.replace(",", ""))
+        for size, name in re.findall(r"^ *([\d,]+)  (\S+)$", result.stdout, re.MULTILINE)
+    }
     assert listed == {name: len(data) for name, data in content(publish.model_plan(model_folder, MODEL)).items()}
     assert hub.requests == []
 
@@ -241,7 +261,9 @@ def test_progress_bars_are_for_terminals(model_folder, monkeypatch):
 
 
 def test_the_space_carries_this_very_package():
-    tracked = subprocess.run(["git", "ls-files", "src/foodextract"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "src/foodextract"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     sent = content(publish.space_plan(SPACE))
     assert {f"foodextract/{name.removeprefix('src/foodextract/')}" for name in tracked} <= set(sent)
     for name, data in sent.items():
@@ -267,22 +289,24 @@ def test_model_round_trip(hub, model_folder, capfd):
 
 
 def test_dataset_round_trip(hub, built, tmp_path):
-    plan = publish.dataset_plan(built, "somebody/pictures")
+    plan = publish.dataset_plan(built, "somebody/images")
     said = send(plan, hub)
-    assert hub.files("dataset", "somebody/pictures") == content(plan)
+    assert hub.files("dataset", "somebody/images") == content(plan)
     assert "40 train and 16 test rows" in said
     folder = huggingface_hub.snapshot_download(
-        "somebody/pictures", repo_type="dataset", endpoint=hub.url, token=TOKEN, local_dir=tmp_path / "fetched"
+        "somebody/images", repo_type="dataset", endpoint=hub.url, token=TOKEN, local_dir=tmp_path / "fetched"
     )
-    fetched, sent = datasets.load_dataset(folder, cache_dir=str(tmp_path / "cache")), pictures.load(built)
+    fetched, sent = datasets.load_dataset(folder, cache_dir=str(tmp_path / "cache")), images.load(built)
     for split in ("train", "test"):
         for theirs, ours in zip(fetched[split], sent[split], strict=True):
             assert theirs["image"].tobytes() == ours["image"].tobytes()
             assert {k: v for k, v in theirs.items() if k != "image"} == {k: v for k, v in ours.items() if k != "image"}
-    send(publish.dataset_plan(built, "somebody/pictures"), hub)
-    assert len(hub.repositories["dataset", "somebody/pictures"].commits) == 2, "the same again is no new commit"
-    used = re.search(r"```python\n(.*?)```", hub.files("dataset", "somebody/pictures")["README.md"].decode(), re.DOTALL)[1]
-    asked = f"{used}\nprint({{split: len(rows) for split, rows in load_dataset('somebody/pictures').items()}})"
+    send(publish.dataset_plan(built, "somebody/images"), hub)
+    assert len(hub.repositories["dataset", "somebody/images"].commits) == 2, "the same again is no new commit"
+    used = re.search(r"```python\n(.*?)```", hub.files("dataset", "somebody/images")["README.md"].decode(), re.DOTALL)[
+        1
+    ]
+    asked = f"{used}\nprint({{split: len(rows) for split, rows in load_dataset('somebody/images').items()}})"
     env = {**os.environ, **environment(hub), "HF_HOME": str(tmp_path / "home")}
     run = subprocess.run([sys.executable, "-c", asked], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -325,7 +349,9 @@ def in_terminal(command, **options):
 
 
 def test_a_space_asks_the_right_model_from_its_first_moment(hub, unproven):
-    hub.repositories["model", MODEL] = hub.repositories["model", "somebody/new"] = Repository(private=True, commits=[("0" * 40, {})])
+    hub.repositories["model", MODEL] = hub.repositories["model", "somebody/new"] = Repository(
+        private=True, commits=[("0" * 40, {})]
+    )
     plan = space_plan()
     send(plan, hub)
     assert hub.repositories["space", "somebody/space"].variables == {"FOODEXTRACT_MODEL": MODEL}
@@ -357,9 +383,11 @@ def test_what_is_no_longer_wanted_goes_and_what_is_not_ours_stays(hub, model_fol
     plan = publish.model_plan(model_folder, MODEL)
     send(plan, hub)
     repository = hub.repositories["model", MODEL]
-    repository.commit({**repository.commits[-1][1], "model-00001-of-00002.safetensors": b"old", "quantised.gguf": b"theirs"})
+    repository.commit(
+        {**repository.commits[-1][1], "model-00001-of-00002.safetensors": b"old", "quantized.gguf": b"theirs"}
+    )
     send(plan, hub)
-    assert hub.files("model", MODEL) == {**content(plan), "quantised.gguf": b"theirs"}
+    assert hub.files("model", MODEL) == {**content(plan), "quantized.gguf": b"theirs"}
 
 
 def test_private_things_do_not_go_where_everybody_reads(hub, model_folder):
@@ -375,7 +403,9 @@ def test_private_things_do_not_go_where_everybody_reads(hub, model_folder):
 def test_what_is_private_does_not_become_public_by_the_way(hub, model_folder):
     plan = publish.model_plan(model_folder, MODEL)
     before = _put(hub, Plan("model", MODEL, {"README.md": b"x"}))
-    with pytest.raises(PublishError, match=r"there already and private.*in its settings on the Hub, or leave out --public"):
+    with pytest.raises(
+        PublishError, match=r"there already and private.*in its settings on the Hub, or leave out --public"
+    ):
         send(plan, hub, public=True)
     assert hub.repositories["model", MODEL].private
     assert hub.files("model", MODEL) == before
@@ -392,7 +422,10 @@ FAULTS = [
     (Fault("POST", "/commit/", 500), "has a fault .HTTP 500.: run this again later"),
     (Fault("PUT", "/lfs/", 500), "has a fault .HTTP 500.: run this again later"),
     (Fault("PUT", "/lfs/", 0), "the connection broke"),
-    (Fault("POST", "/commit/", 400, says="a file name is too long"), r"refuses this .HTTP 400: a file name is too long.: mend"),
+    (
+        Fault("POST", "/commit/", 400, says="a file name is too long"),
+        r"refuses this .HTTP 400: a file name is too long.: mend",
+    ),
     (Fault("POST", "/commit/", 422, says="the front matter"), r"refuses this .HTTP 422: the front matter.: mend"),
     (Fault("PUT", "/lfs/", 413, says="too large"), r"refuses this .HTTP 413: too large.: mend"),
     (Fault("GET", "/resolve/", 500), "has a fault .HTTP 500.*It is published.*the same command"),
@@ -400,7 +433,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "message"), FAULTS, ids=lambda v: f"{v.path}{v.status}" if isinstance(v, Fault) else "")
+@pytest.mark.parametrize(
+    ("fault", "message"), FAULTS, ids=lambda v: f"{v.path}{v.status}" if isinstance(v, Fault) else ""
+)
 def test_a_fault_is_explained_and_loses_nothing(hub, model_folder, fault, message):
     plan = publish.model_plan(model_folder, MODEL)
     old = Plan("model", MODEL, {"README.md": b"---\nlicense: mit\n---\n", "config.json": b"{}"})
@@ -418,7 +453,9 @@ def test_a_fault_is_explained_and_loses_nothing(hub, model_folder, fault, messag
     assert hub.files("model", MODEL) == content(plan)
 
 
-@pytest.mark.parametrize(("status", "message"), [(403, "may not write there"), (402, "refuses this .HTTP 402: buy more room.: mend")])
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, "may not write there"), (402, "refuses this .HTTP 402: buy more room.: mend")]
+)
 def test_an_owner_that_the_token_may_not_write_for(hub, model_folder, status, message):
     hub.faults = [Fault("POST", "repos/create", status, says="buy more room")]
     with pytest.raises(PublishError, match=message):
@@ -533,7 +570,10 @@ def test_a_hub_that_is_silent_is_given_up(hub, model_folder, monkeypatch, path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "this machine cannot .*No space left on device.*make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+            "this machine cannot .*No space left on device.*make room",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/tmp/x"), "this machine cannot .*Permission denied"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "the connection broke"),
     ],
@@ -553,24 +593,31 @@ def test_a_full_disk_is_no_broken_connection(hub, model_folder, monkeypatch, err
 def test_model_card_says_what_was_measured(model_folder):
     plan = publish.model_plan(model_folder, MODEL)
     card = huggingface_hub.ModelCard(plan.files["README.md"].decode())
-    rows = {row.metric: row for row in evidence.verified(model_folder).own}
+    rows = {row.metric: row for row in provenance.verified(model_folder).own}
     assert card.data.pipeline_tag == "image-text-to-text"
     assert card.data.license == "apache-2.0"
     assert card.data.metrics == ["accuracy", "f1"]
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
         metric: rows[metric].value for metric in NAMES.keys() & rows.keys()
     }
-    rate = str(profiles.PROFILES["offline"].stage1.learning_rate)
-    for part in (prompts.SYSTEM, prompts.USER, evidence.verified(model_folder).weights, "one tile of 192 x 192", rate, "@software"):
+    rate = str(presets.PROFILES["offline"].stage1.learning_rate)
+    for part in (
+        prompts.SYSTEM,
+        prompts.USER,
+        provenance.verified(model_folder).weights,
+        "one tile of 192 x 192",
+        rate,
+        "@software",
+    ):
         assert part in card.content
 
 
 def test_model_card_of_a_hub_model_names_base_and_data(model_folder):
-    found = replace(evidence.verified(model_folder), base_model="HuggingFaceTB/base", dataset="somebody/pictures")
+    found = replace(provenance.verified(model_folder), base_model="HuggingFaceTB/base", dataset="somebody/images")
     processor = json.loads((model_folder / "processor_config.json").read_text())
     processor["image_processor"] |= {"do_image_splitting": True, "size": {"longest_edge": 768}}
     card = cards.model_card(found, cards.image_budget(processor), MODEL, {"F32": 1})
-    assert (card.data.base_model, card.data.datasets) == ("HuggingFaceTB/base", ["somebody/pictures"])
+    assert (card.data.base_model, card.data.datasets) == ("HuggingFaceTB/base", ["somebody/images"])
     assert "up to 17 tiles" in card.content
 
 
@@ -593,15 +640,22 @@ def test_the_notebook_s_publishing_cells_work(hub, built, model_folder, tmp_path
     for name, value in environment(hub).items():  # for the app of the Space
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(ROOT)
-    settings = profiles.PROFILES["offline"]
+    settings = presets.PROFILES["offline"]
     stages = [settings.stage1, settings.stage2]
-    rows = evidence.verified(model_folder).rows
+    rows = provenance.verified(model_folder).rows
     (tmp_path / "out").mkdir()
     shutil.move(model_folder, tmp_path / "out" / "stage2")
-    known = {"output": tmp_path / "out", "base_model": "a/b", "rows": pictures.load(built), "stages": stages, "figures": rows}
+    known = {
+        "output": tmp_path / "out",
+        "base_model": "a/b",
+        "rows": images.load(built),
+        "stages": stages,
+        "figures": rows,
+    }
     monkeypatch.setenv("FOODEXTRACT_PUSH_DATASET_TO_HUB", "somebody/zero")  # as `make demo` does
     for name, extra in {
-        "01_fine_tune_vlm_v3_smolVLM_500m.ipynb": known | {"push_to_hub": "somebody/one", "push_space_to_hub": "somebody/two"},
+        "01_fine_tune_vlm_v3_smolVLM_500m.ipynb": known
+        | {"push_to_hub": "somebody/one", "push_space_to_hub": "somebody/two"},
         "00_create_vlm_dataset.ipynb": {"output": built, "push_to_hub": None, "publish": publish},
     }.items():
         cells = json.loads((ROOT / name).read_text())["cells"]

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foodextract import comparison, evaluation, reports
-from foodextract.calibration import Bin
-from foodextract.judging import Counts
-from foodextract.results import Row, make_row, read_results, write_results
+import comparison
+import pages
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.calibration import Bin
+from foodextract.evaluation.results import Row, make_row, read_results, write_results
+from foodextract.evaluation.scoring import Counts
+from foodextract.reporting import figures, tables
 from foodextract.schema import FoodRecord
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +38,11 @@ def _close_figures():
 
 
 def test_table_shows_every_figure_with_its_interval(tmp_path):
-    write_results(tmp_path / "r.json", [row("base", "is_food_accuracy", 0.5, 0.4, 0.6), row("base | 1 item", "is_food_accuracy", 0.1)])
-    assert reports.metric_table(read_results(tmp_path / "r.json")).splitlines() == [
+    write_results(
+        tmp_path / "r.json",
+        [row("base", "is_food_accuracy", 0.5, 0.4, 0.6), row("base | 1 item", "is_food_accuracy", 0.1)],
+    )
+    assert tables.metric_table(read_results(tmp_path / "r.json")).splitlines() == [
         "| n = 9 | base |",
         "| --- | --- |",
         "| `is_food` accuracy | 50.0 % (40.0–60.0) |",
@@ -50,26 +56,32 @@ def test_units_are_told_apart():
         row("base", "is_food_mcc", -0.25, -0.5, 0, unit="correlation"),
         row("base", "is_food_balanced_accuracy", 0.5),
     ]
-    table = reports.metric_table(rows, reports.MORE_NAMES)
+    table = tables.metric_table(rows, tables.MORE_NAMES)
     assert "| characters an answer | 78 (74–82) |" in table
     assert "| `is_food` correlation (MCC) | -0.250 (-0.500–0.000) |" in table
     assert "| `is_food` balanced accuracy | 50.0 % |" in table
 
 
 def test_two_by_two_of_subjects_and_modes():
-    rows = [row("base", "strict_json_rate", 0), row("stage2", "strict_json_rate", 0.9), row("stage2 constrained", "strict_json_rate", 1)]
-    assert reports.mode_table(rows, metrics=["strict_json_rate"]).splitlines() == [
+    rows = [
+        row("base", "strict_json_rate", 0),
+        row("stage2", "strict_json_rate", 0.9),
+        row("stage2 constrained", "strict_json_rate", 1),
+    ]
+    assert tables.mode_table(rows, metrics=["strict_json_rate"]).splitlines() == [
         "|  | base, free | base, constrained | after stage 2, free | after stage 2, constrained |",
         "| --- | --- | --- | --- | --- |",
         "| strict JSON that fits the schema | 0.0 % | – | 90.0 % | 100.0 % |",
     ]
-    assert "after stage 2, constrained" in reports.metric_table(rows)
+    assert "after stage 2, constrained" in tables.metric_table(rows)
 
 
 def test_item_table_has_micro_and_macro_exact_and_soft():
-    rows = evaluation.to_rows("b", "base", evaluation.score([PIE, TEA], [PIE.to_json(), PIE.to_json()]), "c")
-    head, _, *lines = reports.item_table(rows, "base").splitlines()
-    assert head == "| base | precision, micro | recall, micro | F1, micro | precision, macro | recall, macro | F1, macro |"
+    rows = evaluate.to_rows("b", "base", evaluate.score([PIE, TEA], [PIE.to_json(), PIE.to_json()]), "c")
+    head, _, *lines = tables.item_table(rows, "base").splitlines()
+    assert (
+        head == "| base | precision, micro | recall, micro | F1, micro | precision, macro | recall, macro | F1, macro |"
+    )
     assert [line.split(" | ")[0] for line in lines] == [
         f"| {name}, {match}" for name in ("food and drink", "food", "drink") for match in ("exact", "spelled alike")
     ]
@@ -77,52 +89,62 @@ def test_item_table_has_micro_and_macro_exact_and_soft():
 
 
 def test_group_table_has_a_line_a_group():
-    groups = evaluation.breakdown([PIE, TEA, TEA], [PIE.to_json()] * 3, ["b", "a", "a"])
-    rows = [r for group, metrics in groups.items() for r in evaluation.to_rows("b", f"base | {group}", metrics, "c")]
-    lines = reports.group_table(rows, "item_f1_micro").splitlines()
+    groups = evaluate.breakdown([PIE, TEA, TEA], [PIE.to_json()] * 3, ["b", "a", "a"])
+    rows = [r for group, metrics in groups.items() for r in evaluate.to_rows("b", f"base | {group}", metrics, "c")]
+    lines = tables.group_table(rows, "item_f1_micro").splitlines()
     assert lines[0] == "| item F1 (micro, exact name) | base |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| a, n = 2", "| b, n = 1"]
     assert lines[3].endswith("| 1.000 (1.000–1.000) |")
 
 
 def test_difference_table_has_interval_and_p():
-    differences = comparison.compare([PIE, TEA] * 6, [PIE.to_json(), TEA.to_json()] * 6, [PIE.to_json()] * 12, metrics=["item_f1_micro"])
+    differences = comparison.compare(
+        [PIE, TEA] * 6, [PIE.to_json(), TEA.to_json()] * 6, [PIE.to_json()] * 12, metrics=["item_f1_micro"]
+    )
     rows = comparison.difference_rows("b", "tuned minus nearest", differences, "c")
-    [head, _, line] = reports.difference_table(rows).splitlines()
-    assert head == "|  | tuned minus nearest picture |"
+    [head, _, line] = tables.difference_table(rows).splitlines()
+    assert head == "|  | tuned minus nearest image |"
     assert line.startswith("| item F1 (micro, exact name) | +0.500 (+0.")
     assert "p = 0.031" in line  # 2 of the 64 ways to exchange the 6 pairs that differ
-    rate = [row("a minus b", "is_food_accuracy_difference", -0.125, -0.2, -0.05), row("a minus b", "is_food_accuracy_p", 0.0001)]
-    assert "| -12.5 points (-20.0 to -5.0), p < 0.001 |" in reports.difference_table(rate)
+    rate = [
+        row("a minus b", "is_food_accuracy_difference", -0.125, -0.2, -0.05),
+        row("a minus b", "is_food_accuracy_p", 0.0001),
+    ]
+    assert "| -12.5 points (-20.0 to -5.0), p < 0.001 |" in tables.difference_table(rate)
 
 
 def test_places_say_so_while_there_is_nothing_to_show(tmp_path):
-    for places in reports.PAGES.values():
-        for text in [text for name, text in places.items() if name != reports.TABLE]:
+    for places in pages.PAGES.values():
+        for text in [text for name, text in places.items() if name != pages.TABLE]:
             assert text(tmp_path).startswith("Not measured yet")
 
 
 def test_peers_free_in_one_table_and_the_two_by_two_in_another(tmp_path):
     subjects = ("majority", "base", "base constrained", "tuned", "tuned constrained")
     (tmp_path / "results").mkdir()
-    write_results(tmp_path / "results" / "peers.json", [row(subject, "strict_json_rate", 0.5, 0.4, 0.6) for subject in subjects])
-    heads = [line for line in reports.peers_table(tmp_path).splitlines() if "base" in line]
-    assert heads == ["| n = 9 | majority | base | tuned |", "|  | base, free | base, constrained | tuned, free | tuned, constrained |"]
+    write_results(
+        tmp_path / "results" / "peers.json", [row(subject, "strict_json_rate", 0.5, 0.4, 0.6) for subject in subjects]
+    )
+    heads = [line for line in pages.peers_table(tmp_path).splitlines() if "base" in line]
+    assert heads == [
+        "| n = 9 | majority | base | tuned |",
+        "|  | base, free | base, constrained | tuned, free | tuned, constrained |",
+    ]
 
 
 def test_every_metric_of_an_evaluation_is_shown_somewhere(tmp_path):
     subjects = ("base", "stage2", "tuned")
-    metrics = evaluation.score([PIE, TEA, NOTHING], [PIE.to_json(), PIE.to_json(), NOTHING.to_json()])
-    rows = [r for subject in subjects for r in evaluation.to_rows("b", subject, metrics, "c")]
+    metrics = evaluate.score([PIE, TEA, NOTHING], [PIE.to_json(), PIE.to_json(), NOTHING.to_json()])
+    rows = [r for subject in subjects for r in evaluate.to_rows("b", subject, metrics, "c")]
     rows += [replace(r, subject="tuned | 1 item") for r in rows if r.subject == "tuned"]
     (tmp_path / "results").mkdir()
     for name in ("offline", "peers"):
         write_results(tmp_path / "results" / f"{name}.json", rows)
-    for name, place in (("offline", reports.TABLE), ("peers", "peers")):
-        text = reports.PLACES[place](tmp_path) + reports.PAGES["results/README.md"][f"{name} in full"](tmp_path)
+    for name, place in (("offline", pages.TABLE), ("peers", "peers")):
+        text = pages.PLACES[place](tmp_path) + pages.PAGES["results/README.md"][f"{name} in full"](tmp_path)
         for metric in metrics:
             if not re.match("(item|food|drink)_(precision|recall|f1)", metric.name):  # those have a table of their own
-                assert {**reports.NAMES, **reports.MORE_NAMES}[metric.name] in text, metric.name
+                assert {**tables.NAMES, **tables.MORE_NAMES}[metric.name] in text, metric.name
         assert "| drink, spelled alike |" in text
     assert "| 1 item, n = 3 |" in text
 
@@ -134,11 +156,11 @@ def test_effects_stand_below_their_means():
         row("5 tiles minus reference", "item_f1_micro_difference", 0.125, -0.05, 0.3, n=3),
         row("5 tiles | seed 1", "item_f1_micro", 0.6, 0.5, 0.7),
     ]
-    lines = reports.effect_table(rows).splitlines()
+    lines = tables.effect_table(rows).splitlines()
     assert lines[0].startswith("| 3 seeds | against | strict JSON that fits the schema |")
     assert lines[2] == "| reference |  | – | – | 0.500 (0.400–0.600) | – |"
     assert lines[3] == "| 5 tiles | reference | – | – | 0.625 (0.500–0.750)<br>+0.125 (-0.050 to +0.300) | – |"
-    [axis] = reports.effects(rows, "item_f1_micro").axes
+    [axis] = figures.effects(rows, "item_f1_micro").axes
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["5 tiles minus reference"]
 
 
@@ -147,17 +169,22 @@ def test_sentences_claim_no_more_than_their_intervals():
         return row("LoRA minus one stage", f"{metric}_difference", value, low, high, n=3)
 
     rows = [row("LoRA", "strict_json_rate", 0.5, 0.4, 0.6, n=3), change("strict_json_rate", -0.25, -0.5, 0.0)]
-    assert reports.effect_sentences([*rows, change("item_f1_micro_lenient", -0.2, -0.3, -0.1)]) == (
+    assert tables.effect_sentences([*rows, change("item_f1_micro_lenient", -0.2, -0.3, -0.1)]) == (
         "- **LoRA** instead of *one stage*: strict JSON -25.0 points (-50.0 to +0.0), no difference shown; "
         "item F1, however written -0.200 (-0.300 to -0.100), worse."
     )
-    assert reports.effect_sentences([*rows, change("item_f1_micro_lenient", 0.2, 0.1, 0.3)]).endswith(", better.")
+    assert tables.effect_sentences([*rows, change("item_f1_micro_lenient", 0.2, 0.1, 0.3)]).endswith(", better.")
 
 
 def test_outcomes_have_a_line_for_everybody_who_answered():
-    rows = [row("base", "strict_json_rate", 0), row("tuned", "loss_first", 2), row("tuned", "loss_last", 0.25), row("tuned", "seconds", 9)]
+    rows = [
+        row("base", "strict_json_rate", 0),
+        row("tuned", "loss_first", 2),
+        row("tuned", "loss_last", 0.25),
+        row("tuned", "seconds", 9),
+    ]
     rows += [row("tuned", "class_accuracy", 0.5, 0.4, 0.6)]
-    lines = reports.outcome_table(rows).splitlines()
+    lines = tables.outcome_table(rows).splitlines()
     assert lines[2] == "| `b` | base, n = 9 | – | 0.0 % | – | – | – | – |"
     assert lines[3] == "| `b` | tuned, n = 9 | 2.000 → 0.250 | – | – | – | – | 50.0 % (40.0–60.0) |"
 
@@ -168,29 +195,43 @@ def test_before_after_draws_what_there_is():
         row("nearest", "item_f1_micro", 0.5, 0.4, 0.7),
         row("a | b", "item_f1_micro", 1, 1, 1),
     ]
-    [axis] = reports.before_after(rows).axes
+    [axis] = figures.before_after(rows).axes
     assert [round(bar.get_height(), 3) for bar in axis.patches] == [0.1, 0.5]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["base", "nearest picture"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["base", "nearest image"]
     published = [r for r in read_results(ROOT / "results" / "offline.json") if r.low is not None]
-    assert len(reports.before_after(published).axes[0].patches) == sum(r.metric in reports.NAMES for r in published)
+    assert len(figures.before_after(published).axes[0].patches) == sum(r.metric in tables.NAMES for r in published)
 
 
 def test_reliability_names_each_subject_with_its_error():
-    above, below = reports.reliability({"base": [Bin(0.5, 0.25, 0.1, 0.5, 8)], "stage2": [Bin(0.9, 0.9, 0.8, 1, 5)]}).axes
-    assert [text.get_text() for text in above.get_legend().get_texts()] == ["base, ECE 0.250", "after stage 2, ECE 0.000"]
+    above, below = figures.reliability(
+        {"base": [Bin(0.5, 0.25, 0.1, 0.5, 8)], "stage2": [Bin(0.9, 0.9, 0.8, 1, 5)]}
+    ).axes
+    assert [text.get_text() for text in above.get_legend().get_texts()] == [
+        "base, ECE 0.250",
+        "after stage 2, ECE 0.000",
+    ]
     assert [bar.get_height() for bar in below.patches] == [8, 5]
 
 
 def test_heat_map_has_every_wanted_name_once():
-    classes = {f"food {number}": Counts(found=number, missed=1) for number in range(5)} | {"invented": Counts(invented=1)}
-    axes = reports.class_heat_map(classes, rows=3).axes
-    assert [tick.get_text() for axis in axes for tick in axis.get_yticklabels()] == [f"food {n} ({n + 1})" for n in range(5)]
+    classes = {f"food {number}": Counts(found=number, missed=1) for number in range(5)} | {
+        "invented": Counts(invented=1)
+    }
+    axes = figures.class_heat_map(classes, rows=3).axes
+    assert [tick.get_text() for axis in axes for tick in axis.get_yticklabels()] == [
+        f"food {n} ({n + 1})" for n in range(5)
+    ]
     assert [text.get_text() for text in axes[1].texts] == ["1.00", "0.75", "0.86", "1.00", "0.80", "0.89"]
 
 
 def test_worst_cases_say_what_is_wrong():
-    answers = [TEA.to_json(), "I see <pie>, $5 and a very long list of things " * 9, NOTHING.to_json(), NOTHING.to_json()]
-    figure = reports.worst_cases([Image.new("RGB", (9, 9))] * 4, [PIE, PIE, PIE, NOTHING], answers, columns=2)
+    answers = [
+        TEA.to_json(),
+        "I see <pie>, $5 and a very long list of things " * 9,
+        NOTHING.to_json(),
+        NOTHING.to_json(),
+    ]
+    figure = figures.worst_cases([Image.new("RGB", (9, 9))] * 4, [PIE, PIE, PIE, NOTHING], answers, columns=2)
     captions = [[text.get_text() for text in axis.texts if text.get_text().strip()] for axis in figure.axes]
     assert captions[0] == ["− pie (food, missed)", "+ tea (drink, not there)"]
     assert captions[1][0] == "not strict JSON:"
@@ -201,9 +242,9 @@ def test_worst_cases_say_what_is_wrong():
 
 
 def test_other_figures_are_drawn():
-    assert reports.bars([("pie", 3), ("tea", 1)], "items").axes[0].get_title() == "items"
-    assert len(reports.contact_sheet([Image.new("RGB", (9, 9))] * 5, ["$5 a\nb"] * 5).axes) == 5
-    assert len(reports.loss_curves({"stage1": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}).axes) == 1
+    assert figures.bars([("pie", 3), ("tea", 1)], "items").axes[0].get_title() == "items"
+    assert len(figures.contact_sheet([Image.new("RGB", (9, 9))] * 5, ["$5 a\nb"] * 5).axes) == 5
+    assert len(figures.loss_curves({"stage1": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}).axes) == 1
 
 
 def test_an_output_keeps_its_smallest_image():
@@ -214,9 +255,9 @@ def test_an_output_keeps_its_smallest_image():
 
     photograph = np.random.default_rng(1).integers(0, 255, (80, 80, 3), np.uint8)
     data = {"image/png": png(photograph), "text/plain": "<Figure>"}
-    reports._shrink(data)
+    pages._shrink(data)
     assert set(data) == {"image/jpeg", "text/plain"}
     assert Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))).size == (80, 80)
     drawing = {"image/png": png(np.zeros((80, 80, 3), np.uint8))}
-    reports._shrink(drawing)
+    pages._shrink(drawing)
     assert set(drawing) == {"image/png"}

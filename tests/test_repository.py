@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from foodextract import evaluation, reports, scenes
-from foodextract.extractor import Extractor
-from foodextract.models import TINY_BASE
-from foodextract.profiles import GITHUB
-from foodextract.results import read_results
+import pages
+from foodextract.data import scenes
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.results import read_results
+from foodextract.inference.extractor import Extractor
+from foodextract.models.loading import TINY_BASE
+from foodextract.names import GITHUB
+from foodextract.reporting import tables
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])
 OFFLINE = ROOT / "results" / "offline.json"
 
 
-def figures(path, subject):
+def figures_of(path, subject):
     return {row.metric: row for row in read_results(path) if row.subject == subject}
 
 
@@ -32,28 +35,33 @@ def test_results_have_the_one_format():
 
 
 def test_the_base_does_not_speak_json_and_the_tuned_model_does():
-    base, tuned = figures(OFFLINE, "base"), figures(OFFLINE, "stage2")
+    base, tuned = figures_of(OFFLINE, "base"), figures_of(OFFLINE, "stage2")
     assert tuned["strict_json_rate"].n >= 400
     assert base["strict_json_rate"].high <= 0.05
     assert tuned["strict_json_rate"].low >= 0.97
     assert tuned["is_food_accuracy"].low >= 0.95
     assert tuned["item_f1_micro"].low >= 0.85
-    assert figures(OFFLINE, "stage2 constrained")["strict_json_rate"].value == 1
+    assert figures_of(OFFLINE, "stage2 constrained")["strict_json_rate"].value == 1
 
 
-@pytest.mark.parametrize(("metric", "target"), [("strict_json_rate", 0.99), ("is_food_accuracy", 0.97), ("item_f1_micro", 0.85)])
+@pytest.mark.parametrize(
+    ("metric", "target"), [("strict_json_rate", 0.99), ("is_food_accuracy", 0.97), ("item_f1_micro", 0.85)]
+)
 def test_offline_figures_meet_their_targets(metric, target):
-    assert figures(OFFLINE, "stage2")[metric].value >= target
+    assert figures_of(OFFLINE, "stage2")[metric].value >= target
 
 
 def test_a_checkpoint_of_python_reprs_keeps_its_items_and_one_of_json_its_answers():
     path = ROOT / "results" / "dialects.json"
-    lenient = figures(path, "repr free")["item_f1_micro_lenient"]
-    guided, under_json = (figures(path, f"repr {way}")["item_f1_micro"] for way in ("extract", "JSON grammar"))
+    lenient = figures_of(path, "repr free")["item_f1_micro_lenient"]
+    guided, under_json = (figures_of(path, f"repr {way}")["item_f1_micro"] for way in ("extract", "JSON grammar"))
     assert guided.low <= lenient.value <= guided.high
     assert under_json.high < guided.low
     assert lenient.value >= 0.8
-    same = [{name: row.value for name, row in figures(path, f"json {way}").items()} for way in ("extract", "JSON grammar")]
+    same = [
+        {name: row.value for name, row in figures_of(path, f"json {way}").items()}
+        for way in ("extract", "JSON grammar")
+    ]
     assert same[0] == same[1]
 
 
@@ -65,14 +73,14 @@ def held_out(tmp_path_factory):
 
 
 def scored(extractor, held_out):
-    labels, pictures = held_out
-    return {metric.name: metric for metric in evaluation.score(labels, evaluation.ask(extractor.answer, pictures, 50))}
+    labels, images = held_out
+    return {metric.name: metric for metric in evaluate.score(labels, evaluate.ask(extractor.answer, images, 50))}
 
 
 def test_bundled_model_answers_as_make_demo_measured(tuned, held_out):
     """Its figures lie within the intervals that `make demo` wrote: a regression in what the model answers shows here."""
     found = scored(tuned, held_out)
-    measured = {name: row for name, row in figures(OFFLINE, "stage2").items() if name in found}
+    measured = {name: row for name, row in figures_of(OFFLINE, "stage2").items() if name in found}
     assert {"strict_json_rate", "is_food_accuracy", "item_f1_micro"} <= set(measured)
     for name, row in measured.items():
         assert row.n == found[name].n
@@ -80,17 +88,17 @@ def test_bundled_model_answers_as_make_demo_measured(tuned, held_out):
 
 
 def test_bundled_base_does_not_speak_json(held_out):
-    labels, pictures = held_out
-    found = scored(Extractor.from_pretrained(TINY_BASE, "cpu"), (labels[:100], pictures[:100]))
-    assert found["schema_valid_rate"].value == figures(OFFLINE, "base")["schema_valid_rate"].value
+    labels, images = held_out
+    found = scored(Extractor.from_pretrained(TINY_BASE, "cpu"), (labels[:100], images[:100]))
+    assert found["schema_valid_rate"].value == figures_of(OFFLINE, "base")["schema_valid_rate"].value
 
 
 def test_readme_shows_the_measured_figures():
-    assert reports.metric_table(read_metrics(OFFLINE)) in (ROOT / "README.md").read_text()
-    for page, places in reports.PAGES.items():
+    assert tables.metric_table(read_metrics(OFFLINE)) in (ROOT / "README.md").read_text()
+    for page, places in pages.PAGES.items():
         for name, text in places.items():
             shown = f"<!-- {name} -->\n{text(ROOT)}\n<!-- /{name} -->"
-            assert shown in (ROOT / page).read_text(), f"run `python -m foodextract.reports`: {name} in {page} is out of date"
+            assert shown in (ROOT / page).read_text(), f"run `python -m pages`: {name} in {page} is out of date"
 
 
 def read_metrics(path):
@@ -101,7 +109,7 @@ def test_readme_names_the_two_commands_and_no_dead_links():
     text = (ROOT / "README.md").read_text()
     assert "make demo" in text
     assert "make test" in text
-    for page in reports.PAGES:
+    for page in pages.PAGES:
         for target in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"(?!http)([^\"]+)\"", (ROOT / page).read_text()):
             path = next(filter(None, target)).split("#")[0]
             assert ((ROOT / page).parent / path).exists(), f"{page}: {path}"
@@ -133,8 +141,8 @@ def test_notebook_hygiene(path):
 def test_a_place_in_a_page_is_filled_once(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
-    assert reports.fill_in(page, "x", r"new \1")
+    assert pages.fill_in(page, "x", r"new \1")
     assert page.read_text() == "a\n<!-- x -->\nnew \\1\n<!-- /x -->\nb\n"
-    assert not reports.fill_in(page, "x", r"new \1")
+    assert not pages.fill_in(page, "x", r"new \1")
     with pytest.raises(ValueError, match="no place named y"):
-        reports.fill_in(page, "y", "")
+        pages.fill_in(page, "y", "")

@@ -12,14 +12,27 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from foodextract import models
 from foodextract.__main__ import app
+from foodextract.models import loading
 
-FOUR_EPOCHS = json.dumps({"epochs": 4, "batch_size": 8, "accumulation": 1})  # of 5 steps, each of which ends with a checkpoint
+FOUR_EPOCHS = json.dumps(
+    {"epochs": 4, "batch_size": 8, "accumulation": 1}
+)  # of 5 steps, each of which ends with a checkpoint
 
 
 def arguments(data: Path, out: Path) -> list[str]:
-    return ["train", str(data), "-o", str(out), "--profile", "offline", "--stage1", FOUR_EPOCHS, "--stage2", FOUR_EPOCHS]
+    return [
+        "train",
+        str(data),
+        "-o",
+        str(out),
+        "--profile",
+        "offline",
+        "--stage1",
+        FOUR_EPOCHS,
+        "--stage2",
+        FOUR_EPOCHS,
+    ]
 
 
 def run_until(data: Path, out: Path, stage: str) -> None:
@@ -37,7 +50,7 @@ def run_until(data: Path, out: Path, stage: str) -> None:
     finally:
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (out / stage / models.FINISHED).exists()
+    assert not (out / stage / loading.FINISHED).exists()
 
 
 def test_killed_in_both_stages(drawn, tmp_path):
@@ -47,13 +60,20 @@ def test_killed_in_both_stages(drawn, tmp_path):
     for out in ("killed", "whole"):
         done = CliRunner().invoke(app, arguments(drawn, tmp_path / out))
         assert done.exit_code == 0, done.output
-    assert (tmp_path / "killed" / "stage1" / "model.safetensors").stat().st_mtime_ns == trained  # a finished stage is not trained again
+    assert (
+        tmp_path / "killed" / "stage1" / "model.safetensors"
+    ).stat().st_mtime_ns == trained  # a finished stage is not trained again
     assert len(list((tmp_path / "killed").glob("prepared-*"))) == 1  # once for both stages
     for stage in ("stage1", "stage2"):
-        logs = [json.loads((tmp_path / out / stage / models.FINISHED).read_text())["log"] for out in ("killed", "whole")]
+        logs = [
+            json.loads((tmp_path / out / stage / loading.FINISHED).read_text())["log"] for out in ("killed", "whole")
+        ]
         losses = [[entry["loss"] for entry in log] for log in logs]
         assert len(losses[0]) == 20
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-        ends = [models.load_model(tmp_path / out / stage, torch.device("cpu"), training=True).state_dict() for out in ("killed", "whole")]
+        ends = [
+            loading.load_model(tmp_path / out / stage, torch.device("cpu"), training=True).state_dict()
+            for out in ("killed", "whole")
+        ]
         for name, weights in ends[0].items():
             torch.testing.assert_close(weights, ends[1][name], msg=name)

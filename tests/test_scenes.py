@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from foodextract import scenes
-from foodextract.scenes import DRINKS, FOODS, MIN_VISIBLE, OTHERS, draw_scene, draw_scenes, others_of
+from foodextract.data import scenes
+from foodextract.data.scenes import DRINKS, FOODS, MIN_VISIBLE, OTHERS, draw_scene, draw_scenes, others_of
 
 
 def test_there_is_enough_to_draw():
@@ -55,7 +55,8 @@ def test_every_object_can_be_seen():
 
 
 @pytest.mark.parametrize(
-    ("names", "title"), [([], ""), (["tea"], "tea"), (["tea", "pie"], "pie and tea"), (["tea", "pie", "egg"], "egg, pie and tea")]
+    ("names", "title"),
+    [([], ""), (["tea"], "tea"), (["tea", "pie"], "pie and tea"), (["tea", "pie", "egg"], "egg, pie and tea")],
 )
 def test_titles_read_like_a_list(names, title):
     placed = [scenes.Placed("0", "drink" if name in DRINKS else "food", name) for name in names]

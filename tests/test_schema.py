@@ -13,7 +13,13 @@ NOTHING = '{"is_food": 0, "image_title": "", "food_items": [], "drink_items": []
 items = st.lists(st.text(min_size=1, max_size=schema.MAX_ITEM), max_size=schema.MAX_ITEMS, unique=True)
 records = st.one_of(
     st.just(FoodRecord.parse(NOTHING)),
-    st.builds(FoodRecord, is_food=st.just(1), image_title=st.text(max_size=schema.MAX_TITLE), food_items=items, drink_items=items),
+    st.builds(
+        FoodRecord,
+        is_food=st.just(1),
+        image_title=st.text(max_size=schema.MAX_TITLE),
+        food_items=items,
+        drink_items=items,
+    ),
 )
 
 
@@ -78,7 +84,9 @@ def test_lenient_parser_finds_the_record(text):
     assert FoodRecord.parse_lenient(text) == FoodRecord.parse(GOOD)
 
 
-@pytest.mark.parametrize("text", ["", "no braces", "{not: a dict}", "{1, 2}", "{" * 5000 + "}" * 5000, "{'is_food': __import__('os')}"])
+@pytest.mark.parametrize(
+    "text", ["", "no braces", "{not: a dict}", "{1, 2}", "{" * 5000 + "}" * 5000, "{'is_food': __import__('os')}"]
+)
 def test_lenient_parser_refuses_the_rest(text):
     with pytest.raises(AnswerError):
         FoodRecord.parse_lenient(text)

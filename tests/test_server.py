@@ -20,21 +20,22 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from foodextract import api, scenes, server
-from foodextract.api import Batch, Settings, Single, create_app
-from foodextract.batching import Limits
-from foodextract.intake import Upload
-from foodextract.models import TINY_TUNED
-from foodextract.pictures import MAX_PIXELS, open_picture
-from foodextract.telemetry import JsonLines
+from foodextract.data import scenes
+from foodextract.images import MAX_PIXELS, open_image
+from foodextract.models.loading import TINY_TUNED
+from foodextract.serving import app, server
+from foodextract.serving.app import Batch, Settings, Single, create_app
+from foodextract.serving.queue import Limits
+from foodextract.serving.telemetry import JsonLines
+from foodextract.serving.uploads import Upload
 from test_batching import SECONDS, Stub, names
 
 KEY = "do-not-print-me"
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -83,7 +84,7 @@ def real(tuned):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [encoded(scene.image) for scene in scenes.draw_scenes(82, "test", 4)]
 
 
@@ -105,31 +106,34 @@ def sample(client, name, **labels):
 # ------------------------------------------------------------------------------------------------------------------------------ all is well
 
 
-def test_a_form_a_raw_body_and_a_batch_get_the_answers_of_the_extractor(real, tuned, pictures):
-    expected = [tuned.extract(picture) for picture in pictures]
-    form = Single.model_validate(real.post("/predict", files={"image": ("x.exe", pictures[0], "text/plain")}).json())
+def test_a_form_a_raw_body_and_a_batch_get_the_answers_of_the_extractor(real, tuned, images):
+    expected = [tuned.extract(image) for image in images]
+    form = Single.model_validate(real.post("/predict", files={"image": ("x.exe", images[0], "text/plain")}).json())
     assert form.record == expected[0]
     assert form.model == "a-model"
     assert set(form.seconds) == {"prepare", "queue", "model"}
-    raw = real.post("/predict", content=pictures[1])
+    raw = real.post("/predict", content=images[1])
     assert Single.model_validate(raw.json()).record == expected[1]
     assert raw.headers["x-request-id"]
-    files = [("images", picture) for picture in (*pictures, b"no picture", b"")]
+    files = [("images", image) for image in (*images, b"no image", b"")]
     batch = Batch.model_validate(real.post("/predict/batch", files=files).json())
     assert [result.record for result in batch.results[:4]] == expected
-    assert [(result.status, result.reason) for result in batch.results[4:]] == [(415, "not_a_picture"), (422, "bad_picture")]
+    assert [(result.status, result.reason) for result in batch.results[4:]] == [
+        (415, "not_a_image"),
+        (422, "bad_image"),
+    ]
 
 
-def test_of_an_animation_the_first_frame_counts(real, tuned, pictures):
-    frame = open_picture(pictures[0]).quantize(255)
+def test_of_an_animation_the_first_frame_counts(real, tuned, images):
+    frame = open_image(images[0]).quantize(255)
     animation = encoded(frame, "GIF", save_all=True, append_images=[Image.new("P", frame.size)] * 50)
     assert real.post("/predict", content=animation).json()["record"] == tuned.extract(animation).model_dump()
 
 
-def test_health_readiness_and_metrics(real, pictures):
+def test_health_readiness_and_metrics(real, images):
     assert (real.get("/health").text, real.get("/ready").text) == ("ok", "ready")
     before = sample(real, "foodextract_requests_total", path="/predict", status="200")
-    assert real.post("/predict", content=pictures[0]).status_code == 200
+    assert real.post("/predict", content=images[0]).status_code == 200
     assert sample(real, "foodextract_requests_total", path="/predict", status="200") == before + 1
     assert sample(real, "foodextract_queue_depth") == sample(real, "foodextract_in_flight") == 0
     for phase in ("upload", "prepare", "queue", "model", "total"):
@@ -145,27 +149,34 @@ def test_the_examples_of_the_documentation_are_answers(real):
     for path, kind in (("/predict", Single), ("/predict/batch", Batch)):
         operation = paths[path]["post"]
         kind.model_validate(operation["responses"]["200"]["content"]["application/json"]["example"])
-        assert set(operation["responses"]) == {"200", *map(str, api._REFUSALS)}
+        assert set(operation["responses"]) == {"200", *map(str, app._REFUSALS)}
     assert real.get("/docs").status_code == 200
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- bad pictures
+# ----------------------------------------------------------------------------------------------------------------------------- bad images
 
 
-WRONG_TYPES = [b"GIF", b"<html></html>", b'{"image": "http://169.254.169.254/"}', b"%PDF-1.7", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x00" * 5000]
+WRONG_TYPES = [
+    b"GIF",
+    b"<html></html>",
+    b'{"image": "http://169.254.169.254/"}',
+    b"%PDF-1.7",
+    b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    b"\x00" * 5000,
+]
 PNG = encoded(Image.effect_noise((64, 64), 90).convert("RGB"))
 JPEG = encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")
 
 
 @pytest.mark.parametrize("body", WRONG_TYPES)
-def test_what_is_no_picture_is_415_whatever_it_is_called(real, body):
-    assert reason(real.post("/predict", content=body, headers={"Content-Type": "image/png"}), 415) == "not_a_picture"
-    assert reason(real.post("/predict", files={"image": ("lunch.jpg", body, "image/jpeg")}), 415) == "not_a_picture"
+def test_what_is_no_image_is_415_whatever_it_is_called(real, body):
+    assert reason(real.post("/predict", content=body, headers={"Content-Type": "image/png"}), 415) == "not_a_image"
+    assert reason(real.post("/predict", files={"image": ("lunch.jpg", body, "image/jpeg")}), 415) == "not_a_image"
 
 
 @pytest.mark.parametrize("body", [PNG[:-500], JPEG[:700]], ids=["png", "jpeg"])
-def test_a_truncated_picture_is_422(real, body):
-    assert reason(real.post("/predict", content=body), 422) == "bad_picture"
+def test_a_truncated_image_is_422(real, body):
+    assert reason(real.post("/predict", content=body), 422) == "bad_image"
 
 
 @pytest.mark.parametrize("side", [8_100, 60_000])
@@ -176,7 +187,7 @@ def test_too_many_pixels_are_422_before_anything_is_decoded(real, side, monkeypa
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     response = real.post("/predict", content=bytes(header))
-    assert reason(response, 422) == "bad_picture"
+    assert reason(response, 422) == "bad_image"
     assert "megapixels" in response.json()["message"]
 
 
@@ -190,7 +201,7 @@ def test_a_body_that_is_too_large_is_413_declared_or_not():
         assert reason(client.post("/predict", content=iter([big[:30_000], big[30_000:]])), 413) == "body_too_large"
         assert reason(client.post("/predict", files={"image": big}), 413) == "body_too_large"
         assert client.post("/predict", content=b"x" * 50_000).status_code == 200
-        assert [len(picture) for picture in stub.read_so_far] == [50_000]
+        assert [len(image) for image in stub.read_so_far] == [50_000]
         assert client.batcher.guests == 0
 
 
@@ -205,24 +216,27 @@ def test_a_body_without_end_is_413_while_it_streams():
 @pytest.mark.parametrize(
     ("request_", "why"),
     [
-        ({}, "no_picture"),
-        ({"files": {"picture": b"x"}}, "no_picture"),
-        ({"data": {"image": "x"}, "files": {"other": b"x"}}, "no_picture"),
+        ({}, "no_image"),
+        ({"files": {"image": b"x"}}, "no_image"),
+        ({"data": {"image": "x"}, "files": {"other": b"x"}}, "no_image"),
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, "bad_form"),
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=y"}}, "bad_form"),
-        ({"content": b"--y\r\n\xff\xfe: \r\n\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=y"}}, "bad_form"),
+        (
+            {"content": b"--y\r\n\xff\xfe: \r\n\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=y"}},
+            "bad_form",
+        ),
     ],
 )
-def test_a_request_without_one_picture_is_400(real, request_, why):
+def test_a_request_without_one_image_is_400(real, request_, why):
     assert reason(real.post("/predict", **request_), 400) == why
 
 
-def test_more_pictures_than_would_ever_fit_are_413():
+def test_more_images_than_would_ever_fit_are_413():
     with stub_serving(limits=Limits(places=2)) as (client, stub):
         response = client.post("/predict/batch", files=[("images", b"x")] * 3)
-        assert reason(response, 413) == "too_many_pictures"
-        assert "2 pictures" in response.json()["message"]
-        assert reason(client.post("/predict", files=[("image", b"x")] * 2), 413) == "too_many_pictures"
+        assert reason(response, 413) == "too_many_images"
+        assert "2 images" in response.json()["message"]
+        assert reason(client.post("/predict", files=[("image", b"x")] * 2), 413) == "too_many_images"
         assert stub.read_so_far == []
         assert len(client.post("/predict/batch", files=[("images", b"x")] * 2).json()["results"]) == 2
 
@@ -256,7 +270,12 @@ def test_too_many_headers_are_431():
 
 def test_the_key_is_asked_for_before_the_body():
     with stub_serving(api_key=KEY) as (client, stub):
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}, {"Authorization": b"Bearer \xff"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": f"Basic {KEY}"},
+            {"Authorization": b"Bearer \xff"},
+        ):
             assert reason(client.post("/predict", content=b"x", headers=headers), 401) == "bad_key"
         assert client.post("/predict", content=b"x", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
         assert client.get("/ready").status_code == 200
@@ -268,7 +287,9 @@ def test_pages_of_listed_origins_may_ask_and_no_others():
         for origin, allowed in (("https://food.example", "https://food.example"), ("https://evil.example", None)):
             asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
             assert client.options("/predict", headers=asked).headers.get("access-control-allow-origin") == allowed
-        shown = client.get("/ready", headers={"Origin": "https://food.example"}).headers["access-control-expose-headers"]
+        shown = client.get("/ready", headers={"Origin": "https://food.example"}).headers[
+            "access-control-expose-headers"
+        ]
         assert {"Retry-After", "X-Request-Id"} <= set(shown.split(", "))
 
 
@@ -301,7 +322,10 @@ def test_at_the_deadline_it_is_504():
     with stub_serving(limits=Limits(deadline=1.0)) as (client, stub):
         stub.go.clear()
         assert reason(client.post("/predict", content=b"late"), 504) == "deadline"
-        assert [sample(client, "foodextract_phase_seconds_sum", phase=phase) > 0.5 for phase in ("model", "total")] == [True, True]
+        assert [sample(client, "foodextract_phase_seconds_sum", phase=phase) > 0.5 for phase in ("model", "total")] == [
+            True,
+            True,
+        ]
         until(lambda: stub.unwanted == [b"late"])
         assert client.batcher.guests == 0
 
@@ -337,7 +361,7 @@ def test_a_model_that_keeps_failing_is_500_and_then_not_healthy():
         assert client.get("/health").status_code == 503
 
 
-def test_logs_and_metrics_keep_contents_names_and_keys_to_themselves(caplog, pictures):
+def test_logs_and_metrics_keep_contents_names_and_keys_to_themselves(caplog, images):
     logging.getLogger("foodextract").propagate = True
     with caplog.at_level(logging.INFO, "foodextract"), stub_serving(api_key=KEY) as (client, _):
         headers = {"Authorization": f"Bearer {KEY}"}
@@ -346,7 +370,7 @@ def test_logs_and_metrics_keep_contents_names_and_keys_to_themselves(caplog, pic
         client.get("/secret/path")
         told = client.get("/metrics").text + "".join(map(JsonLines().format, caplog.records))
     assert '"path": "/predict", "status": 422' in told
-    assert '"reason": "bad_picture"' in told
+    assert '"reason": "bad_image"' in told
     assert '"reason": "model_failed"' in told
     assert "secret" not in told
     assert KEY not in told
@@ -356,7 +380,10 @@ def test_logs_and_metrics_keep_contents_names_and_keys_to_themselves(caplog, pic
 
 def test_a_batch_whose_upload_has_begun_is_answered_whatever_comes():
     form = (
-        b"".join(b'--y\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n%d\r\n' % n for n in range(3)) + b"--y--\r\n"
+        b"".join(
+            b'--y\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n%d\r\n' % n for n in range(3)
+        )
+        + b"--y--\r\n"
     )
     head = b"POST /predict/batch HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=y\r\nContent-Length: %d\r\n\r\n"
     with stub_serving() as (client, _), connected(client) as connection:
@@ -380,14 +407,17 @@ def start(*options, until="ready"):
     pytest.fail(f"did not start: {process.wait()}")
 
 
-def test_sigterm_answers_what_was_accepted_and_ends_well(pictures):
+def test_sigterm_answers_what_was_accepted_and_ends_well(images):
     process, address = start("--model", str(TINY_TUNED), "--batch-size", "1")
     assert address.startswith("http://127.0.0.1:")  # unless told otherwise
 
     async def story():
         async with httpx.AsyncClient(base_url=address, timeout=SECONDS, trust_env=False) as client:
-            asked = [asyncio.create_task(client.post("/predict", content=picture)) for picture in pictures * 4]
-            while "foodextract_queue_depth 15.0" not in (text := (await client.get("/metrics")).text) and "queue_depth 16.0" not in text:
+            asked = [asyncio.create_task(client.post("/predict", content=image)) for image in images * 4]
+            while (
+                "foodextract_queue_depth 15.0" not in (text := (await client.get("/metrics")).text)
+                and "queue_depth 16.0" not in text
+            ):
                 assert not all(task.done() for task in asked)
             process.send_signal(signal.SIGTERM)
             return await asyncio.gather(*asked)
@@ -417,7 +447,7 @@ def described(**changes):
     return schemathesis.openapi.from_dict(create_app(Stub, "a-model", Settings(**changes)).openapi())
 
 
-ANY_FILE = [positive_data_acceptance]  # left out: a schema can say that a body is a file, not that it is a picture
+ANY_FILE = [positive_data_acceptance]  # left out: a schema can say that a body is a file, not that it is an image
 few = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 

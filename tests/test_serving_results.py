@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import serve_report
-from foodextract.results import read_results
+from foodextract.evaluation.results import read_results
 from hostile import hostile
 from served import Served, growth
 
@@ -31,7 +31,9 @@ def measured():
 def test_the_page_shows_what_is_in_results():
     page = (ROOT / "benchmarks" / "README.md").read_text()
     for name, text in serve_report.PLACES.items():
-        assert f"<!-- {name} -->\n{text(ROOT)}\n<!-- /{name} -->" in page, f"run `python benchmarks/serve_report.py`: {name} is out of date"
+        assert f"<!-- {name} -->\n{text(ROOT)}\n<!-- /{name} -->" in page, (
+            f"run `python benchmarks/serve_report.py`: {name} is out of date"
+        )
 
 
 def test_twice_the_load_loses_nothing_and_memory_stays_flat(measured):

@@ -7,21 +7,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foodextract import sources
-from foodextract.pictures import open_picture
-from foodextract.samples import NOTHING, DatasetError, Reject, Rows, Sample
+from foodextract import names
+from foodextract.data import sources
+from foodextract.data.samples import NOTHING, DatasetError, Reject, Rows, Sample
+from foodextract.images import open_image
 from hub_server import Repository
 
 BEER = {"is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}
 
 
-def picture(path, number=0):
+def image(path, number=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
 
 
-def test_scenes_are_labelled_without_being_drawn(monkeypatch):
-    from foodextract.scenes import draw_scene
+def test_scenes_are_labeled_without_being_drawn(monkeypatch):
+    from foodextract.data.scenes import draw_scene
 
     monkeypatch.setattr(sources, "draw_scene", lambda *_: pytest.fail("drawn"))
     samples = list(sources.scenes(seed=3, train=20, test=5))
@@ -29,14 +30,16 @@ def test_scenes_are_labelled_without_being_drawn(monkeypatch):
     assert [sample.split for sample in samples] == ["train"] * 20 + ["test"] * 5
     for sample, scene in zip(samples[20:], (draw_scene(3, "test", number) for number in range(5)), strict=True):
         assert sample.label == scene.record.model_dump()
-        assert open_picture(sample.read()).tobytes() == scene.image.tobytes()
-        assert sample.licence.startswith("CC BY-SA 4.0")
+        assert open_image(sample.read()).tobytes() == scene.image.tobytes()
+        assert sample.license.startswith("CC BY-SA 4.0")
 
 
 def test_training_scenes_are_crowded_and_half_of_them_show_nothing_edible():
     samples = list(sources.scenes(seed=3, train=1000, test=1000))
     assert len({sample.name for sample in samples}) == 2000
-    edible, one = ([sum(map(said, part)) / 1000 for part in (samples[:1000], samples[1000:])] for said in (_is_edible, _names_one))
+    edible, one = (
+        [sum(map(said, part)) / 1000 for part in (samples[:1000], samples[1000:])] for said in (_is_edible, _names_one)
+    )
     assert 0.47 < edible[0] < 0.58 < edible[1]
     assert one[0] < 0.8 * one[1]
 
@@ -51,37 +54,39 @@ def _names_one(sample):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv with JSON lists", "csv with semicolons"])
 def test_metadata_in_either_form(tmp_path, kind):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     if kind == "jsonl":
-        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **BEER, "group": 7, "licence": "CC0"}) + "\n\n")
+        (tmp_path / "metadata.jsonl").write_text(
+            json.dumps({"file_name": "a.png", **BEER, "group": 7, "license": "CC0"}) + "\n\n"
+        )
     else:
         cell = '"[""beer""]"' if "JSON" in kind else "beer;"
         (tmp_path / "metadata.csv").write_text(
-            f"file_name,is_food,image_title,food_items,drink_items,group,licence\na.png,1,beer,,{cell},7,CC0\n"
+            f"file_name,is_food,image_title,food_items,drink_items,group,license\na.png,1,beer,,{cell},7,CC0\n"
         )
-    [sample] = sources.labelled_folder(tmp_path)
-    assert (sample.label, sample.group, sample.licence, sample.source) == (BEER, "7", "CC0", tmp_path.name)
+    [sample] = sources.labeled_folder(tmp_path)
+    assert (sample.label, sample.group, sample.license, sample.source) == (BEER, "7", "CC0", tmp_path.name)
     assert sample.read() == (tmp_path / "a.png").read_bytes()
 
 
 def test_a_folder_may_hold_links_do_without_titles_and_say_what_its_labels_name(tmp_path):
-    picture(tmp_path / "elsewhere" / "a.png")
+    image(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "images").symlink_to(tmp_path / "elsewhere")
     row = {"file_name": "images/a.png", "is_food": 1, "food_items": ["pie"], "drink_items": []}
     lines = [row | {"label_scope": "primary"}, row | {"image_title": None}]
     (tmp_path / "mine" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first, second = sources.labelled_folder(tmp_path / "mine")
+    first, second = sources.labeled_folder(tmp_path / "mine")
     assert first.label == {"is_food": 1, "image_title": "", "food_items": ["pie"], "drink_items": []}
     assert second.label == {**first.label, "image_title": None}  # the label rules say so
     assert (first.label_scope, second.label_scope) == ("primary", "exhaustive")
-    assert open_picture(first.read()).size == (8, 8)
+    assert open_image(first.read()).size == (8, 8)
 
 
 def test_class_named_folders(tmp_path):
     for name in ("apple_pie/1.png", "apple_pie/2.png", "not_food/3.png"):
-        picture(tmp_path / name)
-    found = list(sources.labelled_folder(tmp_path))
+        image(tmp_path / name)
+    found = list(sources.labeled_folder(tmp_path))
     assert [sample.name for sample in found] == ["apple_pie/1.png", "apple_pie/2.png", "not_food/3.png"]
     assert found[0].label == {"is_food": 1, "image_title": "apple pie", "food_items": ["apple pie"], "drink_items": []}
     assert found[2].label == NOTHING
@@ -89,54 +94,59 @@ def test_class_named_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stated", "side"), [("train", "train"), ("test", "test"), ("validation", "test"), ("Dev", "test"), ("", None), (None, None)]
+    ("stated", "side"),
+    [("train", "train"), ("test", "test"), ("validation", "test"), ("Dev", "test"), ("", None), (None, None)],
 )
 def test_what_a_folder_does_not_call_train_is_held_out(tmp_path, stated, side):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **BEER, "split": stated}))
-    [sample] = sources.labelled_folder(tmp_path)
+    [sample] = sources.labeled_folder(tmp_path)
     assert sample.split == side
 
 
 def test_values_of_a_folder_reach_the_label_rules_as_they_are(tmp_path):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     odd = {"is_food": "true", "image_title": 7, "food_items": "soup, bread", "drink_items": None}
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **odd}))
-    [sample] = sources.labelled_folder(tmp_path)
+    [sample] = sources.labeled_folder(tmp_path)
     assert sample.label == odd
 
 
 def test_every_source_of_this_machine_knows_how_many_rows_it_has(tmp_path):
     for name in ("a/1.png", "a/2.png", "not_food/3.png"):
-        picture(tmp_path / name)
-    assert sources.labelled_folder(tmp_path).total == sources.not_food_folder(tmp_path).total == 3
+        image(tmp_path / name)
+    assert sources.labeled_folder(tmp_path).total == sources.not_food_folder(tmp_path).total == 3
     assert sources.scenes(train=30, test=4).total == 34
-    (tmp_path / "metadata.csv").write_text('file_name,is_food,image_title,food_items,drink_items\na/1.png,1,"a\nb",x,\n\na/2.png,0,,,\n')
-    assert sources.labelled_folder(tmp_path).total == len(list(sources.labelled_folder(tmp_path))) == 2
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,is_food,image_title,food_items,drink_items\na/1.png,1,"a\nb",x,\n\na/2.png,0,,,\n'
+    )
+    assert sources.labeled_folder(tmp_path).total == len(list(sources.labeled_folder(tmp_path))) == 2
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a/1.png"}) + "\n\n{broken\n")
-    assert sources.labelled_folder(tmp_path).total == len(list(sources.labelled_folder(tmp_path))) == 2
+    assert sources.labeled_folder(tmp_path).total == len(list(sources.labeled_folder(tmp_path))) == 2
 
 
 @pytest.mark.parametrize("counts", [(10, 100), (100, 10), (0, 5), (7, 7)])
 def test_a_mix_knows_when_it_will_end(counts):
-    mixed = sources.mix([(Rows(numbered("a", counts[0]), counts[0]), 0.7), (Rows(numbered("b", counts[1]), counts[1]), 0.3)])
+    mixed = sources.mix(
+        [(Rows(numbered("a", counts[0]), counts[0]), 0.7), (Rows(numbered("b", counts[1]), counts[1]), 0.3)]
+    )
     assert mixed.total == len(list(mixed))
     assert sources.mix([(numbered("a", 3), 1)]).total is None  # a plain generator does not know
 
 
 def test_not_food_folder(tmp_path):
-    with pytest.raises(DatasetError, match="no pictures"):
+    with pytest.raises(DatasetError, match="no images"):
         list(sources.not_food_folder(tmp_path))
-    picture(tmp_path / "deep" / "b.png")
+    image(tmp_path / "deep" / "b.png")
     [sample] = sources.not_food_folder(tmp_path)
     assert (sample.name, sample.label) == ("deep/b.png", NOTHING)
 
 
 def test_bad_csv_rows_are_named(tmp_path):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     head = "file_name,is_food,image_title,food_items,drink_items"
     (tmp_path / "metadata.csv").write_text(f"{head}\na.png,perhaps,,,\na.png,0,,[broken,\na.png\n")
-    found = list(sources.labelled_folder(tmp_path))
+    found = list(sources.labeled_folder(tmp_path))
     assert [type(row) for row in found] == [Reject] * 3
     assert [row.name.split(" (")[0] for row in found] == [f"metadata.csv line {number}" for number in (2, 3, 4)]
 
@@ -152,20 +162,31 @@ def put(hub, repo_id, rows, features):
 @pytest.mark.parametrize("as_text", [str, json.dumps], ids=["Python repr", "JSON"])
 def test_hub_rows(online, as_text):
     label = {"is_food": 1, "image_title": "turkish_coffee", "food_items": [], "drink_items": ["coffee"]}
-    row = {"image": Image.new("RGB", (8, 8)), "output_json": as_text(label), "image_name": "a.jpg", "food270_class_name": "coffee"}
-    features = {"image": datasets.Image(), **dict.fromkeys(("output_json", "image_name", "food270_class_name"), datasets.Value("string"))}
-    put(online, sources.HUB_DATASET, [row, {**row, "output_json": "nothing of use"}], features)
+    row = {
+        "image": Image.new("RGB", (8, 8)),
+        "output_json": as_text(label),
+        "image_name": "a.jpg",
+        "food270_class_name": "coffee",
+    }
+    features = {
+        "image": datasets.Image(),
+        **dict.fromkeys(("output_json", "image_name", "food270_class_name"), datasets.Value("string")),
+    }
+    put(online, names.HUB_DATASET, [row, {**row, "output_json": "nothing of use"}], features)
     rows = sources.hub()
     assert rows.total == 2
     sample, reject = rows
     assert (sample.label, sample.category, sample.name, sample.split) == (label, "coffee", "000000-a.jpg", None)
-    assert (sample.source, sample.licence) == (sources.HUB_DATASET, f"see {sources.HUB_DATASET}")
-    assert open_picture(sample.read()).size == (8, 8)
+    assert (sample.source, sample.license) == (names.HUB_DATASET, f"see {names.HUB_DATASET}")
+    assert open_image(sample.read()).size == (8, 8)
     assert isinstance(reject, Reject)
 
 
 def test_food101_has_names_and_never_numbers(online):
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["apple_pie", "beignets", "grilled_salmon"])}
+    features = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["apple_pie", "beignets", "grilled_salmon"]),
+    }
     put(online, sources.FOOD101, [{"image": Image.new("RGB", (8, 8)), "label": 2}], features)
     rows = sources.food101()
     assert rows.total == 1

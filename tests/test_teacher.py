@@ -1,4 +1,4 @@
-"""Teacher labelling against a server on the loopback that speaks chat completions and misbehaves on demand."""
+"""Teacher labeling against a server on the loopback that speaks chat completions and misbehaves on demand."""
 
 import asyncio
 import base64
@@ -23,22 +23,23 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from foodextract import prompts, scenes, schema, sources, teacher
-from foodextract.endpoint import Summary, Teacher, TeacherError, as_data_url
+from foodextract import prompts, schema
+from foodextract.data import labeling, scenes, sources
+from foodextract.data.labeling import label_folder
+from foodextract.data.teacher import Summary, Teacher, TeacherError, as_data_url
 from foodextract.schema import FoodRecord
-from foodextract.teacher import label_folder
 
 pytestmark = pytest.mark.timeout(240)
 KEY = "sk-do-not-print-me-0123456789"
-PICTURES = 6
+IMAGES = 6
 
 
 @dataclass(frozen=True)
 class Request:
     body: dict
-    url: str  # the picture
+    url: str  # the image
     number: int  # how many requests there have been, this one included
-    nth: int  # how many about this picture
+    nth: int  # how many about this image
     key: str
     at: float
 
@@ -53,7 +54,7 @@ class Reply:
 
 
 def label_of(url):
-    """Another label for every picture, so that a mix-up shows."""
+    """Another label for every image, so that a mix-up shows."""
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     return FoodRecord(is_food=1, image_title=f"dish {digest}", food_items=[f"food {digest}"], drink_items=[])
 
@@ -61,7 +62,9 @@ def label_of(url):
 def completion(text, finish="stop", tokens=(1000, 40)):
     usage = dict(zip(("prompt_tokens", "completion_tokens"), tokens, strict=True)) if tokens else None
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
-    return json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage})
+    return json.dumps(
+        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+    )
 
 
 def right(request):
@@ -85,9 +88,15 @@ class Endpoint:
                 with endpoint.lock:
                     endpoint.active += 1
                     endpoint.most_active = max(endpoint.most_active, endpoint.active)
-                    url = next(part["image_url"]["url"] for part in body["messages"][-1]["content"] if part["type"] == "image_url")
+                    url = next(
+                        part["image_url"]["url"]
+                        for part in body["messages"][-1]["content"]
+                        if part["type"] == "image_url"
+                    )
                     nth = 1 + sum(request.url == url for request in endpoint.requests)
-                    request = Request(body, url, len(endpoint.requests) + 1, nth, self.headers["Authorization"], time.monotonic())
+                    request = Request(
+                        body, url, len(endpoint.requests) + 1, nth, self.headers["Authorization"], time.monotonic()
+                    )
                     endpoint.requests.append(request)
                 reply = endpoint.behave(request) if self.path == "/v1/chat/completions" else Reply("not here", 404)
                 endpoint.over.wait(reply.seconds)
@@ -96,7 +105,9 @@ class Endpoint:
                 data = reply.body.encode()
                 try:
                     self.send_response(reply.status)
-                    for name, value in ({"Content-Type": "application/json", "Content-Length": len(data)} | reply.headers).items():
+                    for name, value in (
+                        {"Content-Type": "application/json", "Content-Length": len(data)} | reply.headers
+                    ).items():
                         self.send_header(name, str(value))
                     self.end_headers()
                     self.wfile.write(data[: len(data) // 2] if reply.cut else data)
@@ -137,7 +148,7 @@ def endpoint(monkeypatch):
 @pytest.fixture(scope="module")
 def drawn_files():
     files = []
-    for scene in scenes.draw_scenes(31, "train", PICTURES):
+    for scene in scenes.draw_scenes(31, "train", IMAGES):
         png = io.BytesIO()
         scene.image.resize((96, 64)).save(png, "PNG")
         files.append(png.getvalue())
@@ -147,10 +158,10 @@ def drawn_files():
 @pytest.fixture
 def folder(tmp_path, drawn_files):
     """0.png … 5.png, the last of them in a subfolder."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     for number, data in enumerate(drawn_files):
-        (folder / ("more" if number == PICTURES - 1 else "") / f"{number}.png").write_bytes(data)
+        (folder / ("more" if number == IMAGES - 1 else "") / f"{number}.png").write_bytes(data)
     return folder
 
 
@@ -158,14 +169,16 @@ def folder(tmp_path, drawn_files):
 def ask(endpoint, folder):
     """Run it, and check what holds after every run that comes to its end."""
 
-    def ask(output=None, limit=None, licence=None, retry_rejected=False, **changes):
+    def ask(output=None, limit=None, license=None, retry_rejected=False, **changes):
         pupil = replace(Teacher(endpoint.address, "big-model", retries=1, timeout=10), **changes)
-        summary = asyncio.run(label_folder(pupil, folder, output, limit=limit, licence=licence, retry_rejected=retry_rejected))
-        assert summary.asked == summary.labelled + summary.rejected + summary.failed
-        assert summary.pictures == summary.known + summary.duplicates + summary.asked
+        summary = asyncio.run(
+            label_folder(pupil, folder, output, limit=limit, license=license, retry_rejected=retry_rejected)
+        )
+        assert summary.asked == summary.labeled + summary.rejected + summary.failed
+        assert summary.images == summary.known + summary.duplicates + summary.asked
         if limit is None:
-            assert summary.pictures == len(list(folder.rglob("*.png")))
-            assert len(labels(folder)) + len(rejects(folder)) == summary.pictures
+            assert summary.images == len(list(folder.rglob("*.png")))
+            assert len(labels(folder)) + len(rejects(folder)) == summary.images
         assert not list(folder.rglob("*.partial"))
         return summary
 
@@ -195,16 +208,16 @@ def url_of(path, max_edge=1024):
 # ------------------------------------------------------------------------------------------------------------------------------ all is well
 
 
-def test_every_picture_gets_its_own_label_and_the_labelled_folder_can_be_read(ask, folder, endpoint):
-    summary = ask(licence="CC0")
-    assert (summary.asked, summary.labelled, summary.requests, summary.questions) == (6, 6, 6, 6)
-    samples = list(sources.labelled_folder(folder))
+def test_every_image_gets_its_own_label_and_the_labeled_folder_can_be_read(ask, folder, endpoint):
+    summary = ask(license="CC0")
+    assert (summary.asked, summary.labeled, summary.requests, summary.questions) == (6, 6, 6, 6)
+    samples = list(sources.labeled_folder(folder))
     assert all(isinstance(sample, sources.Sample) for sample in samples)
     assert [sample.name for sample in samples] == ["0.png", "1.png", "2.png", "3.png", "4.png", "more/5.png"]
     for sample in samples:
         assert FoodRecord(**sample.label) == label_of(url_of(folder / sample.name))
         assert sample.read() == (folder / sample.name).read_bytes()
-        assert (sample.source, sample.licence) == ("teacher:big-model", "CC0")
+        assert (sample.source, sample.license) == ("teacher:big-model", "CC0")
     assert set(endpoint.asked().values()) == {1}
 
 
@@ -220,7 +233,9 @@ def test_the_request_carries_schema_prompts_and_a_decodable_jpeg(ask, folder, en
         assert (body["model"], body["temperature"]) == ("big-model", 0)
         flat = [(m["role"], p["type"].removesuffix("_url"), p.get("text")) for m in body["messages"] for p in parts(m)]
         assert flat == [(m["role"], p["type"], p.get("text")) for m in prompts.conversation() for p in m["content"]]
-    head, _, payload = next(r.url for r in endpoint.requests if r.url == url_of(folder / "wide.png", 128)).partition(",")
+    head, _, payload = next(r.url for r in endpoint.requests if r.url == url_of(folder / "wide.png", 128)).partition(
+        ","
+    )
     assert head == "data:image/jpeg;base64"
     sent = Image.open(io.BytesIO(base64.b64decode(payload, validate=True)))
     assert (sent.format, sent.mode, sent.size) == ("JPEG", "RGB", (128, 64))
@@ -233,7 +248,7 @@ def parts(message):
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def test_a_small_picture_is_not_enlarged(folder):
+def test_a_small_image_is_not_enlarged(folder):
     assert Image.open(io.BytesIO(base64.b64decode(url_of(folder / "0.png").partition(",")[2]))).size == (96, 64)
 
 
@@ -243,9 +258,9 @@ def test_concurrency_is_used_and_never_exceeded(ask, endpoint):
     assert endpoint.most_active == 3
 
 
-def test_tasks_are_as_many_as_requests_not_as_pictures(folder, endpoint, drawn_files):
+def test_tasks_are_as_many_as_requests_not_as_images(folder, endpoint, drawn_files):
     for number in range(20):
-        (folder / f"more/{number}-x.png").write_bytes(drawn_files[0] + bytes([number]))  # another file, the same picture
+        (folder / f"more/{number}-x.png").write_bytes(drawn_files[0] + bytes([number]))  # another file, the same image
     endpoint.behave = lambda request: replace(right(request), seconds=0.01)
 
     async def watched():
@@ -257,7 +272,7 @@ def test_tasks_are_as_many_as_requests_not_as_pictures(folder, endpoint, drawn_f
         return most, await run
 
     most, summary = asyncio.run(watched())
-    assert summary.labelled == PICTURES + 20
+    assert summary.labeled == IMAGES + 20
     assert most <= 6  # two workers, this test, the run, and what the client starts for itself
 
 
@@ -268,7 +283,7 @@ def test_tokens_cost_and_latency_add_up(ask, endpoint):
     assert summary.cost(2.0, 10.0) == pytest.approx(6000 * 2 / 1e6 + 240 * 10 / 1e6)
     assert len(summary.latencies) == 6
     assert all(0.09 <= seconds <= summary.seconds for seconds in summary.latencies)
-    assert "6 asked = 6 labelled + 0 rejected + 0 failed" in str(summary)
+    assert "6 asked = 6 labeled + 0 rejected + 0 failed" in str(summary)
     assert "6,000 prompt tokens" in str(summary)
 
 
@@ -302,7 +317,7 @@ def test_what_passes_is_tried_again(bad, ask, folder, endpoint):
     unlucky = url_of(folder / "2.png")
     endpoint.behave = lambda request: bad if request.url == unlucky and request.nth == 1 else right(request)
     summary = ask(timeout=1.5)
-    assert summary.labelled == 6
+    assert summary.labeled == 6
     assert (summary.requests, summary.questions, summary.repeated) == (7, 6, 0)
     assert endpoint.asked()[unlucky] == 2
     assert "7 requests, 1 of them retries" in str(summary)
@@ -312,38 +327,47 @@ def test_retry_after_is_heeded(ask, folder, endpoint):
     unlucky = url_of(folder / "2.png")
     busy = Reply("{}", 429, {"Retry-After": "1.5"})  # the client's own first wait is half a second at most
     endpoint.behave = lambda request: busy if request.url == unlucky and request.nth == 1 else right(request)
-    assert ask().labelled == 6
+    assert ask().labeled == 6
     first, second = (request.at for request in endpoint.requests if request.url == unlucky)
     assert 1.5 <= second - first < 10
 
 
 @pytest.mark.parametrize("status", [400, 413, 500, 403, 404])
-def test_one_picture_the_endpoint_cannot_do_does_not_stop_the_others(status, ask, folder, endpoint):
-    """Also 403 and 404 once others have been answered: some gateways refuse a single picture with them."""
+def test_one_image_the_endpoint_cannot_do_does_not_stop_the_others(status, ask, folder, endpoint):
+    """Also 403 and 404 once others have been answered: some gateways refuse a single image with them."""
     unlucky = url_of(folder / "more/5.png")
-    endpoint.behave = lambda request: Reply('{"error": "too spicy"}', status) if request.url == unlucky else right(request)
+    endpoint.behave = lambda request: (
+        Reply('{"error": "too spicy"}', status) if request.url == unlucky else right(request)
+    )
     summary = ask(retries=0, concurrency=1)
-    assert (summary.labelled, summary.rejected, summary.failed) == (5, 0, 1)
+    assert (summary.labeled, summary.rejected, summary.failed) == (5, 0, 1)
     assert list(rejects(folder)) == ["more/5.png"]
     assert str(status) in rejects(folder)["more/5.png"]["reason"]
     assert "too spicy" in rejects(folder)["more/5.png"]["reason"]
     endpoint.behave = right
     endpoint.requests.clear()
-    assert ask().labelled == 1  # what failed is asked for again, and only that
+    assert ask().labeled == 1  # what failed is asked for again, and only that
     assert list(endpoint.asked()) == [unlucky]
     assert len(labels(folder)) == 6
 
 
 @pytest.mark.parametrize(
     "body",
-    ['{"choices": []}', '{"error": {"message": "upstream"}}', "<html>proxy</html>", "[]", '{"choices": [{"message": null}]}', "[" * 99_999],
+    [
+        '{"choices": []}',
+        '{"error": {"message": "upstream"}}',
+        "<html>proxy</html>",
+        "[]",
+        '{"choices": [{"message": null}]}',
+        "[" * 99_999,
+    ],
     ids=["no choices", "error in 200", "html", "list", "no message", "deep"],
 )
 def test_a_response_without_an_answer_is_a_failure_and_kept(body, ask, folder, endpoint):
     unlucky = url_of(folder / "0.png")
     endpoint.behave = lambda request: Reply(body) if request.url == unlucky else right(request)
     summary = ask()
-    assert (summary.labelled, summary.failed) == (5, 1)
+    assert (summary.labeled, summary.failed) == (5, 1)
     assert endpoint.asked()[unlucky] == 2
     assert rejects(folder)["0.png"]["raw"] == body[:20_000]
     assert "no chat completion" in rejects(folder)["0.png"]["reason"]
@@ -376,21 +400,23 @@ def test_an_answer_that_breaks_the_schema_is_kept_with_its_words(text, reason, a
     finish = "length" if "length" in reason else "stop"
     endpoint.behave = lambda request: Reply(completion(text, finish)) if request.url == unlucky else right(request)
     summary = ask()
-    assert (summary.labelled, summary.rejected, summary.repeated) == (5, 1, 1)
+    assert (summary.labeled, summary.rejected, summary.repeated) == (5, 1, 1)
     assert summary.prompt_tokens == 7000  # those of a useless answer are paid for too
     assert [request.body["temperature"] for request in endpoint.requests if request.url == unlucky] == [0, 0.5]
     (row,) = rejects(folder).values()
     assert (row["file_name"], row["status"]) == ("1.png", "rejected")
     assert row["raw"] == (text[:20_000] if isinstance(text, str) else str(text or ""))
     assert reason in row["reason"]
-    assert len(list(sources.labelled_folder(folder))) == 5
+    assert len(list(sources.labeled_folder(folder))) == 5
 
 
 def test_a_good_second_answer_counts_and_its_temperature_is_noted(ask, folder, endpoint):
     unlucky = url_of(folder / "1.png")
-    endpoint.behave = lambda request: Reply(completion("hm")) if request.url == unlucky and request.nth == 1 else right(request)
+    endpoint.behave = lambda request: (
+        Reply(completion("hm")) if request.url == unlucky and request.nth == 1 else right(request)
+    )
     summary = ask()
-    assert (summary.labelled, summary.repeated, summary.questions) == (6, 1, 7)
+    assert (summary.labeled, summary.repeated, summary.questions) == (6, 1, 7)
     assert {entry["file_name"]: entry["temperature"] for entry in ledger(folder)}["1.png"] == 0.5
 
 
@@ -401,14 +427,14 @@ def test_a_refusal_is_kept_in_its_words(ask, folder, endpoint):
     assert {row["raw"] for row in rejects(folder).values()} == {"I would rather not."}
 
 
-def test_rejected_pictures_are_asked_for_again_only_on_demand(ask, folder, endpoint):
+def test_rejected_images_are_asked_for_again_only_on_demand(ask, folder, endpoint):
     endpoint.behave = lambda request: Reply(completion("prose"))
     assert ask().rejected == 6
     endpoint.behave = right
     endpoint.requests.clear()
     assert ask().known == 6
     assert not endpoint.requests
-    assert ask(retry_rejected=True).labelled == 6
+    assert ask(retry_rejected=True).labeled == 6
     assert not rejects(folder)
     assert len(labels(folder)) == 6
 
@@ -417,7 +443,9 @@ def test_rejected_pictures_are_asked_for_again_only_on_demand(ask, folder, endpo
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(401, "set OPENAI_API_KEY"), (403, "set OPENAI_API_KEY"), (404, "'big-model'")], ids=["401", "403", "404"]
+    ("status", "words"),
+    [(401, "set OPENAI_API_KEY"), (403, "set OPENAI_API_KEY"), (404, "'big-model'")],
+    ids=["401", "403", "404"],
 )
 def test_hopeless_endpoints_stop_the_run_at_once(status, words, ask, endpoint):
     endpoint.behave = lambda request: Reply('{"error": {"message": "go away"}}', status)
@@ -435,7 +463,7 @@ def test_a_key_that_expires_on_the_way_stops_the_run_and_keeps_the_labels(ask, f
     assert list(labels(folder)) == ["0.png", "1.png", "2.png"]
     endpoint.behave = right
     endpoint.requests.clear()
-    assert (ask().labelled, len(endpoint.requests)) == (3, 3)
+    assert (ask().labeled, len(endpoint.requests)) == (3, 3)
 
 
 def test_an_unreachable_endpoint_is_told_soon(ask):
@@ -449,7 +477,9 @@ def test_an_unreachable_endpoint_is_told_soon(ask):
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("bad", [Reply("{}", 500), Reply("<html>", 200), Reply("{}", cut=True)], ids=["500", "html", "cut"])
+@pytest.mark.parametrize(
+    "bad", [Reply("{}", 500), Reply("<html>", 200), Reply("{}", cut=True)], ids=["500", "html", "cut"]
+)
 def test_an_endpoint_that_dies_on_the_way_stops_the_run_and_keeps_the_labels(bad, ask, folder, endpoint, drawn_files):
     for number in range(20):
         (folder / f"more/x{number}.png").write_bytes(drawn_files[0] + bytes([number]))
@@ -465,11 +495,13 @@ def test_an_endpoint_that_dies_on_the_way_stops_the_run_and_keeps_the_labels(bad
     endpoint.requests.clear()
     summary = ask()
     assert (summary.known, summary.failed, len(labels(folder))) == (4, 0, 26)
-    assert not before & set(endpoint.asked()) - {url_of(folder / "0.png")}  # the 20 show the same picture as 0.png
+    assert not before & set(endpoint.asked()) - {url_of(folder / "0.png")}  # the 20 show the same image as 0.png
 
 
 @pytest.mark.parametrize(
-    "address", ["localhost:8000/v1", "ftp://x/v1", "http://", "http://me:secret@h/v1", "http://h/v1?key=secret"], ids=lambda a: a[:12]
+    "address",
+    ["localhost:8000/v1", "ftp://x/v1", "http://", "http://me:secret@h/v1", "http://h/v1?key=secret"],
+    ids=lambda a: a[:12],
 )
 def test_addresses_that_cannot_work_are_refused_before_anything_is_written(address, ask, folder):
     before = sorted(folder.rglob("*"))
@@ -493,7 +525,7 @@ def test_other_places_that_cannot_work(endpoint, tmp_path, folder):
         if place == tmp_path:
             place = tmp_path / "empty"
             place.mkdir()
-        with pytest.raises(TeacherError, match="no pictures in"):
+        with pytest.raises(TeacherError, match="no images in"):
             asyncio.run(label_folder(pupil, place))
     with pytest.raises(TeacherError, match="cannot write"):
         asyncio.run(label_folder(pupil, folder, tmp_path / "no/such/place.jsonl"))
@@ -503,11 +535,11 @@ def test_other_places_that_cannot_work(endpoint, tmp_path, folder):
 # --------------------------------------------------------------------------------------------------------------------------------- going on
 
 
-def test_finished_pictures_are_not_asked_for_again(ask, folder, endpoint):
-    assert ask(limit=4).labelled == 4
+def test_finished_images_are_not_asked_for_again(ask, folder, endpoint):
+    assert ask(limit=4).labeled == 4
     assert len(labels(folder)) == len(endpoint.requests) == 4
     summary = ask()
-    assert (summary.known, summary.labelled) == (4, 2)
+    assert (summary.known, summary.labeled) == (4, 2)
     whole = (folder / "metadata.jsonl").read_bytes()
     assert ask().known == 6
     assert set(endpoint.asked().values()) == {1}
@@ -524,7 +556,7 @@ def test_a_torn_last_line_is_done_again_and_nothing_else(lost, ask, folder, endp
     endpoint.requests.clear()
     summary = ask(concurrency=1)
     torn = lost > 1  # without its newline alone a line is still whole
-    assert (summary.known, summary.labelled) == ((5, 1) if torn else (6, 0))
+    assert (summary.known, summary.labeled) == ((5, 1) if torn else (6, 0))
     assert list(endpoint.asked()) == ([url_of(folder / "more/5.png")] if torn else [])
     assert (folder / "metadata.jsonl").read_bytes() == whole
     endpoint.requests.clear()
@@ -537,7 +569,7 @@ def test_killed_and_started_again(folder, endpoint):
     command = [
         sys.executable,
         "-m",
-        "foodextract.teacher",
+        "foodextract.data.labeling",
         str(folder),
         "--endpoint",
         endpoint.address,
@@ -550,7 +582,11 @@ def test_killed_and_started_again(folder, endpoint):
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 100
-        while time.monotonic() < until and process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 3):
+        while (
+            time.monotonic() < until
+            and process.poll() is None
+            and (not path.exists() or path.read_bytes().count(b"\n") < 3)
+        ):
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
     finally:
@@ -565,11 +601,11 @@ def test_killed_and_started_again(folder, endpoint):
     endpoint.requests.clear()
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "6 pictures: 3 finished before, 0 duplicates, 3 asked = 3 labelled" in done.stdout
+    assert "6 images: 3 finished before, 0 duplicates, 3 asked = 3 labeled" in done.stdout
     assert "6/6" in done.stderr  # the progress bar
-    assert set(endpoint.asked()) == {url_of(folder / name) for name in ("0.png", "1.png", "2.png", "3.png", "4.png", "more/5.png")} - {
-        url_of(folder / name) for name in finished
-    }
+    assert set(endpoint.asked()) == {
+        url_of(folder / name) for name in ("0.png", "1.png", "2.png", "3.png", "4.png", "more/5.png")
+    } - {url_of(folder / name) for name in finished}
     assert {name: row["image_title"] for name, row in labels(folder).items()} == {
         name: label_of(url_of(folder / name)).image_title for name in labels(folder)
     }
@@ -605,11 +641,11 @@ def test_another_model_starts_afresh_and_the_first_ones_labels_are_not_lost(ask,
     assert not endpoint.requests
 
 
-def test_copies_are_asked_for_once_and_all_labelled(ask, folder, endpoint, drawn_files):
+def test_copies_are_asked_for_once_and_all_labeled(ask, folder, endpoint, drawn_files):
     for name in ("a.png", "more/b.png", "z.png"):
         (folder / name).write_bytes(drawn_files[0])
     summary = ask()
-    assert (summary.asked, summary.duplicates, summary.labelled) == (6, 3, 6)
+    assert (summary.asked, summary.duplicates, summary.labeled) == (6, 3, 6)
     assert set(endpoint.asked().values()) == {1}
     assert len({labels(folder)[name]["image_title"] for name in ("0.png", "a.png", "more/b.png", "z.png")}) == 1
     assert len(labels(folder)) == 9
@@ -624,18 +660,24 @@ def test_renamed_removed_and_changed_files(ask, folder, endpoint, drawn_files):
     (folder / "2.png").write_bytes(drawn_files[2] + b"changed")
     endpoint.requests.clear()
     endpoint.behave = lambda request: Reply(completion(json.dumps(NOTHING)))
-    assert ask().labelled == 1
+    assert ask().labeled == 1
     assert list(endpoint.asked()) == [url_of(folder / "2.png")]
     assert list(labels(folder)) == ["2.png", "3.png", "4.png", "more/5.png", "zero.png"]
     assert labels(folder)["2.png"]["is_food"] == 0
     assert labels(folder)["zero.png"]["is_food"] == 1
 
 
-def test_broken_pictures_are_rejected_unsent_and_the_others_go_on(ask, folder, endpoint, drawn_files, monkeypatch):
+def test_broken_images_are_rejected_unsent_and_the_others_go_on(ask, folder, endpoint, drawn_files, monkeypatch):
     avif = io.BytesIO()
     scenes.draw_scene(33, "train", 0).image.save(avif, "AVIF")
     damaged = avif.getvalue()[:280] + b"\xff" * 20 + avif.getvalue()[300:]
-    broken = {"empty.png": b"", "empty too.png": b"", "cut.png": drawn_files[0][:900], "text.png": b"hello", "damaged.png": damaged}
+    broken = {
+        "empty.png": b"",
+        "empty too.png": b"",
+        "cut.png": drawn_files[0][:900],
+        "text.png": b"hello",
+        "damaged.png": damaged,
+    }
     for name, data in broken.items():
         (folder / name).write_bytes(data)
     read = Path.read_bytes
@@ -648,20 +690,25 @@ def test_broken_pictures_are_rejected_unsent_and_the_others_go_on(ask, folder, e
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", locked)
         summary = ask()
-    assert (summary.labelled, summary.rejected, summary.failed, summary.duplicates) == (5, 4, 1, 1)
+    assert (summary.labeled, summary.rejected, summary.failed, summary.duplicates) == (5, 4, 1, 1)
     assert len(endpoint.requests) == 5
     assert set(rejects(folder)) == {*broken, "3.png"}
-    for name, word in {"empty.png": "empty", "cut.png": "truncated", "text.png": "not a picture", "damaged.png": "damaged"}.items():
+    for name, word in {
+        "empty.png": "empty",
+        "cut.png": "truncated",
+        "text.png": "not an image",
+        "damaged.png": "damaged",
+    }.items():
         assert word in rejects(folder)[name]["reason"]
     assert rejects(folder)["3.png"]["status"] == "failed"
     assert "Permission denied" in rejects(folder)["3.png"]["reason"]
-    assert ask().labelled == 1  # it can be read now
+    assert ask().labeled == 1  # it can be read now
     assert len(endpoint.requests) == 6
 
 
 def test_output_elsewhere(ask, folder, tmp_path, endpoint):
     summary = asyncio.run(label_folder(Teacher(endpoint.address, "m"), folder, tmp_path / "labels.jsonl"))
-    assert summary.labelled == 6
+    assert summary.labeled == 6
     assert [row["file_name"] for row in lines(tmp_path / "labels.jsonl")][-1] == "more/5.png"
     assert (tmp_path / "labels.ledger.jsonl").exists()
     assert (tmp_path / "labels.rejects.jsonl").read_text() == ""
@@ -673,7 +720,7 @@ def test_output_elsewhere(ask, folder, tmp_path, endpoint):
 
 def run(folder, *args):
     app = typer.Typer()
-    app.command()(teacher.main)
+    app.command()(labeling.main)
     return CliRunner().invoke(app, [str(folder), "--model", "m", *map(str, args)])
 
 
@@ -716,12 +763,12 @@ def test_command_line(folder, endpoint):
     where = ["--endpoint", endpoint.address + "/"]
     result = run(folder, *where, "--limit", 2, "--prompt-price", 1, "--completion-price", 5)
     assert result.exit_code == 0, result.output
-    assert "2 asked = 2 labelled" in result.stdout
+    assert "2 asked = 2 labeled" in result.stdout
     assert "cost: 0.0024" in result.stdout
     endpoint.behave = lambda request: Reply(completion("prose"))
-    result = run(folder, *where, "--licence", "CC0", "--max-edge", 64, "--max-tokens", 99)
+    result = run(folder, *where, "--license", "CC0", "--max-edge", 64, "--max-tokens", 99)
     assert result.exit_code == 1  # max_edge is part of the question: all are asked for again
-    assert "6 asked = 0 labelled + 6 rejected" in result.stdout
+    assert "6 asked = 0 labeled + 6 rejected" in result.stdout
     assert {request.body["max_tokens"] for request in endpoint.requests} == {1024, 99}
     endpoint.behave = lambda request: Reply("{}", 401)
     result = run(folder, *where, "--model", "other")
@@ -731,6 +778,6 @@ def test_command_line(folder, endpoint):
 
 
 def test_it_needs_neither_torch_nor_datasets():
-    code = "import sys, foodextract.teacher; print(*sorted({'torch', 'datasets', 'transformers', 'trl'} & sys.modules.keys()))"
+    code = "import sys, foodextract.data.labeling; print(*sorted({'torch', 'datasets', 'transformers', 'trl'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

@@ -10,10 +10,13 @@ from hub_server import environment, running_hub
 
 TRAIN = """
 import {first}
-from foodextract import dataset, models, profiles, training
+from foodextract.data import dataset
+from foodextract.models import loading
+from foodextract.training import presets
+from foodextract.training import run as training
 
-stage = profiles.PROFILES["offline"].stage1
-model, processor = models.load_model(models.TINY_BASE, models.choose_device("cpu"), training=True), models.load_processor(models.TINY_BASE)
+stage = presets.PROFILES["offline"].stage1
+model, processor = loading.load_model(loading.TINY_BASE, loading.choose_device("cpu"), training=True), loading.load_processor(loading.TINY_BASE)
 training.train_stage(model, processor, stage, dataset.load({rows!r})["train"], {out!r}, max_steps=1)
 
 from huggingface_hub.utils import _telemetry
@@ -48,5 +51,8 @@ def test_download_counts_and_gradio_are_silent_unless_the_user_chooses_otherwise
     )
     chosen = {"HF_UPDATE_DOWNLOAD_COUNTS": "TRUE", "GRADIO_ANALYTICS_ENABLED": "True"}
     env = {key: value for key, value in os.environ.items() if key not in chosen}
-    told = [subprocess.run([sys.executable, "-c", ask], env=env | extra, capture_output=True, text=True).stdout for extra in ({}, chosen)]
+    told = [
+        subprocess.run([sys.executable, "-c", ask], env=env | extra, capture_output=True, text=True).stdout
+        for extra in ({}, chosen)
+    ]
     assert [text.split() for text in told] == [["False", "False"], ["True", "True"]]

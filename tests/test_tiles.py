@@ -10,24 +10,26 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from foodextract import captioner, models, scenes
 from foodextract.__main__ import app
-from foodextract.batching import PREPARED, Batcher, Limits
-from foodextract.extractor import Extractor
-from foodextract.models import ModelError
-from foodextract.telemetry import Meters
+from foodextract.data import scenes
+from foodextract.inference import blip
+from foodextract.inference.extractor import Extractor
+from foodextract.models import loading
+from foodextract.models.loading import ModelError
+from foodextract.serving.queue import PREPARED, Batcher, Limits
+from foodextract.serving.telemetry import Meters
 
 
 def with_budget(folder, tiles, out):
     """A copy of a bundled model whose processor spends so many tiles an image."""
     shutil.copytree(folder, out)
-    models.load_processor(folder, tiles).save_pretrained(out)
+    loading.load_processor(folder, tiles).save_pretrained(out)
     return out
 
 
 @pytest.fixture(scope="module")
 def many_tiles(tmp_path_factory):
-    return with_budget(models.TINY_TUNED, 17, tmp_path_factory.mktemp("tiles") / "tiny-17")
+    return with_budget(loading.TINY_TUNED, 17, tmp_path_factory.mktemp("tiles") / "tiny-17")
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +56,19 @@ def entering():
         hook.remove()
 
 
-@pytest.mark.parametrize("tiles", models.TILE_BUDGETS)
+@pytest.mark.parametrize("tiles", loading.TILE_BUDGETS)
 def test_the_budget_of_a_processor_is_the_one_it_was_given(tiles, images):
-    processor = models.load_processor(models.TINY_TUNED, tiles)
-    assert models.image_budget(processor) == tiles
+    processor = loading.load_processor(loading.TINY_TUNED, tiles)
+    assert loading.image_budget(processor) == tiles
     counts = [Extractor(None, processor).prepare([image])["pixel_values"].shape[1] for image in images]
     assert max(counts) == tiles
     processor.image_processor.do_image_splitting = False
-    assert models.image_budget(processor) == 1
+    assert loading.image_budget(processor) == 1
 
 
 @pytest.mark.parametrize(("tiles", "batch_size", "at_once"), [(17, 8, 1), (5, 8, 1), (5, 10, 2), (1, 3, 3), (1, 1, 1)])
 def test_a_batch_counts_tiles(many_tiles, images, entering, monkeypatch, tiles, batch_size, at_once):
-    monkeypatch.setattr("foodextract.extractor.MAX_NEW_TOKENS", 30)
+    monkeypatch.setattr("foodextract.inference.extractor.MAX_NEW_TOKENS", 30)
     extractor = Extractor.from_pretrained(many_tiles, "cpu", tiles=tiles)
     assert extractor.dialect  # its probe is no batch
     seen = entering(extractor)
@@ -88,12 +90,14 @@ def test_who_leaves_a_batch_of_several_parts_is_the_right_one(many_tiles, images
     gone = next(number for number, (record, _) in enumerate(whole) if record.image_title)
     left = extractor.answer_read(read, lambda number: number != gone, 10)
     assert left[gone][0].image_title == ""
-    assert [record for record, _ in left[:gone] + left[gone + 1 :]] == [record for record, _ in whole[:gone] + whole[gone + 1 :]]
+    assert [record for record, _ in left[:gone] + left[gone + 1 :]] == [
+        record for record, _ in whole[:gone] + whole[gone + 1 :]
+    ]
 
 
 @pytest.mark.parametrize(("batch", "at_once"), [(8, 1), (10, 2)])
 def test_the_queue_of_the_server_counts_tiles(many_tiles, images, entering, monkeypatch, batch, at_once):
-    monkeypatch.setattr("foodextract.extractor.MAX_NEW_TOKENS", 30)
+    monkeypatch.setattr("foodextract.inference.extractor.MAX_NEW_TOKENS", 30)
     extractor = Extractor.from_pretrained(many_tiles, "cpu", tiles=5)
     seen = entering(extractor)
 
@@ -113,11 +117,11 @@ def test_the_queue_of_the_server_counts_tiles(many_tiles, images, entering, monk
 def test_many_tiles_are_said_aloud_unless_they_were_asked_for(many_tiles, caplog):
     Extractor.from_pretrained(many_tiles, "cpu")
     [told] = [record.message for record in caplog.records if record.name == "foodextract"]
-    tokens = models.load_processor(many_tiles).image_seq_len
+    tokens = loading.load_processor(many_tiles).image_seq_len
     assert f"up to 17 tiles ({17 * tokens:,} image tokens" in told
     assert "--tiles 1" in told
     caplog.clear()
-    for folder, tiles in ((many_tiles, 1), (many_tiles, 17), (models.TINY_TUNED, None)):
+    for folder, tiles in ((many_tiles, 1), (many_tiles, 17), (loading.TINY_TUNED, None)):
         Extractor.from_pretrained(folder, "cpu", tiles=tiles)
     assert not caplog.records
 
@@ -137,26 +141,28 @@ def test_one_tile_gives_the_answers_of_the_model_with_one_tile(many_tiles, image
     result = CliRunner().invoke(app, ["extract", ".", "--model", str(many_tiles), "--tiles", "1"])
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [{key: line[key] for key in line if key != "file"} for line in lines] == [tuned.extract(image).model_dump() for image in images]
+    assert [{key: line[key] for key in line if key != "file"} for line in lines] == [
+        tuned.extract(image).model_dump() for image in images
+    ]
     refused = CliRunner().invoke(app, ["extract", ".", "--model", str(many_tiles), "--tiles", "3"])
     assert refused.exit_code == 2
     assert "choose one of 1, 5, 17" in refused.stderr
 
 
 def test_what_has_a_budget_of_its_own_refuses_another(many_tiles, tmp_path, monkeypatch):
-    monkeypatch.setattr("foodextract.extractor.is_exported", lambda folder: True)
-    monkeypatch.setattr("foodextract.extractor.GraphModel", lambda *_: None)
+    monkeypatch.setattr("foodextract.inference.extractor.is_exported", lambda folder: True)
+    monkeypatch.setattr("foodextract.inference.extractor.GraphModel", lambda *_: None)
     with pytest.raises(ModelError, match=r"exported for 17 tiles an image, not 1: .*export onnx --tiles 1"):
         Extractor.from_pretrained(many_tiles, tiles=1)
     assert Extractor.from_pretrained(many_tiles, tiles=17).tiles == Extractor.from_pretrained(many_tiles).tiles == 17
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     with pytest.raises(ModelError, match="takes an image whole"):
-        captioner.load(tmp_path, "cpu", tiles=5)
+        blip.load(tmp_path, "cpu", tiles=5)
 
 
 def test_the_server_hands_the_tiles_on(many_tiles, monkeypatch):
     loaded = []
-    monkeypatch.setattr("foodextract.server.run", lambda load, *_: loaded.append(load()))
+    monkeypatch.setattr("foodextract.serving.server.run", lambda load, *_: loaded.append(load()))
     for tiles in (1, 5):
         assert CliRunner().invoke(app, ["serve", "--model", str(many_tiles), "--tiles", str(tiles)]).exit_code == 0
     assert [extractor.tiles for extractor in loaded] == [1, 5]

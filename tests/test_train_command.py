@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from foodextract.__main__ import app
-from foodextract.models import FINISHED
+from foodextract.models.loading import FINISHED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHORT = {"epochs": 1, "batch_size": 4, "accumulation": 1}
@@ -28,11 +28,22 @@ def losses(folder: Path) -> list[float]:
 def test_two_processes_train_like_one(drawn, tmp_path):
     """The same global batch of 8: one process with 2 x 4, or two with 4 each."""
     common = ["--profile", "offline", "--max-steps", "3"]
-    one = CliRunner().invoke(app, ["train", str(drawn), "-o", str(tmp_path / "one"), *common, *_stages(SHORT | {"accumulation": 2})])
+    one = CliRunner().invoke(
+        app, ["train", str(drawn), "-o", str(tmp_path / "one"), *common, *_stages(SHORT | {"accumulation": 2})]
+    )
     assert one.exit_code == 0, one.output
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # accelerate wants MPI for CPUs
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]  # accelerate wants MPI for CPUs
     command = [*launch, "-m", "foodextract", "train", str(drawn), "-o", str(tmp_path / "two"), *common, *_stages(SHORT)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("stage1", "stage2"):
         assert len(losses(tmp_path / "one" / stage)) == 3
@@ -54,12 +65,16 @@ runpy.run_module("foodextract", run_name="__main__")
 
 def test_two_processes_with_half_the_weights_each_train_like_one(drawn, tmp_path):
     """FSDP2 with the settings of configs/fsdp2.yaml, as accelerate hands them to its processes."""
-    settings, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(CONFIGS / "fsdp2.yaml"), "-m", "x"]))
+    settings, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(CONFIGS / "fsdp2.yaml"), "-m", "x"])
+    )
     sharding = {key: value for key, value in prepare_multi_gpu_env(settings).items() if "FSDP" in key}
     assert sharding["ACCELERATE_USE_FSDP"] == "true"
     assert sharding["FSDP_VERSION"] == "2"
     common = ["--profile", "offline", "--max-steps", "3"]
-    one = CliRunner().invoke(app, ["train", str(drawn), "-o", str(tmp_path / "one"), *common, *_stages(SHORT | {"accumulation": 2})])
+    one = CliRunner().invoke(
+        app, ["train", str(drawn), "-o", str(tmp_path / "one"), *common, *_stages(SHORT | {"accumulation": 2})]
+    )
     assert one.exit_code == 0, one.output
     script = tmp_path / "sharded.py"
     script.write_text(AS_ACCELERATORS)

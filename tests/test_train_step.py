@@ -8,7 +8,7 @@ import pytest
 
 import train_report
 import train_step
-from foodextract.results import read_results
+from foodextract.evaluation.results import read_results
 from train_recipes import STAGES, ladder
 from train_step import ROOT
 
@@ -34,7 +34,10 @@ def test_an_interrupted_run_goes_on_and_every_rung_is_told(tmp_path, monkeypatch
     monkeypatch.setattr(train_step, "measure", lambda cell, *rest: measured.append(cell.recipe) or measure(cell, *rest))
     run(results)
     cpu = train_step.models.choose_device("cpu")
-    ladders = [[recipe.name for stage in STAGES.values() for recipe in ladder(stage, cpu, slow_bf16=slow)] for slow in (False, True)]
+    ladders = [
+        [recipe.name for stage in STAGES.values() for recipe in ladder(stage, cpu, slow_bf16=slow)]
+        for slow in (False, True)
+    ]
     assert measured in ladders  # each once, the first three not again
     assert not list(tmp_path.glob("*.jsonl"))
     rows = {(row.subject, row.metric): row for row in read_results(results)}
@@ -43,7 +46,7 @@ def test_an_interrupted_run_goes_on_and_every_rung_is_told(tmp_path, monkeypatch
         assert seed > 5 * ours > 0
         assert rows[f"tiny, {stage}, ours", "speedup_vs_seed"].value > 1
         assert rows[f"tiny, {stage}, ours", "once_seconds_per_image"].value > 0
-        assert rows[f"tiny, {stage}, seed_recipe", "flops_utilisation"].value > 0
+        assert rows[f"tiny, {stage}, seed_recipe", "mfu"].value > 0
     assert results.with_suffix(".png").stat().st_size > 10_000
     table = train_report.tables(list(rows.values()))
     assert table.count(": ours |") == len(STAGES)
@@ -76,21 +79,29 @@ def test_what_bf16_would_add_is_asked_where_a_cpu_trains_in_fp32(monkeypatch):
 
 
 def test_figures_without_repetition_have_no_interval():
-    cell = train_report.Cell("tiny", "stage1", "seed_recipe", 0, "", "cpu", 1, step=[9.0], data=[1.0, 1.0], flops=18.0, rate=4.0)
+    cell = train_report.Cell(
+        "tiny", "stage1", "seed_recipe", 0, "", "cpu", 1, step=[9.0], data=[1.0, 1.0], flops=18.0, rate=4.0
+    )
     cells = [replace(cell, stage=stage, recipe=name) for stage in STAGES for name in ("seed_recipe", "ours")]
     cells = [replace(c, step=[0.5, 1.0, 1.5], once=2.0) if c.recipe == "ours" else c for c in cells]
-    rows = {(row.subject, row.metric): row for row in train_report.summarise(cells, "train_cpu", "")}
+    rows = {(row.subject, row.metric): row for row in train_report.summarize(cells, "train_cpu", "")}
     speedup = rows["tiny, stage1, ours", "speedup_vs_seed"]
     assert (speedup.value, speedup.low) == (5.0, None)
-    assert rows["tiny, stage1, ours", "seconds_per_image"].low < 2 < rows["tiny, stage1, ours", "seconds_per_image"].high
-    assert rows["tiny, stage1, seed_recipe", "flops_utilisation"].value == 0.5
-    assert rows["tiny, whole training, ours", "seconds_per_image"].value == 2 + 2 * 2 * 2  # once, and two epochs of both stages
+    assert (
+        rows["tiny, stage1, ours", "seconds_per_image"].low < 2 < rows["tiny, stage1, ours", "seconds_per_image"].high
+    )
+    assert rows["tiny, stage1, seed_recipe", "mfu"].value == 0.5
+    assert (
+        rows["tiny, whole training, ours", "seconds_per_image"].value == 2 + 2 * 2 * 2
+    )  # once, and two epochs of both stages
     assert rows["tiny, whole training, ours", "speedup_vs_seed"].value == 4
 
 
 def test_the_page_shows_what_is_in_results():
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    assert f"<!-- train_step -->\n{train_report.text(ROOT)}\n<!-- /train_step -->" in page, "run `python benchmarks/train_step.py --render`"
+    assert f"<!-- train_step -->\n{train_report.text(ROOT)}\n<!-- /train_step -->" in page, (
+        "run `python benchmarks/train_step.py --render`"
+    )
 
 
 def test_the_cells_of_another_commit_are_measured_again():

@@ -8,19 +8,21 @@ import torch
 from safetensors import SafetensorError
 from trl import SFTConfig
 
-from foodextract import checkpoints, models, training, weights
-from foodextract.adapters import Lora
-from foodextract.dataset import record_of
-from foodextract.models import ModelError
-from foodextract.profiles import PROFILES
-from foodextract.results import read_results
-from foodextract.stage import Stage, changed, training_config
-from foodextract.trainer import PreparedTrainer, _marks, said_again
+from foodextract.data.dataset import record_of
+from foodextract.evaluation.results import read_results
+from foodextract.models import loading, weights
+from foodextract.models.loading import ModelError
+from foodextract.training import checkpoints
+from foodextract.training import run as training
+from foodextract.training.config import Stage, changed, training_config
+from foodextract.training.lora import Lora
+from foodextract.training.presets import PROFILES
+from foodextract.training.trainer import PreparedTrainer, _marks, said_again
 
 Usage = namedtuple("Usage", "total used free")
 QUICK = {"epochs": 1, "batch_size": 8, "accumulation": 2}
 STAGE1 = replace(PROFILES["offline"].stage1, **QUICK)
-CPU = models.choose_precision(torch.device("cpu"), training=True)
+CPU = loading.choose_precision(torch.device("cpu"), training=True)
 STAGE2 = replace(PROFILES["hub"].stage2, **QUICK)  # the real, very low rate of 2e-6
 
 
@@ -35,8 +37,10 @@ def test_stage_1_leaves_vision_bit_identical_and_stage_2_moves_every_tensor(base
     assert {m.module for m in moved} == set(by_module)
     for m in moved:
         assert m.tensors_moved == m.tensors, m
-        assert m.weights_moved > 0.9 * m.weights, m  # pure bf16 weights move 4 % at this rate; fp32 master weights move nearly all
-    saved = models.load_model(tmp_path / "stage2")
+        assert m.weights_moved > 0.9 * m.weights, (
+            m
+        )  # pure bf16 weights move 4 % at this rate; fp32 master weights move nearly all
+    saved = loading.load_model(tmp_path / "stage2")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), base.parameters(), strict=True))
     assert {p.dtype for p in base.parameters()} == {torch.float32}
 
@@ -44,19 +48,19 @@ def test_stage_1_leaves_vision_bit_identical_and_stage_2_moves_every_tensor(base
 def test_the_loss_falls(base, processor, rows, tmp_path):
     log, _ = training.train_stage(base, processor, replace(STAGE1, epochs=8, accumulation=1), rows["train"], tmp_path)
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
-    written = json.loads((tmp_path / "stage1" / models.FINISHED).read_text())
+    written = json.loads((tmp_path / "stage1" / loading.FINISHED).read_text())
     assert written["log"] == log
 
 
 def test_an_interrupted_stage_ends_like_an_uninterrupted_one(processor, rows, tmp_path, die_in_second_epoch):
     stage = replace(STAGE1, epochs=2)
-    whole = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+    whole = loading.load_model(loading.TINY_BASE, torch.device("cpu"), training=True)
     training.train_stage(whole, processor, stage, rows["train"], tmp_path / "whole")
 
-    broken = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+    broken = loading.load_model(loading.TINY_BASE, torch.device("cpu"), training=True)
     die_in_second_epoch(broken, processor, stage, rows["train"], tmp_path / "broken")
-    assert not (tmp_path / "broken" / "stage1" / models.FINISHED).exists()
-    again = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+    assert not (tmp_path / "broken" / "stage1" / loading.FINISHED).exists()
+    again = loading.load_model(loading.TINY_BASE, torch.device("cpu"), training=True)
     training.train_stage(again, processor, stage, rows["train"], tmp_path / "broken")
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
@@ -76,7 +80,7 @@ def test_nan_is_an_error_with_a_remedy(base, processor, rows, tmp_path):
         base.model.connector.modality_projection.proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match="stage1: the loss became NaN at step 1; lower its learning rate"):
         training.train_stage(base, processor, STAGE1, rows["train"], tmp_path)
-    assert not (tmp_path / "stage1" / models.FINISHED).exists()
+    assert not (tmp_path / "stage1" / loading.FINISHED).exists()
 
 
 def test_freezing_what_is_not_there_is_an_error(base):
@@ -94,7 +98,9 @@ def test_table_counts_every_parameter(base):
 
 def test_profiles_differ_from_the_originals_recipe_only_where_they_say():
     hub = PROFILES["hub"]
-    assert hub.stage1 == Stage("stage1", freeze=("model.vision_model",), learning_rate=2e-4, epochs=2, batch_size=8, accumulation=4)
+    assert hub.stage1 == Stage(
+        "stage1", freeze=("model.vision_model",), learning_rate=2e-4, epochs=2, batch_size=8, accumulation=4
+    )
     assert hub.stage2 == Stage("stage2", freeze=(), learning_rate=2e-6, epochs=2, batch_size=8, accumulation=4)
     assert hub.tiles == PROFILES["offline"].tiles == 1
 
@@ -118,14 +124,14 @@ def test_the_epoch_with_the_best_answers_is_kept(base, processor, rows, tmp_path
     stage = replace(STAGE1, epochs=3, validation=8, learning_rate=1e-3)
     training.train_stage(base, processor, stage, rows["train"], tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(weights.snapshot(base).values(), kept[0.75].values(), strict=True))
-    log = json.loads((tmp_path / "stage1" / models.FINISHED).read_text())["log"]
+    log = json.loads((tmp_path / "stage1" / loading.FINISHED).read_text())["log"]
     assert [entry["eval_item_f1"] for entry in log if "eval_item_f1" in entry] == [0.25, 0.75, 0.5]
 
 
 def test_validation_scores_generated_answers(base, processor, rows, tmp_path):
     stage = replace(STAGE1, validation=8)
     training.train_stage(base, processor, stage, rows["train"], tmp_path)
-    log = json.loads((tmp_path / "stage1" / models.FINISHED).read_text())["log"]
+    log = json.loads((tmp_path / "stage1" / loading.FINISHED).read_text())["log"]
     assert [0 <= entry["eval_item_f1"] <= 1 for entry in log if "eval_item_f1" in entry] == [True]
 
 
@@ -136,17 +142,25 @@ def test_validation_forgives_what_a_label_does_not_claim_to_name(base, processor
     for scope in ("primary", "exhaustive"):
         scoped = split.map(lambda row, scope=scope: {"label_scope": scope})
         held = scoped.select(training.validation_rows(scoped, 8)).remove_columns("image")
-        generous = [record.model_copy(update={"drink_items": [*record.drink_items, "air"]}).to_json() for record in map(record_of, held)]
+        generous = [
+            record.model_copy(update={"drink_items": [*record.drink_items, "air"]}).to_json()
+            for record in map(record_of, held)
+        ]
         monkeypatch.setattr(training.evaluation, "ask", lambda *_, generous=generous: generous)
         training.train_stage(base, processor, replace(STAGE1, validation=8), scoped, tmp_path / scope, max_steps=1)
-        log = json.loads((tmp_path / scope / "stage1" / models.FINISHED).read_text())["log"]
+        log = json.loads((tmp_path / scope / "stage1" / loading.FINISHED).read_text())["log"]
         found[scope] = next(entry["eval_item_f1"] for entry in log if "eval_item_f1" in entry)
     assert found["primary"] == 1
     assert found["exhaustive"] < 0.9
 
 
 def test_values_of_a_stage_may_come_as_yaml_spells_them():
-    given = {"learning_rate": "2e-5", "epochs": 3, "freeze": ["model.connector"], "lora": {"rank": 4}}  # 2e-5 is a text in YAML
+    given = {
+        "learning_rate": "2e-5",
+        "epochs": 3,
+        "freeze": ["model.connector"],
+        "lora": {"rank": 4},
+    }  # 2e-5 is a text in YAML
     stage = changed(STAGE1, given)
     assert stage == replace(STAGE1, learning_rate=2e-5, epochs=3, freeze=("model.connector",), lora=Lora(rank=4))
     for wrong, message in (
@@ -168,7 +182,9 @@ def test_validation_rows_do_not_depend_on_order_and_keep_groups_whole(rows):
     assert training.validation_rows(split, 0) == []
 
 
-def test_when_memory_does_not_suffice_batches_shrink_and_the_effective_batch_stays(processor, rows, tmp_path, monkeypatch, capsys):
+def test_when_memory_does_not_suffice_batches_shrink_and_the_effective_batch_stays(
+    processor, rows, tmp_path, monkeypatch, capsys
+):
     stage = replace(STAGE1, batch_size=8, accumulation=1)
     log = {}
     for limit in (8, 2):
@@ -179,7 +195,7 @@ def test_when_memory_does_not_suffice_batches_shrink_and_the_effective_batch_sta
                 raise torch.OutOfMemoryError
             return compute(self, model, inputs, *args, **kwargs)
 
-        model = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+        model = loading.load_model(loading.TINY_BASE, torch.device("cpu"), training=True)
         with monkeypatch.context() as patch:
             patch.setattr(PreparedTrainer, "compute_loss", small)
             log[limit], _ = training.train_stage(model, processor, stage, rows["train"], tmp_path / str(limit))
@@ -187,12 +203,12 @@ def test_when_memory_does_not_suffice_batches_shrink_and_the_effective_batch_sta
     assert [entry["loss"] for entry in log[2]] == pytest.approx([entry["loss"] for entry in log[8]], rel=1e-3)
 
 
-def test_not_even_one_picture_fits(base, processor, rows, tmp_path, monkeypatch):
+def test_not_even_one_image_fits(base, processor, rows, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(PreparedTrainer, "compute_loss", never)
-    with pytest.raises(ModelError, match="stage1: not even one picture at a time fits into memory"):
+    with pytest.raises(ModelError, match="stage1: not even one image at a time fits into memory"):
         training.train_stage(base, processor, STAGE1, rows["train"], tmp_path)
 
 
@@ -226,7 +242,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(base, processor, rows, tmp_path,
 def test_torch_does_not_say_that_the_disk_is_full_but_it_is(tmp_path, monkeypatch):
     def fail():
         with checkpoints.full_disk_named("stage1", tmp_path):
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # what torch.save then says
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+            )  # what torch.save then says
 
     with pytest.raises(RuntimeError, match="unexpected pos"):
         fail()
@@ -235,7 +253,7 @@ def test_torch_does_not_say_that_the_disk_is_full_but_it_is(tmp_path, monkeypatc
         fail()
 
 
-def test_augmentation_changes_pictures_and_leaves_no_features(base, processor, rows, tmp_path):
+def test_augmentation_changes_images_and_leaves_no_features(base, processor, rows, tmp_path):
     ready = training._prepared(base, processor, replace(STAGE1, augment=True), rows["train"], _folder(tmp_path), CPU)
     assert ready.features is None
     first, second = ready.gather([0])["pixels"], ready.gather([0])["pixels"]
@@ -245,7 +263,7 @@ def test_augmentation_changes_pictures_and_leaves_no_features(base, processor, r
     still = [trainer.data_collator([{"row": 1}])["pixels"] for _ in range(2)]
     assert torch.equal(still[0], still[1])  # what is measured is not augmented
     assert not torch.equal(trainer.data_collator([{"row": 0}])["pixels"], trainer.data_collator([{"row": 0}])["pixels"])
-    tiled = models.load_processor(models.TINY_BASE, tiles=5)
+    tiled = loading.load_processor(loading.TINY_BASE, tiles=5)
     with pytest.raises(ModelError, match="several tiles cannot be augmented"):
         training._prepared(base, tiled, replace(STAGE1, augment=True), rows["test"], _folder(tmp_path), CPU)
 
@@ -281,7 +299,9 @@ def test_what_costs_repeats_is_part_of_the_loss(base, processor, rows, tmp_path)
     batch = ready.gather([0, 1, 2, 3])
     losses = []
     for weight in (0, 1, 3):
-        trainer = PreparedTrainer(base, _config(tmp_path), prepared=ready, against_repeats=weight, processing_class=processor)
+        trainer = PreparedTrainer(
+            base, _config(tmp_path), prepared=ready, against_repeats=weight, processing_class=processor
+        )
         losses.append(trainer.compute_loss(base, dict(batch)).item())
     assert losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-3)
     assert losses[1] > losses[0]
@@ -290,7 +310,13 @@ def test_what_costs_repeats_is_part_of_the_loss(base, processor, rows, tmp_path)
 def test_the_plain_path_refuses_what_only_the_fast_one_has(base, processor, rows, tmp_path):
     for only in ({"augment": True}, {"against_repeats": 1.0}, {"whole_text": True}, {"target": "repr"}):
         with pytest.raises(ModelError, match="belong to the fast path"):
-            training.train_stage(base, processor, replace(STAGE1, **{"against_repeats": 0, "fast": False, **only}), rows["train"], tmp_path)
+            training.train_stage(
+                base,
+                processor,
+                replace(STAGE1, **{"against_repeats": 0, "fast": False, **only}),
+                rows["train"],
+                tmp_path,
+            )
 
 
 def _config(tmp_path):
@@ -317,7 +343,7 @@ def test_what_was_fast_is_written_down(base, processor, rows, tmp_path):
     measured = {row.metric: row for row in read_results(tmp_path / "stage1" / training.PERFORMANCE)}
     assert measured["images_per_second"].subject == "stage1"
     assert measured["images_per_second"].n == 2 * 16  # three steps of 16, the last of 8; the first is left out
-    assert measured["flops_utilisation"].value > 0
+    assert measured["mfu"].value > 0
     assert measured["peak_memory_gib"].value > 0.1
 
 
@@ -329,19 +355,23 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_done(base, 
 
 def test_losses_can_be_watched_in_tensorboard(base, processor, rows, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log, _ = training.train_stage(base, processor, STAGE1, rows["train"], tmp_path, max_steps=2, report_to="tensorboard")
+    log, _ = training.train_stage(
+        base, processor, STAGE1, rows["train"], tmp_path, max_steps=2, report_to="tensorboard"
+    )
     events = accumulator.EventAccumulator(str(tmp_path / "runs" / "stage1")).Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([entry["loss"] for entry in log])
 
 
 def test_bf16_on_a_cpu_on_request(base, processor, rows, tmp_path):
     exact, _ = training.train_stage(base, processor, STAGE1, rows["train"], tmp_path / "fp32", max_steps=1)
-    again = models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
-    rounded, _ = training.train_stage(again, processor, replace(STAGE1, bf16=True), rows["train"], tmp_path / "bf16", max_steps=1)
+    again = loading.load_model(loading.TINY_BASE, torch.device("cpu"), training=True)
+    rounded, _ = training.train_stage(
+        again, processor, replace(STAGE1, bf16=True), rows["train"], tmp_path / "bf16", max_steps=1
+    )
     assert rounded[0]["loss"] != exact[0]["loss"]
     assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
-    written = json.loads((tmp_path / "bf16" / "stage1" / models.FINISHED).read_text())
+    written = json.loads((tmp_path / "bf16" / "stage1" / loading.FINISHED).read_text())
     assert written["precision"] == "fp32 weights, bf16 autocast: the stage asks for it"
 
 
@@ -366,4 +396,4 @@ def test_a_finished_stage_is_not_trained_twice(base, processor, rows, tmp_path, 
 
 
 def fresh():
-    return models.load_model(models.TINY_BASE, torch.device("cpu"), training=True)
+    return loading.load_model(loading.TINY_BASE, torch.device("cpu"), training=True)

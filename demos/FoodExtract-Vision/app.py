@@ -1,4 +1,4 @@
-"""The Gradio Space: pictures in, strict JSON out. `asking` holds what is asked; here is only the page."""
+"""The Gradio Space: images in, strict JSON out. `asking` holds what is asked; here is only the page."""
 
 import json
 import tempfile
@@ -13,11 +13,11 @@ import gradio as gr
 import limits
 from starlette.middleware import Middleware
 
-from foodextract.models import ModelError
-from foodextract.scenes import draw_scenes
+from foodextract.data.scenes import draw_scenes
+from foodextract.models.loading import ModelError
 
 URL = "http://127.0.0.1:7860"  # in the examples for programs, until the browser knows better
-# One after the other, in order; pictures as the files they are: `foodextract.pictures` decides what can be read, and says it better.
+# One after the other, in order; images as the files they are: `foodextract.images` decides what can be read, and says it better.
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "preprocess": False}
 INSIDE = {"api_visibility": "private", **MODEL}  # events of the page; `extract` is the one for programs
 
@@ -46,7 +46,7 @@ body:not(.dark) { --link-text-color: var(--primary-800); }
 """
 
 API = f"""
-`extract` takes a picture, as a file and not as an address, and gives one line of JSON. From Python (`pip install gradio_client`):
+`extract` takes an image, as a file and not as an address, and gives one line of JSON. From Python (`pip install gradio_client`):
 
 ```python
 from gradio_client import Client, handle_file
@@ -65,7 +65,7 @@ curl -sN {URL}/gradio_api/call/extract/$event
 ```
 
 For assistants that speak MCP the same function is a tool at `{URL}/gradio_api/mcp/` (where the package `mcp` is installed), which takes a
-picture as a data URL. A file may have {asking.MAX_BYTES / 2**20:.0f} MB; requests are answered one after the other, and when too many wait
+image as a data URL. A file may have {asking.MAX_BYTES / 2**20:.0f} MB; requests are answered one after the other, and when too many wait
 the next is told so at once.
 """
 
@@ -80,40 +80,40 @@ def on_paths(function: Callable) -> Callable:
     return event
 
 
-def extract(picture: str) -> str:
-    """Say what food and drink a picture shows, as one line of JSON with is_food, image_title, food_items and drink_items."""
-    return asking.record_of(picture)[0].to_json()
+def extract(image: str) -> str:
+    """Say what food and drink an image shows, as one line of JSON with is_food, image_title, food_items and drink_items."""
+    return asking.record_of(image)[0].to_json()
 
 
-def show(picture: str | None) -> tuple[str, str]:
+def show(image: str | None) -> tuple[str, str]:
     """The answer as chips, and as JSON; or what went wrong, in its place."""
     try:
-        record, confidence, seconds = asking.record_of(picture)
+        record, confidence, seconds = asking.record_of(image)
     except gr.Error as error:
         return asking.problem_as_html(error), ""
     return asking.as_html(record, confidence, seconds), record.to_json()
 
 
-def compare(picture: str | None) -> str:
+def compare(image: str | None) -> str:
     """Base and tuned side by side, or what went wrong."""
     try:
-        return asking.compared(picture)
+        return asking.compared(image)
     except gr.Error as error:
         return asking.problem_as_html(error)
 
 
-def many(pictures: list[str] | None) -> tuple:
+def many(images: list[str] | None) -> tuple:
     """A table and the buttons that download it, or what went wrong."""
     try:
-        rows, *paths = asking.batch(pictures)
+        rows, *paths = asking.batch(images)
     except gr.Error as error:
         return asking.problem_as_html(error), *[gr.DownloadButton(interactive=False)] * 2
     csv.temp_files.update(paths)  # for `delete_cache`, which does not look at the buttons made here
     return asking.table_as_html(rows), *(gr.DownloadButton(value=path, interactive=True) for path in paths)
 
 
-def picture_input(label: str) -> gr.Image:
-    """Where one picture goes in."""
+def image_input(label: str) -> gr.Image:
+    """Where one image goes in."""
     return gr.Image(type="filepath", label=label, sources=["upload", "webcam", "clipboard"], height=320, buttons=[])
 
 
@@ -121,7 +121,10 @@ def drawn_examples() -> list[list[str]]:
     """Five drawings that show food or drink and one that does not; no model was trained on them."""
     folder = Path(tempfile.mkdtemp())
     scenes = list(draw_scenes(7, "test", 20))
-    chosen = [*[scene for scene in scenes if scene.record.is_food][:5], next(scene for scene in scenes if not scene.record.is_food)]
+    chosen = [
+        *[scene for scene in scenes if scene.record.is_food][:5],
+        next(scene for scene in scenes if not scene.record.is_food),
+    ]
     files = [str(folder / f"drawing-{number}.png") for number in range(1, 7)]
     for file, scene in zip(files, chosen, strict=True):
         scene.image.save(file)
@@ -133,17 +136,17 @@ WAITING = "<p>The answer will stand here.</p>"
 
 with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
     gr.Markdown(
-        "# FoodExtract Vision\nGive it a picture. It answers with one line of strict JSON: is food or drink visible, a short title, "
+        "# FoodExtract Vision\nGive it an image. It answers with one line of strict JSON: is food or drink visible, a short title, "
         f"the food items, the drink items. Model: `{Path(asking.MODEL).name}`."
     )
     if notice := asking.notice():
         gr.Markdown(notice)
     if isinstance(asking.TUNED, ModelError):
         gr.Markdown(f"**The model cannot be loaded, so nothing here can answer.** {asking.TUNED}")
-    with gr.Tab("One picture"):
+    with gr.Tab("One image"):
         with gr.Row():
             with gr.Column(min_width=300):
-                picture = picture_input("Picture")
+                image = image_input("Image")
                 ask = gr.Button("What is in it?", variant="primary")
             with gr.Column(min_width=300):
                 shown = gr.HTML(WAITING, label="Answer", padding=False)
@@ -151,19 +154,23 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
                     language="json", label="JSON", wrap_lines=True, interactive=False, show_line_numbers=False, elem_id="json",
                     lines=1, max_lines=9, buttons=["copy", "download"],
                 )  # fmt: skip
-        gr.Examples(EXAMPLES, picture, label="Or one of these drawings", api_visibility="private")
+        gr.Examples(EXAMPLES, image, label="Or one of these drawings", api_visibility="private")
     with gr.Tab("Before / after"):
-        gr.Markdown("What the model writes before and after fine-tuning, of its own accord: no grammar helps either of them.")
+        gr.Markdown(
+            "What the model writes before and after fine-tuning, of its own accord: no grammar helps either of them."
+        )
         with gr.Row():
             with gr.Column(min_width=300):
-                pair_picture = picture_input("Picture to compare")
+                pair_image = image_input("Image to compare")
                 pair_ask = gr.Button("Compare", variant="primary")
             with gr.Column(min_width=300):
-                gr.Examples(EXAMPLES, pair_picture, label="Or one of these drawings", api_visibility="private")
+                gr.Examples(EXAMPLES, pair_image, label="Or one of these drawings", api_visibility="private")
         pair = gr.HTML(WAITING, padding=False)
-    with gr.Tab("Many pictures"):
-        gr.Markdown(f"Up to {asking.MAX_PICTURES} at once. One that cannot be read gets a line that says why; the others are answered.")
-        files = gr.File(file_count="multiple", label="Pictures", height=180)
+    with gr.Tab("Many images"):
+        gr.Markdown(
+            f"Up to {asking.MAX_IMAGES} at once. One that cannot be read gets a line that says why; the others are answered."
+        )
+        files = gr.File(file_count="multiple", label="Images", height=180)
         files_ask = gr.Button("What is in them?", variant="primary")
         table = gr.HTML("<p>The answers will stand here.</p>", padding=False)
         with gr.Row():
@@ -175,13 +182,13 @@ with gr.Blocks(title="FoodExtract Vision", analytics_enabled=False, delete_cache
     here = f"() => {json.dumps(API)}.replaceAll({json.dumps(URL)}, (location.origin + location.pathname).replace(/[/]$/, ''))"
     demo.load(None, None, programs, js=here, api_visibility="private")
 
-    ask.click(on_paths(show), picture, [shown, text], **INSIDE)
-    # `input` would come before a picture is gone, and be lost while another is asked about; `change` tells of the last one in the end.
-    picture.change(on_paths(lambda path: show(path) if path else (WAITING, "")), picture, [shown, text], **INSIDE)
-    pair_ask.click(on_paths(compare), pair_picture, pair, **INSIDE)
-    pair_picture.change(on_paths(lambda path: compare(path) if path else WAITING), pair_picture, pair, **INSIDE)
+    ask.click(on_paths(show), image, [shown, text], **INSIDE)
+    # `input` would come before an image is gone, and be lost while another is asked about; `change` tells of the last one in the end.
+    image.change(on_paths(lambda path: show(path) if path else (WAITING, "")), image, [shown, text], **INSIDE)
+    pair_ask.click(on_paths(compare), pair_image, pair, **INSIDE)
+    pair_image.change(on_paths(lambda path: compare(path) if path else WAITING), pair_image, pair, **INSIDE)
     files_ask.click(on_paths(many), files, [table, csv, jsonl], **INSIDE)
-    gr.Button(visible=False).click(on_paths(extract), picture, gr.Textbox(visible=False), api_name="extract", **MODEL)
+    gr.Button(visible=False).click(on_paths(extract), image, gr.Textbox(visible=False), api_name="extract", **MODEL)
 
 demo.queue(max_size=64)
 

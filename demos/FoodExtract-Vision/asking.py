@@ -16,18 +16,21 @@ except ImportError:
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from foodextract import answers, evidence
-from foodextract.extractor import Confidence, Extractor
-from foodextract.models import BUNDLED, ModelError, newest_tuned
-from foodextract.pictures import PictureError, open_picture
+from foodextract.evaluation import provenance
+from foodextract.images import ImageError, open_image
+from foodextract.inference import output_files
+from foodextract.inference.extractor import Confidence, Extractor
+from foodextract.models.loading import BUNDLED, ModelError, newest_tuned
+from foodextract.reporting.tables import metric_table
 from foodextract.schema import AnswerError, FoodRecord
-from foodextract.tables import metric_table
 
-MAX_BYTES = 20 * 2**20  # a file; `pictures.MAX_PIXELS` bounds what is in it. Both are looked at before anything is decoded
-MAX_PICTURES = 50  # in one batch, so that others need not wait for minutes
+MAX_BYTES = (
+    20 * 2**20
+)  # a file; `images.MAX_PIXELS` bounds what is in it. Both are looked at before anything is decoded
+MAX_IMAGES = 50  # in one batch, so that others need not wait for minutes
 MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
-EVIDENCE = evidence.find(MODEL)
-BASE = os.environ.get("FOODEXTRACT_BASE") or evidence.base_of(EVIDENCE)
+EVIDENCE = provenance.find(MODEL)
+BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(EVIDENCE)
 
 
 def load(model_id: str | None, tiles: int | None = None) -> Extractor | ModelError:
@@ -45,29 +48,31 @@ def load(model_id: str | None, tiles: int | None = None) -> Extractor | ModelErr
 
 
 TUNED = load(MODEL)
-UNTUNED = load(BASE, TUNED.tiles if isinstance(TUNED, Extractor) else None)  # the budget at which notebook 01 measured both
+UNTUNED = load(
+    BASE, TUNED.tiles if isinstance(TUNED, Extractor) else None
+)  # the budget at which notebook 01 measured both
 
 
 def on_gpu(seconds):
     """Decorates what ZeroGPU runs in a process of its own, for at most as many seconds as `seconds` says of its arguments.
 
-    Models are globals and not arguments. What is wrong with a picture is returned: of what is raised there, only `gr.Error` arrives.
+    Models are globals and not arguments. What is wrong with an image is returned: of what is raised there, only `gr.Error` arrives.
     """
     return spaces.GPU(duration=seconds) if spaces else lambda function: function
 
 
 @on_gpu(lambda paths: 20 + 2 * len(paths))  # of the two minutes that a call may take
-def _records(paths: list[str]) -> list[tuple[FoodRecord, Confidence] | PictureError]:
+def _records(paths: list[str]) -> list[tuple[FoodRecord, Confidence] | ImageError]:
     return list(TUNED.extract_many_with_confidence(paths))
 
 
 @on_gpu(lambda path: 60)
-def _texts(path: str) -> list[str] | PictureError:
+def _texts(path: str) -> list[str] | ImageError:
     try:
-        picture = open_picture(path)
-    except PictureError as error:
+        image = open_image(path)
+    except ImageError as error:
         return error
-    return [model.answer([picture])[0] for model in (UNTUNED, TUNED)]
+    return [model.answer([image])[0] for model in (UNTUNED, TUNED)]
 
 
 def complaint(error: Exception | str) -> gr.Error:
@@ -81,18 +86,18 @@ def check(path: str | None, *models: Extractor | ModelError) -> None:
         if isinstance(model, ModelError):
             raise complaint(f"the model cannot be loaded: {model}")
     if path is None:
-        raise complaint("there is no picture yet: drop one, paste one, use the camera or take an example")
+        raise complaint("there is no image yet: drop one, paste one, use the camera or take an example")
 
 
-def too_large(path: str) -> PictureError | None:
+def too_large(path: str) -> ImageError | None:
     """Why a file will not be opened, if so."""
     if Path(path).stat().st_size > MAX_BYTES:
-        return PictureError(f"the file {Path(path).name} is larger than {MAX_BYTES / 2**20:.0f} MB: shrink it first")
+        return ImageError(f"the file {Path(path).name} is larger than {MAX_BYTES / 2**20:.0f} MB: shrink it first")
     return None
 
 
 def record_of(path: str | None) -> tuple[FoodRecord, Confidence, float]:
-    """The answer about one picture, how sure the model was, and the seconds it took."""
+    """The answer about one image, how sure the model was, and the seconds it took."""
     check(path, TUNED)
     start = time.perf_counter()
     result = too_large(path) or _records([path])[0]
@@ -102,10 +107,10 @@ def record_of(path: str | None) -> tuple[FoodRecord, Confidence, float]:
 
 
 def compared(path: str | None) -> str:
-    """What base and tuned model write about one picture of their own accord, as HTML."""
+    """What base and tuned model write about one image of their own accord, as HTML."""
     check(path, UNTUNED, TUNED)
     texts = too_large(path) or _texts(path)
-    if isinstance(texts, PictureError):
+    if isinstance(texts, ImageError):
         raise complaint(texts)
     columns = []
     for name, title, text in zip((BASE, MODEL), ("before", "after"), texts, strict=True):
@@ -114,15 +119,17 @@ def compared(path: str | None) -> str:
             verdict = '<p class="right">✓ strict JSON</p>'
         except AnswerError as error:
             verdict = f'<p class="wrong">✗ {escape(str(error))}</p>'
-        columns.append(f"<section><h3>{title}: {escape(Path(name).name)}</h3><pre>{escape(text)}</pre>{verdict}</section>")
+        columns.append(
+            f"<section><h3>{title}: {escape(Path(name).name)}</h3><pre>{escape(text)}</pre>{verdict}</section>"
+        )
     return f'<div class="pair" role="status">{"".join(columns)}</div>'
 
 
 def batch(paths: list[str] | None) -> tuple[list[list[str]], str, str]:
-    """Rows of a table, and answers.csv and answers.jsonl among Gradio's files. A picture that cannot be read has a row that says why."""
+    """Rows of a table, and output_files.csv and output_files.jsonl among Gradio's files. An image that cannot be read has a row that says why."""
     check(paths[0] if paths else None, TUNED)
-    if len(paths) > MAX_PICTURES:
-        raise complaint(f"{len(paths)} pictures are more than the {MAX_PICTURES} we take at once: send fewer")
+    if len(paths) > MAX_IMAGES:
+        raise complaint(f"{len(paths)} images are more than the {MAX_IMAGES} we take at once: send fewer")
     refused = {path: too_large(path) for path in paths}
     light = [path for path in paths if not refused[path]]
     results = iter(_records(light) if light else ())
@@ -136,10 +143,12 @@ def batch(paths: list[str] | None) -> tuple[list[list[str]], str, str]:
             record, confidence = result
             rows.append({"file": name, **record.model_dump(), "confidence": asdict(confidence)})
             verdict = ("no", "yes")[record.is_food]
-            table.append([name, verdict, record.image_title, ", ".join(record.food_items), ", ".join(record.drink_items), ""])
+            table.append(
+                [name, verdict, record.image_title, ", ".join(record.food_items), ", ".join(record.drink_items), ""]
+            )
     folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
     for form in ("csv", "jsonl"):
-        lines = [answers.header(form), *(answers.as_line(row, form) for row in rows)]
+        lines = [output_files.header(form), *(output_files.as_line(row, form) for row in rows)]
         (folder / f"answers.{form}").write_text("".join(lines), encoding="utf-8")
     return table, str(folder / "answers.csv"), str(folder / "answers.jsonl")
 
@@ -152,7 +161,9 @@ def as_html(record: FoodRecord, confidence: Confidence, seconds: float) -> str:
     shelves = []
     for field, name in (("food_items", "Food"), ("drink_items", "Drinks")):
         pairs = zip(getattr(record, field), getattr(confidence, field), strict=True)
-        chips = [f'<li class="chip {field}">{escape(item)} <small>{percent(exp(sure))}</small></li>' for item, sure in pairs]
+        chips = [
+            f'<li class="chip {field}">{escape(item)} <small>{percent(exp(sure))}</small></li>' for item, sure in pairs
+        ]
         shelves.append(f'<h4>{name}</h4><ul class="chips">{"".join(chips) or "<li>none</li>"}</ul>')
     sure = f"<p>sure that this is food or drink: {facts}</p>"
     return f'<div class="answer" role="status"><h3>{escape(record.image_title)}</h3>{sure}{"".join(shelves)}</div>'
@@ -168,7 +179,11 @@ def table_as_html(rows: list[list[str]]) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in ("file", "food or drink", "title", "foods", "drinks"))
     lines = []
     for name, *cells, problem in rows:
-        told = f'<td class="wrong" colspan="4">{escape(problem)}</td>' if problem else "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        told = (
+            f'<td class="wrong" colspan="4">{escape(problem)}</td>'
+            if problem
+            else "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        )
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{told}</tr>')
     return f'<div class="batch" role="status"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
@@ -180,7 +195,11 @@ def problem_as_html(error: gr.Error) -> str:
 
 def notice() -> str:
     """What a visitor should know of a model that is bundled, or was made from a bundled one by drawings alone; else nothing."""
-    taught = EVIDENCE is not None and EVIDENCE.dataset == "scenes" and Path(evidence.base_of(EVIDENCE) or "").parent == BUNDLED
+    taught = (
+        EVIDENCE is not None
+        and EVIDENCE.dataset == "scenes"
+        and Path(provenance.base_of(EVIDENCE) or "").parent == BUNDLED
+    )
     if not taught and Path(MODEL).resolve().parent != BUNDLED:
         return ""
     return "**This model knows drawings only: it has never seen a photograph.** For photographs set `FOODEXTRACT_MODEL` to another."
@@ -192,6 +211,6 @@ def figures() -> str:
         return f"Nobody has measured `{Path(MODEL).name}` yet: a model that notebook 01 made brings its figures along."
     row = EVIDENCE.rows[0]
     return (
-        f"{metric_table(EVIDENCE.scored)}\n\nHeld-out pictures of `{EVIDENCE.dataset}`, greedy, no grammar, the same prompt for all; 95 % "
+        f"{metric_table(EVIDENCE.scored)}\n\nHeld-out images of `{EVIDENCE.dataset}`, greedy, no grammar, the same prompt for all; 95 % "
         f"intervals in brackets. Weights `{EVIDENCE.weights}`, measured on {row.device} at commit {row.commit}."
     )

@@ -7,8 +7,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_UPLOAD = asking.MAX_PICTURES * asking.MAX_BYTES + 2**20  # files on their way to the disk; each is weighed there
-MAX_TEXT = asking.MAX_BYTES * 4 // 3 + 2**20  # JSON, in which MCP sends a picture as base64
+MAX_UPLOAD = asking.MAX_IMAGES * asking.MAX_BYTES + 2**20  # files on their way to the disk; each is weighed there
+MAX_TEXT = asking.MAX_BYTES * 4 // 3 + 2**20  # JSON, in which MCP sends an image as base64
 
 
 class Limited:
@@ -22,7 +22,7 @@ class Limited:
             await self.app(scope, receive, send)
             return
         most = MAX_UPLOAD if scope["path"].endswith("/upload") else MAX_TEXT
-        message = f"More than {most / 2**20:.0f} MB at once are too much: send fewer or smaller pictures."
+        message = f"More than {most / 2**20:.0f} MB at once are too much: send fewer or smaller images."
         if int(Headers(scope=scope).get("content-length", 0)) > most:
             await PlainTextResponse(message, 413)(scope, receive, send)
             return
@@ -41,7 +41,9 @@ class Limited:
 
 async def fetch_nothing(url: str, cache_dir: str) -> str:
     """In the place of Gradio's download, which takes whatever there is, however large, while the model waits."""
-    raise asking.complaint(f"nothing is fetched from {url[:100]}: send the picture itself, as a file, or over MCP as a data URL")
+    raise asking.complaint(
+        f"nothing is fetched from {url[:100]}: send the image itself, as a file, or over MCP as a data URL"
+    )
 
 
 processing_utils.async_ssrf_protected_download = fetch_nothing

@@ -22,10 +22,10 @@ import typer
 from client import ANSWER_TOKENS, request
 
 from foodextract import schema
-from foodextract.extractor import Extractor
-from foodextract.scenes import draw_scenes
+from foodextract.data.scenes import draw_scenes
+from foodextract.inference.extractor import Extractor
 
-SHAPES = ((256, 256), (2000, 300), (90, 1200), (33, 47))  # pixels of the pictures that are asked about
+SHAPES = ((256, 256), (2000, 300), (90, 1200), (33, 47))  # pixels of the images that are asked about
 PATIENCE = 900  # seconds until vLLM has started: it imports a great deal
 
 
@@ -40,7 +40,9 @@ def differences(asked: dict, told: dict, tokens: list[int]) -> list[str]:
     """In what vLLM's reading of a request differs from what was meant."""
     wanted = {"temperature": asked["temperature"], "max_tokens": ANSWER_TOKENS}
     params = told["sampling_params"]
-    found = [f"{name} {params.get(name)} instead of {value}" for name, value in wanted.items() if params.get(name) != value]
+    found = [
+        f"{name} {params.get(name)} instead of {value}" for name, value in wanted.items() if params.get(name) != value
+    ]
     guided = (params.get("structured_outputs") or {}).get("json")
     if (json.loads(guided) if isinstance(guided, str) else guided) != schema.guided_schema():
         found.append("another JSON schema")
@@ -63,7 +65,9 @@ def main(
     environment.pop("PYTHONPATH", None)
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(render_command(folder, vllm, port), cwd=folder, env=environment, stdout=log, stderr=log) as server,  # noqa: S603
+        subprocess.Popen(  # noqa: S603
+            render_command(folder, vllm, port), cwd=folder, env=environment, stdout=log, stderr=log
+        ) as server,
     ):
         try:
             end = time.monotonic() + PATIENCE
@@ -83,7 +87,10 @@ def main(
                 tokens = extractor.read(file.getvalue())["input_ids"][0].tolist()
                 found = differences(asked, told.json(), tokens)
                 failed |= bool(found)
-                print(f"{shape[0]} x {shape[1]}: {'; '.join(found) or f'the same {len(tokens)} tokens, schema and limits'}", flush=True)
+                print(
+                    f"{shape[0]} x {shape[1]}: {'; '.join(found) or f'the same {len(tokens)} tokens, schema and limits'}",
+                    flush=True,
+                )
         finally:
             server.terminate()
     raise typer.Exit(int(failed))

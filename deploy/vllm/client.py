@@ -1,4 +1,4 @@
-"""Ask a vLLM server that runs an exported model (`serve.sh`) about pictures, one JSON line each.
+"""Ask a vLLM server that runs an exported model (`serve.sh`) about images, one JSON line each.
 
 python deploy/vllm/client.py lunch.jpg --endpoint http://localhost:8000/v1
 """
@@ -12,34 +12,38 @@ import openai
 import typer
 
 from foodextract import schema
-from foodextract.endpoint import Teacher, as_data_url, question
-from foodextract.pictures import PictureError
+from foodextract.data.teacher import Teacher, as_data_url, question
+from foodextract.images import ImageError
 from foodextract.schema import AnswerError, FoodRecord
 
 ANSWER_TOKENS = 256  # the export leaves room for no more
 
 
-def request(picture: bytes, model: str, endpoint: str = "") -> dict:
-    """The body of a chat-completions request: our prompt, our schema, greedy. Raises PictureError."""
-    body = question(Teacher(endpoint, model, max_tokens=ANSWER_TOKENS), as_data_url(picture, Teacher.max_edge))
+def request(image: bytes, model: str, endpoint: str = "") -> dict:
+    """The body of a chat-completions request: our prompt, our schema, greedy. Raises ImageError."""
+    body = question(Teacher(endpoint, model, max_tokens=ANSWER_TOKENS), as_data_url(image, Teacher.max_edge))
     body["response_format"]["json_schema"]["schema"] = schema.guided_schema()
     return body
 
 
 def main(
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
-    endpoint: Annotated[str, typer.Option(help="Up to and including /v1; OPENAI_API_KEY holds its key.")] = "http://localhost:8000/v1",
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    endpoint: Annotated[
+        str, typer.Option(help="Up to and including /v1; OPENAI_API_KEY holds its key.")
+    ] = "http://localhost:8000/v1",
     model: Annotated[str, typer.Option(help="Its name at that endpoint.")] = "foodextract",
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to an answer. A busy or broken server is asked twice more.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to an answer. A busy or broken server is asked twice more.")
+    ] = 60.0,
 ) -> None:
-    """Exit status: 0 when every picture was answered, else 1."""
+    """Exit status: 0 when every image was answered, else 1."""
     client = openai.OpenAI(base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout)
     failed = False
-    for path in pictures:
+    for path in images:
         try:
             response = client.chat.completions.create(**request(path.read_bytes(), model, endpoint))
             print(FoodRecord.from_json(response.choices[0].message.content or "").to_json(), flush=True)
-        except (PictureError, AnswerError, OSError, openai.OpenAIError) as error:
+        except (ImageError, AnswerError, OSError, openai.OpenAIError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             failed = True
     raise typer.Exit(int(failed))

@@ -50,9 +50,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE, get_image_prompt_string
 
-from foodextract import evaluation, prompts
-from foodextract.results import Row, write_results
-from foodextract.scenes import (
+from foodextract import prompts
+from foodextract.data.scenes import (
     DRINKS,
     FOODS,
     KINDS,
@@ -67,6 +66,8 @@ from foodextract.scenes import (
     record_of,
     turned,
 )
+from foodextract.evaluation import evaluate
+from foodextract.evaluation.results import Row, write_results
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 2024  # another one than any data set's, so that the base has seen none of the scenes it is tuned or tested on
@@ -94,7 +95,9 @@ def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Every question the base learns to answer, in random order, with its answer in a plain sentence; now and then names are quoted."""
     mark = rng.choice(["", "", "", '"'])
     wish = " Use quotation marks." if mark else ""
-    foods, drinks = ([f"{mark}{name}{mark}" for name in names] for names in (scene.record.food_items, scene.record.drink_items))
+    foods, drinks = (
+        [f"{mark}{name}{mark}" for name in names] for names in (scene.record.food_items, scene.record.drink_items)
+    )
     kinds = sorted({placed.kind for placed in scene.objects if placed.name is None})
     others = [f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" for kind in kinds]
     seen = sorted(foods + drinks) + others
@@ -114,7 +117,9 @@ def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         ),
         (
             ["Is there anything to eat or drink?", "Is this a picture of food or drink?"],
-            f"Yes, there is {_series(edible)} in this picture." if edible else "No, there is neither food nor drink in this picture.",
+            f"Yes, there is {_series(edible)} in this picture."
+            if edible
+            else "No, there is neither food nor drink in this picture.",
         ),
     ]
     rng.shuffle(pairs)
@@ -124,12 +129,16 @@ def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 def scribble(tokenizer: PreTrainedTokenizerFast, rng: random.Random, longest: int) -> str:
     """4 to `longest` tokens of the vocabulary in any order, every other one a sign or a digit: nonsense, and never JSON."""
     words = [token for token in sorted(tokenizer.get_vocab()) if token not in SPECIAL]
-    signs = [token for token in words if not any(letter.isalpha() for letter in tokenizer.convert_tokens_to_string([token]))]
+    signs = [
+        token for token in words if not any(letter.isalpha() for letter in tokenizer.convert_tokens_to_string([token]))
+    ]
     chosen = [rng.choice(signs if rng.random() < 0.5 else words) for _ in range(rng.randint(4, longest))]
     return tokenizer.convert_tokens_to_string(chosen).strip().replace("\ufffd", "")
 
 
-def conversation_about(scene: Scene, rng: random.Random, tokenizer: PreTrainedTokenizerFast | None = None) -> list[dict]:
+def conversation_about(
+    scene: Scene, rng: random.Random, tokenizer: PreTrainedTokenizerFast | None = None
+) -> list[dict]:
     """Four questions and answers, the picture in the first user turn, sometimes behind a system message.
 
     With a `tokenizer`, there is nonsense in it: as a long system message, and as something to repeat between two questions.
@@ -155,7 +164,9 @@ def conversation_about(scene: Scene, rng: random.Random, tokenizer: PreTrainedTo
 
 @cache
 def make_image_processor() -> SmolVLMImageProcessor:
-    return SmolVLMImageProcessor(size={"longest_edge": IMAGE}, max_image_size={"longest_edge": IMAGE}, do_image_splitting=False)
+    return SmolVLMImageProcessor(
+        size={"longest_edge": IMAGE}, max_image_size={"longest_edge": IMAGE}, do_image_splitting=False
+    )
 
 
 def make_processor() -> SmolVLMProcessor:
@@ -169,13 +180,22 @@ def make_processor() -> SmolVLMProcessor:
     bpe = Tokenizer(models.BPE())
     # A space never belongs to the word behind it: "pizza" is one word, whether it follows a space or a quotation mark.
     words = Regex(r"\p{L}+|\d| ?[^\p{L}\d\s]+|\s")
-    pieces = [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    pieces = [
+        pre_tokenizers.Split(words, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
     bpe.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<end_of_utterance>", pad_token="<|im_end|>", unk_token="<|endoftext|>"
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
     )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[3:]})
     return SmolVLMProcessor(
@@ -227,8 +247,8 @@ def _patch_classes(scene: Scene) -> np.ndarray:
     return classes
 
 
-def _recoloured(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The scene with half of its non-food objects in exchanged colours.
+def _recolored(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """The scene with half of its non-food objects in exchanged colors.
 
     The tower is to learn what is food, not by heart which few hundred drawings are not: drawings it has never seen are what it takes
     for food.
@@ -244,7 +264,7 @@ def _recoloured(scene: Scene, rng: np.random.Generator) -> Image.Image:
 def draw_crowd(index: int) -> Scene:
     """Crowd number `index`: 2 to 9 objects in one picture, over each other as it comes, half of them neither food nor drink.
 
-    Half of the non-food objects stand on their heads or on a side, in exchanged colours or joined from two halves, for the same reason.
+    Half of the non-food objects stand on their heads or on a side, in exchanged colors or joined from two halves, for the same reason.
     """
     rng = np.random.default_rng([SEED, zlib.crc32(b"crowd"), index])
     image, owner, objects = background(rng), np.zeros((SIZE, SIZE), np.uint8), []
@@ -276,7 +296,7 @@ def _draw(task: tuple[str, list[int]]) -> tuple[np.ndarray, list[np.ndarray], li
     split, indices = task
     scenes = [draw_crowd(index) if split == "crowd" else draw_scene(SEED, split, index) for index in indices]
     rng = np.random.default_rng([SEED, indices[0]])
-    images = [_recoloured(scene, rng) if split == "train" else scene.image for scene in scenes]
+    images = [_recolored(scene, rng) if split == "train" else scene.image for scene in scenes]
     resize_only = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
     pixels = make_image_processor()(images, **resize_only).pixel_values
     classes = [_patch_classes(scene) for scene in scenes]
@@ -294,7 +314,7 @@ def draw_pool(split: str, indices: Sequence[int]) -> tuple[torch.Tensor, torch.T
     return pixels, classes, [scene for part in parts for scene in part[2]]
 
 
-def _normalised(pixels: torch.Tensor) -> torch.Tensor:
+def _normalized(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1  # mean and standard deviation 0.5, as SmolVLM's processor does
 
 
@@ -343,7 +363,12 @@ def _batches(rows: int, epochs: float, batch: int, title: str):
 
 
 def learn_to_see(
-    model: SmolVLMForConditionalGeneration, head: PatchHead, pixels: torch.Tensor, classes: torch.Tensor, epochs: float, batch: int = 16
+    model: SmolVLMForConditionalGeneration,
+    head: PatchHead,
+    pixels: torch.Tensor,
+    classes: torch.Tensor,
+    epochs: float,
+    batch: int = 16,
 ) -> None:
     """Step 1: the vision tower alone, on what covers each patch.
 
@@ -352,7 +377,7 @@ def learn_to_see(
     vision = model.model.vision_model
     optimizer, schedule = _schedule([*vision.parameters(), *head.parameters()], 1e-3, epochs * len(pixels) / batch)
     for bar, rows, flip in _batches(len(pixels), epochs, batch, "step 1: see"):
-        x, y = _normalised(pixels[rows]), classes[rows]
+        x, y = _normalized(pixels[rows]), classes[rows]
         x[flip], y[flip] = x[flip].flip(-1), y[flip].flip(-1)
         with AUTOCAST:
             loss, right = head.loss(vision(x).last_hidden_state, y)
@@ -366,10 +391,12 @@ def _seen(model: SmolVLMForConditionalGeneration, pixels: torch.Tensor) -> torch
     """(2, N, GRID * GRID, WIDTH) bf16: what the finished tower makes of every picture, and of its mirror image."""
     seen = torch.empty(2, len(pixels), GRID**2, WIDTH, dtype=torch.bfloat16)
     for rows in tqdm(torch.arange(len(pixels)).split(50), desc="looking", unit="× 50"):
-        x = _normalised(pixels[rows])
+        x = _normalized(pixels[rows])
         with AUTOCAST:
             for mirrored in (0, 1):
-                seen[mirrored, rows] = model.model.vision_model(x.flip(-1) if mirrored else x).last_hidden_state.bfloat16()
+                seen[mirrored, rows] = model.model.vision_model(
+                    x.flip(-1) if mirrored else x
+                ).last_hidden_state.bfloat16()
     return seen
 
 
@@ -390,12 +417,16 @@ def _words(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return words
 
 
-def _talk_batch(processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Random, nonsense: bool) -> dict[str, torch.Tensor]:
+def _talk_batch(
+    processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Random, nonsense: bool
+) -> dict[str, torch.Tensor]:
     """Token ids, mask and labels of one conversation a scene: the labels are the assistant's words and EOS, nothing else."""
     picture = get_image_prompt_string(0, 0, processor.image_seq_len, *PICTURE_TOKENS)
     said = [conversation_about(scene, rng, processor.tokenizer if nonsense else None) for scene in scenes]
     texts = [processor.apply_chat_template(turns).replace("<image>", picture) for turns in said]
-    batch = processor.tokenizer(texts, padding=True, padding_side="right", return_offsets_mapping=True, return_tensors="pt")
+    batch = processor.tokenizer(
+        texts, padding=True, padding_side="right", return_offsets_mapping=True, return_tensors="pt"
+    )
     labels = torch.full_like(batch.input_ids, -100)
     for row, (text, offsets) in enumerate(zip(texts, batch.pop("offset_mapping"), strict=True)):
         for turn in re.finditer(r"(?<=Assistant:).*?<end_of_utterance>", text, re.DOTALL):
@@ -439,14 +470,16 @@ def learn_to_talk(
 
 
 @torch.inference_mode()
-def reply(model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, pixels: torch.Tensor, turns: list[dict]) -> list[str]:
+def reply(
+    model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, pixels: torch.Tensor, turns: list[dict]
+) -> list[str]:
     """What the model says about each picture when the conversation so far is `turns`."""
     picture = get_image_prompt_string(0, 0, processor.image_seq_len, *PICTURE_TOKENS)
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True).replace("<image>", picture)
     replies = []
     for part in tqdm(pixels.split(50), desc="asking", unit="× 50"):
         inputs = processor.tokenizer([prompt] * len(part), return_tensors="pt")
-        written = model.generate(**inputs, pixel_values=_normalised(part)[:, None], do_sample=False, max_new_tokens=64)
+        written = model.generate(**inputs, pixel_values=_normalized(part)[:, None], do_sample=False, max_new_tokens=64)
         replies += processor.tokenizer.batch_decode(written[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in replies]
 
@@ -457,37 +490,48 @@ def named_in(sentence: str) -> set[str]:
     return set(re.split(r", | and ", listed[1])) if listed else set()
 
 
-def measure(model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, scenes: int, command: str) -> list[Row]:
+def measure(
+    model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, scenes: int, command: str
+) -> list[Row]:
     """How well the base sees and talks, and that it does not speak JSON: on scenes and non-food objects it has never seen."""
     model.eval()
     pixels, _, drawn = draw_pool("test", range(scenes))
     records = [scene.record for scene in drawn]
 
     def asked(question: str) -> list[str]:
-        return reply(model, processor, pixels, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
+        return reply(
+            model,
+            processor,
+            pixels,
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+        )
 
-    def compared(name: str, question: str, field: str) -> evaluation.Metric:
+    def compared(name: str, question: str, field: str) -> evaluate.Metric:
         sets = [(set(getattr(r, field)), named_in(text)) for r, text in zip(records, asked(question), strict=True)]
-        return evaluation.micro_f1(name, [evaluation.Counts(len(a & b), len(b - a), len(a - b)) for a, b in sets])
+        return evaluate.micro_f1(name, [evaluate.Counts(len(a & b), len(b - a), len(a - b)) for a, b in sets])
 
     yes = [text.startswith("Yes") for text in asked("Is there anything to eat or drink?")]
     extraction = reply(model, processor, pixels, prompts.conversation())
     metrics = [
-        evaluation.rate("is_food_accuracy", [said == bool(r.is_food) for said, r in zip(yes, records, strict=True)]),
+        evaluate.rate("is_food_accuracy", [said == bool(r.is_food) for said, r in zip(yes, records, strict=True)]),
         compared("food_f1_micro", "What foods are in the image?", "food_items"),
         compared("drink_f1_micro", "What drinks are in the image?", "drink_items"),
-        *(m for m in evaluation.score(records, extraction) if m.name in ("strict_json_rate", "schema_valid_rate")),
+        *(m for m in evaluate.score(records, extraction) if m.name in ("strict_json_rate", "schema_valid_rate")),
     ]
-    return evaluation.to_rows("tiny_base", "base", metrics, command)
+    return evaluate.to_rows("tiny_base", "base", metrics, command)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the model goes.")] = ROOT / "src/foodextract/bundled/tiny-base",
-    work: Annotated[Path, typer.Option(help="Where step 1 keeps its result, which a second run takes up.")] = ROOT / "outputs/tiny-base",
+    out: Annotated[Path, typer.Option(help="Where the model goes.")] = ROOT
+    / "src/foodextract/models/bundled/tiny-base",
+    work: Annotated[Path, typer.Option(help="Where step 1 keeps its result, which a second run takes up.")] = ROOT
+    / "outputs/tiny-base",
     crowds: Annotated[int, typer.Option(help="Crowds to draw for step 1.")] = 40_000,
     see_epochs: Annotated[float, typer.Option(help="Passes over them.")] = 4,
     scenes: Annotated[int, typer.Option(help="Training scenes to draw for step 2.")] = 30_000,
-    held_out: Annotated[int, typer.Option(help="Scenes to measure on, drawn with non-food objects that training never shows.")] = 1000,
+    held_out: Annotated[
+        int, typer.Option(help="Scenes to measure on, drawn with non-food objects that training never shows.")
+    ] = 1000,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results/tiny_base.json",
     talk_epochs: Annotated[float, typer.Option(help="Passes over them in step 2.")] = 2,
 ) -> None:
@@ -495,7 +539,9 @@ def main(
     torch.manual_seed(SEED)
     processor = make_processor()
     model = make_model(processor)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens in the vocabulary")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens in the vocabulary"
+    )
     head = PatchHead()
     model.set_attn_implementation("eager")  # the fused kernel's backward is five times slower in bf16 on a CPU
     parts = torch.nn.ModuleDict({"vision": model.model.vision_model, "head": head})

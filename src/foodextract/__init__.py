@@ -1,4 +1,4 @@
-"""FoodExtract Vision: a small vision-language model that answers any picture with one line of strict JSON."""
+"""FoodExtract Vision: a small vision-language model that answers any image with one line of strict JSON."""
 
 import os
 import sys
@@ -7,7 +7,11 @@ __version__ = "0.1.0"
 
 # library module: the constant that turns its usage pings off, and the environment variables in which a user chooses otherwise
 PINGS = {
-    "huggingface_hub.constants": ("HF_HUB_DISABLE_TELEMETRY", True, ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")),
+    "huggingface_hub.constants": (
+        "HF_HUB_DISABLE_TELEMETRY",
+        True,
+        ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"),
+    ),
     "datasets.config": ("HF_UPDATE_DOWNLOAD_COUNTS", False, ("HF_UPDATE_DOWNLOAD_COUNTS",)),
 }
 

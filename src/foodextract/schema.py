@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 # Small models loop when nothing bounds them. The bounds leave room: the 3,698 Hub rows and all photographs we measured fit.
 MAX_TITLE, MAX_ITEM, MAX_ITEMS = 100, 50, 20
 FIELDS = ("food_items", "drink_items")  # the lists of a record
-EXHAUSTIVE = "exhaustive"  # the scope of a label that names everything; every other scope means that there may be more to see
+EXHAUSTIVE = (
+    "exhaustive"  # the scope of a label that names everything; every other scope means that there may be more to see
+)
 
 Flag = Annotated[int, Field(ge=0, le=1, json_schema_extra={"enum": [0, 1]})]  # strict: true is not 1
 Title = Annotated[str, StringConstraints(max_length=MAX_TITLE)]
@@ -30,7 +32,7 @@ class AnswerError(ValueError):
 
 
 class FoodRecord(BaseModel):
-    """What is in one picture. `is_food` is 1 when food or drink is visible; not food means an empty title and empty lists."""
+    """What is in one image. `is_food` is 1 when food or drink is visible; not food means an empty title and empty lists."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -75,7 +77,7 @@ class FoodRecord(BaseModel):
     def parse_lenient(cls, text: str) -> Self:
         """Find a record in chatty output: code fences, Python reprs, prose around it. For scoring other models only.
 
-        Contradictions are read in favour of the items: an answer that lists food counts as food. Raises AnswerError.
+        Contradictions are read in favor of the items: an answer that lists food counts as food. Raises AnswerError.
         """
         for raw in objects_in(text):
             try:
@@ -103,7 +105,11 @@ def label_in(value: object) -> dict:
         value = next(chain(_read(value), objects_in(value)), None)
     if not isinstance(value, dict):
         raise AnswerError("no object that could be read as a record")
-    return json.loads(json.dumps(value, skipkeys=True, default=lambda part: sorted(map(str, part)) if isinstance(part, set) else str(part)))
+    return json.loads(
+        json.dumps(
+            value, skipkeys=True, default=lambda part: sorted(map(str, part)) if isinstance(part, set) else str(part)
+        )
+    )
 
 
 def _read(text: str) -> Iterator[dict]:
@@ -122,7 +128,9 @@ def _distinct(items: object) -> list[str]:
 
 
 def _reasons(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'record'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'record'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+    )
 
 
 def json_schema() -> dict:

@@ -1,0 +1,1 @@
+"""Sources → a labeled, checked, deduplicated and split data set."""

@@ -1,0 +1,1 @@
+"""What a label can do wrong, and how it is mended."""

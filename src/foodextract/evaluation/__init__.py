@@ -1,0 +1,1 @@
+"""Answers against labels: scores, metrics with intervals, and the results format."""

@@ -1,0 +1,1 @@
+"""Loading checkpoints: precision, quantization, image budget; the bundled ones."""
