@@ -141,8 +141,9 @@ def test_every_metric_of_an_evaluation_is_shown_somewhere(tmp_path):
     (tmp_path / "results").mkdir()
     for name in ("offline", "peers"):
         write_results(tmp_path / "results" / f"{name}.json", rows)
-    for name, place in (("offline", pages.TABLE), ("peers", "peers")):
-        text = pages.PLACES[place](tmp_path) + pages.PAGES["results/README.md"][f"{name} in full"](tmp_path)
+    results = pages.PAGES["results/README.md"]
+    for name, short in (("offline", pages.offline_table), ("peers", results["peers"])):
+        text = short(tmp_path) + results[f"{name} in full"](tmp_path)
         for metric in metrics:
             if not re.match("(item|food|drink)_(precision|recall|f1)", metric.name):  # those have a table of their own
                 assert {**tables.NAMES, **tables.MORE_NAMES}[metric.name] in text, metric.name
