@@ -1,4 +1,4 @@
-"""Model, data set and Space, sent to a Hub on this machine by the official client and fetched again; and what happens when it fails."""
+"""Model, dataset and Space, published to a local Hub by the official client and downloaded again, with faults."""
 
 import errno
 import gc
@@ -28,7 +28,7 @@ from foodextract.__main__ import app
 from foodextract.data import dataset as images
 from foodextract.data import scenes
 from foodextract.evaluation import provenance
-from foodextract.hub import client as talking
+from foodextract.hub import client as hub_client
 from foodextract.hub import publish
 from foodextract.hub.publish import Plan, PublishError
 from foodextract.models.loading import TINY_TUNED
@@ -74,7 +74,7 @@ def space_plan(repo_id="somebody/space", model=MODEL):
 @pytest.fixture
 def unproven(monkeypatch):
     """What is fetched again is not tried: for tests that end earlier."""
-    monkeypatch.setattr(publish, "_tried", lambda plan, folder: "")
+    monkeypatch.setattr(publish, "_verify", lambda plan, folder: "")
 
 
 def content(plan):
@@ -372,13 +372,13 @@ def test_a_space_asks_the_right_model_from_its_first_moment(hub, unproven):
     send(plan, hub)
     assert len(hub.repositories["space", "somebody/space"].commits) == 2, "the same again is no new commit"
     hub.requests, hub.faults = [], [Fault("POST", "/commit/", 500)]
-    with pytest.raises(PublishError, match=r"readers see what was there before.* But it asks somebody/new already"):
+    with pytest.raises(PublishError, match=r"Readers still see the previous version.* But it already uses somebody/new"):
         send(space_plan(model="somebody/new"), hub)
     assert hub.repositories["space", "somebody/space"].variables == {"FOODEXTRACT_MODEL": "somebody/new"}
 
 
 def test_a_space_whose_model_is_nowhere_is_not_published(hub):
-    with pytest.raises(PublishError, match=r"a Space cannot ask \./outputs/mine: publish that model"):
+    with pytest.raises(PublishError, match=r"a Space cannot use \./outputs/mine: publish that model"):
         space_plan(model="./outputs/mine")
     with pytest.raises(PublishError, match="somebody/nothing: the Hub does not find it"):
         send(space_plan(model="somebody/nothing"), hub)
@@ -386,10 +386,10 @@ def test_a_space_whose_model_is_nowhere_is_not_published(hub):
 
 
 def test_an_app_that_never_answers_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "PATIENCE", 0.5)
+    monkeypatch.setattr(publish, "APP_TIMEOUT", 0.5)
     (tmp_path / "app.py").write_text("import time; time.sleep(600)")
     with pytest.raises(PublishError, match=f"no answer within 0.5 s: try `make space` with FOODEXTRACT_MODEL={MODEL}"):
-        publish._tried(Plan("space", "a/b", {}, model=MODEL), tmp_path)
+        publish._verify(Plan("space", "a/b", {}, model=MODEL), tmp_path)
 
 
 def test_what_is_no_longer_wanted_goes_and_what_is_not_ours_stays(hub, model_folder):
@@ -408,7 +408,7 @@ def test_private_things_do_not_go_where_everybody_reads(hub, model_folder):
     assert "(public)" in send(plan, hub, public=True)
     before = hub.files("model", MODEL)
     changed = replace(plan, files={**plan.files, "training.json": b"{}"})
-    with pytest.raises(PublishError, match="everybody can read it: say --public"):
+    with pytest.raises(PublishError, match="is public: add --public"):
         send(changed, hub)
     assert hub.files("model", MODEL) == before
 
@@ -417,7 +417,7 @@ def test_what_is_private_does_not_become_public_by_the_way(hub, model_folder):
     plan = publish.model_plan(model_folder, MODEL)
     before = _put(hub, Plan("model", MODEL, {"README.md": b"x"}))
     with pytest.raises(
-        PublishError, match=r"there already and private.*in its settings on the Hub, or leave out --public"
+        PublishError, match=r"exists and is private.*in its settings on the Hub, or omit --public"
     ):
         send(plan, hub, public=True)
     assert hub.repositories["model", MODEL].private
@@ -431,17 +431,17 @@ FAULTS = [
     (Fault("POST", "/commit/", 401), "hf auth login"),
     (Fault("POST", "/commit/", 403), "may not write there"),
     (Fault("POST", "/commit/", 409), "somebody else is changing it"),
-    (Fault("POST", "/preupload/", 429, headers={"Retry-After": "60"}), "asks for a pause"),
-    (Fault("POST", "/commit/", 500), "has a fault .HTTP 500.: run this again later"),
-    (Fault("PUT", "/lfs/", 500), "has a fault .HTTP 500.: run this again later"),
+    (Fault("POST", "/preupload/", 429, headers={"Retry-After": "60"}), "limits the rate"),
+    (Fault("POST", "/commit/", 500), "fails .HTTP 500.: rerun the command later"),
+    (Fault("PUT", "/lfs/", 500), "fails .HTTP 500.: rerun the command later"),
     (Fault("PUT", "/lfs/", 0), "the connection broke"),
     (
         Fault("POST", "/commit/", 400, says="a file name is too long"),
-        r"refuses this .HTTP 400: a file name is too long.: mend",
+        r"refuses this .HTTP 400: a file name is too long.: fix",
     ),
-    (Fault("POST", "/commit/", 422, says="the front matter"), r"refuses this .HTTP 422: the front matter.: mend"),
-    (Fault("PUT", "/lfs/", 413, says="too large"), r"refuses this .HTTP 413: too large.: mend"),
-    (Fault("GET", "/resolve/", 500), "has a fault .HTTP 500.*It is published.*the same command"),
+    (Fault("POST", "/commit/", 422, says="the front matter"), r"refuses this .HTTP 422: the front matter.: fix"),
+    (Fault("PUT", "/lfs/", 413, says="too large"), r"refuses this .HTTP 413: too large.: fix"),
+    (Fault("GET", "/resolve/", 500), "fails .HTTP 500.*It is published, but not verified.*the same command"),
     (Fault("GET", "/resolve/", 0), "the connection broke.*It is published.*the same command"),
 ]
 
@@ -460,14 +460,14 @@ def test_a_fault_is_explained_and_loses_nothing(hub, model_folder, fault, messag
     assert TOKEN not in str(caught.value)
     published = "/resolve/" in fault.path
     assert hub.files("model", MODEL) == (content(plan) if published else repository_before)
-    assert ("readers see what was there before" in str(caught.value)) != published
+    assert ("Readers still see the previous version" in str(caught.value)) != published
     hub.faults = []
     send(plan, hub)
     assert hub.files("model", MODEL) == content(plan)
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(403, "may not write there"), (402, "refuses this .HTTP 402: buy more room.: mend")]
+    ("status", "message"), [(403, "may not write there"), (402, "refuses this .HTTP 402: buy more room.: fix")]
 )
 def test_an_owner_that_the_token_may_not_write_for(hub, model_folder, status, message):
     hub.faults = [Fault("POST", "repos/create", status, says="buy more room")]
@@ -488,7 +488,7 @@ def test_an_interrupted_upload_goes_on_where_it_was(hub, model_folder):
     plan = publish.model_plan(model_folder, MODEL)
     large = hashlib.sha256((model_folder / "model.safetensors").read_bytes()).hexdigest()
     hub.faults = [Fault("PUT", large, 0)]
-    with pytest.raises(PublishError, match="is not sent again"):
+    with pytest.raises(PublishError, match="are not sent again"):
         send(plan, hub)
     arrived = hub.asked("PUT", "/lfs/") - hub.asked("PUT", large)
     assert arrived == sum(size > LARGE for size in plan.sizes().values()) - 1, "the other large files"
@@ -571,11 +571,11 @@ def test_a_token_that_the_hub_repeats_is_not_printed(hub, model_folder, status):
 
 @pytest.mark.parametrize("path", ["whoami", "/commit/"])
 def test_a_hub_that_is_silent_is_given_up(hub, model_folder, monkeypatch, path):
-    monkeypatch.setattr(talking, "SILENCE", 0.3)
+    monkeypatch.setattr(hub_client, "TIMEOUT", 0.3)
     plan = publish.model_plan(model_folder, MODEL)
     hub.faults = [Fault("GET" if path == "whoami" else "POST", path, seconds=60)]
     start = time.monotonic()
-    with pytest.raises(PublishError, match=r"the connection broke .*ReadTimeout.*: run this again"):
+    with pytest.raises(PublishError, match=r"the connection broke .*ReadTimeout.*: rerun the command"):
         send(plan, hub)
     assert time.monotonic() - start < 30
 
@@ -585,7 +585,7 @@ def test_a_hub_that_is_silent_is_given_up(hub, model_folder, monkeypatch, path):
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
-            "this machine cannot .*No space left on device.*make room",
+            "this machine cannot .*No space left on device.*free space",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/tmp/x"), "this machine cannot .*Permission denied"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "the connection broke"),
@@ -678,7 +678,7 @@ def test_the_notebook_s_publishing_cells_work(hub, built, model_folder, tmp_path
     told = capsys.readouterr().out
     assert "published as somebody/one" in told
     assert "push_to_hub is not set: nothing was published" in told
-    assert FoodRecord.parse(answer_in(told.partition("its app answers ")[2]))
+    assert FoodRecord.parse(answer_in(told.partition("app answers ")[2]))
     assert hub.repositories["space", "somebody/two"].variables == {"FOODEXTRACT_MODEL": "somebody/one"}
     assert hub.files("dataset", "somebody/zero").keys() >= {"README.md", "data/test-00000-of-00001.parquet"}
     assert '"is_food": 1' in told.partition("about one of test:\n  label")[2].splitlines()[0]
