@@ -18,10 +18,9 @@ from foodextract.reporting.figures import (
     before_after,
     class_heat_map,
     contact_sheet,
-    effects,
     loss_curves,
     reliability,
-    token_colors,
+    token_mask,
     worst_cases,
 )
 from foodextract.reporting.tables import (
@@ -41,8 +40,8 @@ from foodextract.reporting.tables import (
 
 __all__ = [
     "MORE_NAMES", "NAMES", "bars", "before_after", "class_heat_map", "contact_sheet", "difference_table", "effect_sentences",
-    "effect_table", "effects", "fill_in", "group_table", "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table",
-    "offline_table", "outcome_table", "peers_table", "publish", "reliability", "token_colors", "worst_cases",
+    "effect_table", "fill_in", "group_table", "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table",
+    "offline_table", "outcome_table", "peers_table", "publish", "reliability", "token_mask", "worst_cases",
 ]  # fmt: skip
 
 
