@@ -18,7 +18,7 @@ from PIL import Image
 from foodextract import names
 from foodextract.data import dataset, ingest, scenes, selection, sources
 from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample
-from foodextract.hub import publish
+from foodextract.reporting import cards
 
 
 def png(image):

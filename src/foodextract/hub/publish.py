@@ -29,6 +29,7 @@ from foodextract.data.dataset import SPLITS, load, record_of
 from foodextract.data.samples import DatasetError
 from foodextract.data.scenes import draw_scene
 from foodextract.evaluation import provenance
+from foodextract.evaluation.scoring import count_items, try_read
 from foodextract.hub.client import PublishError, client, explained
 from foodextract.inference.extractor import Extractor
 from foodextract.models.loading import ModelError, newest_tuned
@@ -42,8 +43,8 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
     "model": (
         "README.md", "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
         "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "added_tokens.json", "vocab.json", "merges.txt", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-        "training.json", provenance.EVALUATION,
+        "added_tokens.json", "vocab.json", "merges.txt", "model.safetensors", "model-*-of-*.safetensors",
+        "model.safetensors.index.json", "training.json", provenance.EVALUATION,
     ),
     "dataset": (
         "README.md", "data/*.parquet", "report.json", "rejects.jsonl", "findings.jsonl", "near_duplicates.jsonl",
@@ -51,7 +52,7 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
     "space": ("README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py"),
 }  # fmt: skip
 BUNDLED = "models/bundled/*/*"
-PACKAGE = ("**/*.py", "data/**/*.txt", f"{BUNDLED}.json", f"{BUNDLED}.jinja", f"{BUNDLED}.safetensors")
+PACKAGE = ("**/*.py", "py.typed", "data/**/*.txt", f"{BUNDLED}.json", f"{BUNDLED}.jinja", f"{BUNDLED}.safetensors")
 SHARD = 500_000_000  # bytes of Arrow per parquet file, as in `datasets`
 APP_TIMEOUT = 1800  # seconds for the downloaded app to load its model and answer
 VARIABLE = "FOODEXTRACT_MODEL"
@@ -78,9 +79,19 @@ class Plan:
         return {n: len(file) if isinstance(file, bytes) else file.stat().st_size for n, file in self.files.items()}
 
     def __str__(self) -> str:
-        sizes = self.sizes()
+        return self._listing(self.sizes())
+
+    def summary(self) -> str:
+        """Return the plan with one line per folder, for notebooks."""
+        folders: dict[str, list[int]] = {}
+        for name, size in self.sizes().items():
+            folder, slash, _ = name.partition("/")
+            folders.setdefault(folder + slash, []).append(size)
+        return self._listing({f"{n} ({len(s)} files)" if n[-1] == "/" else n: sum(s) for n, s in folders.items()})
+
+    def _listing(self, sizes: dict[str, int]) -> str:
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
-        total = f"{sum(sizes.values()):>15,}  bytes in {len(lines)} files"
+        total = f"{sum(sizes.values()):>15,}  bytes in {len(self.files)} files"
         return "\n".join([f"{self.kind} {self.repo_id}{self.source}:", *lines, total])
 
 
@@ -103,7 +114,7 @@ def model_plan(folder: str | Path, repo_id: str = HUB_MODEL) -> Plan:
     try:
         budget = image_budget(json.loads(file.read_text(encoding="utf-8")))
         file = folder / "model.safetensors.index.json"
-        counts: dict[str, int] = {**get_local_safetensors_metadata(folder).parameter_count}
+        counts = {str(dtype): n for dtype, n in get_local_safetensors_metadata(folder).parameter_count.items()}
     except (NotASafetensorsRepoError, OSError, ValueError, KeyError, TypeError) as error:
         message = f"{file} is missing or damaged ({type(error).__name__}: {error}): save the model and processor again"
         raise PublishError(message) from error
@@ -213,28 +224,39 @@ def _create(api: HfApi, plan: Plan, public: bool) -> tuple[bool, str | None]:
 
 
 def _verify(plan: Plan, folder: Path) -> str:
-    """Compare the downloaded files with what was sent; return what they answer about an image. Raises PublishError."""
+    """Compare the downloaded files with what was sent, and let them answer about an image. Raises PublishError."""
     for name, file in plan.files.items():
         copy = folder / name
         if not copy.is_file() or not (
             copy.read_bytes() == file if isinstance(file, bytes) else filecmp.cmp(copy, file, shallow=False)
         ):
             raise PublishError(f"{plan.repo_id}: {name} came back different from what was sent: rerun the command")
-    scene = next(scene for index in count() if (scene := draw_scene(7, "test", index)).record.food_items)
+    seed = 7 if plan.kind == "model" else 8  # model and Space answer about different scenes
+    scene = next(scene for index in count() if (scene := draw_scene(seed, "test", index)).record.food_items)
+    label, subject = scene.record, "The downloaded copy answers about a drawn scene"
     try:
         if plan.kind == "model":
-            return f"The downloaded copy answers {Extractor.from_pretrained(folder).extract(scene.image).to_json()}"
-        if plan.kind == "dataset":
+            answer = Extractor.from_pretrained(folder).extract(scene.image).to_json()
+        elif plan.kind == "dataset":
             rows = datasets.load_dataset(str(folder), cache_dir=str(folder / ".rows"))
             is_food, model = list(rows["test"]["is_food"]), newest_tuned()
             row = rows["test"][is_food.index(max(is_food))]
-            answer = Extractor.from_pretrained(model).extract(row["image"]).to_json()
+            label, answer = record_of(row), Extractor.from_pretrained(model).extract(row["image"]).to_json()
             counts = " and ".join(f"{len(rows[split]):,} {split}" for split in SPLITS)
-            label = record_of(row).to_json()
-            return f"The downloaded copy has {counts} rows; a test row is {label}, and {model.name} answers {answer}"
+            subject = f"The downloaded copy has {counts} rows. {model.name} answers about a test row"
+        else:
+            scene.image.save(folder / "image.png")
+            answer = _ask_app(plan, folder)
+            subject = "The downloaded app answers about a drawn scene"
     except ModelError as error:
         raise PublishError(f"{plan.repo_id} was published, but the downloaded copy does not load: {error}") from error
-    scene.image.save(folder / "image.png")
+    items = count_items(label, try_read(answer))
+    verdict = f"{items.found} of {items.found + items.missed} items found, {items.invented} invented"
+    return f"{subject}:\n  label    {label.to_json()}\n  answer   {answer}\n  verdict  {verdict}"
+
+
+def _ask_app(plan: Plan, folder: Path) -> str:
+    """Run the downloaded Space on its image.png in a process of its own. Raises PublishError."""
     command = [sys.executable, "-c", "import app; print(app.extract('image.png'))"]
     env = {**os.environ, "PYTHONPATH": str(folder), VARIABLE: plan.model or ""}
     try:
@@ -246,7 +268,7 @@ def _verify(plan: Plan, folder: Path) -> str:
         ) from None
     if run.returncode:
         raise PublishError(f"{plan.repo_id} was published, but its app fails:\n{run.stderr.strip()[-2000:]}")
-    return f"The downloaded app answers {run.stdout.strip().splitlines()[-1]}"
+    return run.stdout.strip().splitlines()[-1]
 
 
 def _allowed(folder: Path, patterns: Sequence[str]) -> dict[str, Path | bytes]:
