@@ -99,8 +99,9 @@ def test_only_files_allowed_by_name_are_planned(model_folder):
     expected = {path.name for path in model_folder.iterdir()} | {"README.md", "training.json"}
     (model_folder / "training.json").write_text("{}")
     for secret in (
-        "checkpoints/checkpoint-3/optimizer.pt", "checkpoints/checkpoint-3/model.safetensors", "optimizer.safetensors", "rng_state.pth",
-        ".cache/huggingface/token", "token", ".env", "training_args.bin", "events.out.tfevents", "notes.json", "model.safetensors.partial",
+        "checkpoints/checkpoint-3/optimizer.pt", "checkpoints/checkpoint-3/model.safetensors",
+        "optimizer.safetensors", "rng_state.pth", ".cache/huggingface/token", "token", ".env", "training_args.bin",
+        "events.out.tfevents", "notes.json", "model.safetensors.partial",
     ):  # fmt: skip
         (model_folder / secret).parent.mkdir(parents=True, exist_ok=True)
         (model_folder / secret).write_text("secret")
@@ -280,7 +281,8 @@ def test_the_space_contains_this_package():
         if name.startswith("foodextract/"):
             assert data == (ROOT / "src" / name).read_bytes(), name
     assert {name.partition("/")[0] for name in sent} == {
-        "README.md", "LICENSE", "NOTICE", "app.py", "asking.py", "limits.py", "requirements.txt", "thumbnail.png", "foodextract",
+        "README.md", "LICENSE", "NOTICE", "app.py", "asking.py", "limits.py", "requirements.txt", "thumbnail.png",
+        "foodextract",
     }  # fmt: skip
 
 
@@ -325,7 +327,7 @@ def test_dataset_round_trip(hub, built, tmp_path):
 
 
 def test_space_round_trip_by_command(hub, model_folder, tmp_path):
-    """Run the command in a terminal against the local Hub; the downloaded Space loads its model from there and answers."""
+    """Run the command in a terminal against the local Hub; the downloaded Space gets its model there, and answers."""
     send(publish.model_plan(model_folder, MODEL), hub)
     env = {**os.environ, **environment(hub), "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT / "src")}
     env.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
