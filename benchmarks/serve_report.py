@@ -1,4 +1,4 @@
-"""What the serving benchmarks measured: from results/serving.json and results/space.json to this folder's README.md.
+"""Write the tables of README.md in this folder from results/serving.json and results/space.json.
 
 python benchmarks/serve_report.py      # after the benchmarks have run elsewhere
 """
@@ -14,7 +14,7 @@ Figures = dict[tuple[str, str], Row]  # by subject and metric
 
 
 def serving(root: Path) -> str:
-    """What stands between the marks: a part for each benchmark that has run."""
+    """Return the section of the serving benchmarks, one part for each."""
     results = root / "results" / "serving.json"
     rows = read_results(results) if results.exists() else []
     parts = []
@@ -23,7 +23,7 @@ def serving(root: Path) -> str:
         how = (
             f"`{own[0].command}`, {own[0].device}, commit {own[0].commit}"
             if own
-            else f"`.venv/bin/python benchmarks/{name}.py` does it"
+            else f"run `.venv/bin/python benchmarks/{name}.py`"
         )
         parts.append(
             f"{part({(row.subject, row.metric): row for row in own})}\n\n{how}."
@@ -34,39 +34,41 @@ def serving(root: Path) -> str:
 
 
 def space(root: Path) -> str:
-    """The same for the Space's page."""
+    """Return the section of the Space's page."""
     results = root / "results" / "space.json"
     if not results.exists():
-        return "Not measured yet: `.venv/bin/python benchmarks/space_page.py` does it."
+        return "Not measured yet: run `.venv/bin/python benchmarks/space_page.py`."
     rows = read_results(results)
     of = {row.subject: row for row in rows}
     lines = [
-        ["from starting the process to its first answer", f"{of['start'].value:.1f}"],
-        [f"from asking for the page until it can be used, mean of {of['page'].n}", _with_interval(of["page"], 2)],
+        ["from process start to first answer", f"{of['start'].value:.1f}"],
+        [f"from request of the page until it is usable, mean of {of['page'].n}", _with_interval(of["page"], 2)],
         ["the same, slowest", f"{of['page, slowest'].value:.2f}"],
         [
-            f"{of['ten at once'].value:.0f} of {of['ten at once'].n} people at once answered, the last after",
+            f"{of['ten at once'].value:.0f} of {of['ten at once'].n} simultaneous users answered, the last after",
             f"{of['ten at once, slowest'].value:.1f}",
         ],
     ]
-    return f"{markdown_table(['what', 'seconds'], lines)}\n\n`{rows[0].command}`, {rows[0].device}, commit {rows[0].commit}."
+    table = markdown_table(["what", "seconds"], lines)
+    return f"{table}\n\n`{rows[0].command}`, {rows[0].device}, commit {rows[0].commit}."
 
 
-PLACES: dict[str, Callable[[Path], str]] = {"serving": serving, "space": space}  # in benchmarks/README.md
+SECTIONS: dict[str, Callable[[Path], str]] = {"serving": serving, "space": space}  # in benchmarks/README.md
 
 
 def render(root: Path) -> None:
-    """Bring benchmarks/README.md up to date."""
-    for name, of in PLACES.items():
+    """Update benchmarks/README.md."""
+    for name, of in SECTIONS.items():
         fill_in(root / "benchmarks" / "README.md", name, of(root))
 
 
 def _load(of: Figures) -> str:
     ours, flask = (of[name, "images_per_second"] for name in ("ours", "flask, one at a time"))
     faster = of["ours", "speedup_vs_flask"]
-    told = (
-        f"**{_with_interval(faster, 2)} times the throughput** of the Flask server in {faster.n} rounds in which the two took turns: "
-        f"{_with_interval(ours, 1)} against {_with_interval(flask, 1)} images a second, {ours.n:,} and {flask.n:,} images."
+    claim = (
+        f"**{_with_interval(faster, 2)} times the throughput** of the Flask server in {faster.n} rounds in which the two "
+        f"took turns: {_with_interval(ours, 1)} against {_with_interval(flask, 1)} images a second, {ours.n:,} and "
+        f"{flask.n:,} images."
     )
     lines = []
     for subject in dict.fromkeys(subject for subject, metric in of if metric == "lost_or_unexpected"):
@@ -83,7 +85,7 @@ def _load(of: Figures) -> str:
     change = f"{100 * grown.value:+.1f} % from the second tenth of the time to the last"
     under = f"Memory under twice the load: {memory.value:.2f} GiB at most, {change}."
     plot = "![Seconds to an answer, and statuses, by load](../results/serving.png)"
-    return "\n\n".join([told, markdown_table(head, lines), plot, under])
+    return "\n\n".join([claim, markdown_table(head, lines), plot, under])
 
 
 def _faults(of: Figures) -> str:
@@ -95,14 +97,14 @@ def _faults(of: Figures) -> str:
     refused, back = of["hostile uploads", "refused_share"], of["SIGKILL", "seconds"]
     lines = [
         ["SIGTERM under load", "accepted requests lost", count("SIGTERM", "lost")],
-        ["", "other answers than 200 and 503", count("SIGTERM", "unexpected")],
-        ["", "ended with another status than 0", count("SIGTERM", "ended_badly")],
-        ["SIGKILL", f"back and ready after, longest of {back.n}", f"{back.value:.1f} s"],
+        ["", "answers other than 200 and 503", count("SIGTERM", "unexpected")],
+        ["", "exit status other than 0", count("SIGTERM", "ended_badly")],
+        ["SIGKILL", f"ready again after, longest of {back.n}", f"{back.value:.1f} s"],
         ["", "answers that differ from before", count("SIGKILL", "answers_changed")],
-        ["hostile uploads", "told 4xx", f"{100 * refused.value:.1f} % of {refused.n:,}"],
+        ["hostile uploads", "rejected with 4xx", f"{100 * refused.value:.1f} % of {refused.n:,}"],
         ["", "crashes", f"{of['hostile uploads', 'crashes'].value:.0f}"],
         ["", "growth of memory", f"{100 * grown.value:+.1f} %"],
-        ["", "honest images among them with another answer than before", f"{spoilt.value:.0f} of {spoilt.n}"],
+        ["", "honest images among them with a changed answer", f"{spoilt.value:.0f} of {spoilt.n}"],
         ["schemathesis", "findings, by requests made", count("schemathesis", "findings")],
     ]
     return markdown_table(["", "what", "measured"], lines)

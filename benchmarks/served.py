@@ -1,4 +1,4 @@
-"""A `foodextract serve` in a process of its own, as the load and fault benchmarks start it; it listens on the loopback only."""
+"""Start `foodextract serve` in a process of its own on the loopback, for the serving benchmarks."""
 
 import io
 import json
@@ -26,7 +26,7 @@ RESULTS = ROOT / "results" / "serving.json"
 
 @dataclass
 class Served:
-    """A running server. `memory` grows by one resident size in GiB every half second, while it lives."""
+    """A running server. `memory` collects its resident size in GiB every half second."""
 
     process: subprocess.Popen
     address: str
@@ -35,20 +35,20 @@ class Served:
 
     @property
     def port(self) -> int:
-        """On the loopback."""
+        """The port on the loopback."""
         return int(self.address.rsplit(":", 1)[1])
 
     def resident(self) -> float:
-        """Resident memory now, in GiB."""
+        """Return the resident memory now, in GiB."""
         return psutil.Process(self.process.pid).memory_info().rss / 2**30
 
     def peak(self) -> float:
-        """The most that was ever resident, in GiB: loading and rounding the weights counts (Linux)."""
+        """Return the peak resident memory in GiB, loading included (Linux)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1]) / 2**20
 
     def watch(self) -> None:
-        """Until the process ends."""
+        """Collect `memory` until the process ends."""
         while self.process.poll() is None:
             try:
                 self.memory.append(self.resident())
@@ -59,7 +59,7 @@ class Served:
 
 @contextmanager
 def serving(model: Path, *options: str, port: int | None = None) -> Iterator[Served]:
-    """Start, wait until it is ready, and kill it at the end if nobody has stopped it. Raises RuntimeError with its last words."""
+    """Start a server, wait until it is ready, and kill it at the end. Raises RuntimeError with its last log lines."""
     port = port or free_port()
     with started(
         [sys.executable, "-m", "foodextract", "serve", "--model", str(model), "--port", str(port), *options], port
@@ -68,7 +68,7 @@ def serving(model: Path, *options: str, port: int | None = None) -> Iterator[Ser
 
 
 def free_port() -> int:
-    """One that nobody listens on just now."""
+    """Return a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -80,15 +80,15 @@ def started(command: list[str], port: int) -> Iterator[Served]:
     begun = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
     try:
-        said = []
+        lines = []
         for line in process.stderr:
-            said.append(line)
+            lines.append(line)
             if line.startswith("{") and json.loads(line)["event"] == "ready":
                 break
         else:
-            raise RuntimeError(f"the server did not start: {''.join(said[-5:])}")
+            raise RuntimeError(f"the server did not start: {''.join(lines[-5:])}")
         served = Served(process, f"http://127.0.0.1:{port}", time.monotonic() - begun)
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never fills the pipe
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # keeps the pipe from filling up
         threading.Thread(target=served.watch, daemon=True).start()
         yield served
     finally:
@@ -97,7 +97,7 @@ def started(command: list[str], port: int) -> Iterator[Served]:
 
 
 def drawn_images(count: int) -> list[bytes]:
-    """PNG files of drawn scenes that no model was trained on."""
+    """Draw PNG files of scenes that no model was trained on."""
     files = []
     for scene in draw_scenes(77, "test", count):
         file = io.BytesIO()
@@ -107,14 +107,14 @@ def drawn_images(count: int) -> list[bytes]:
 
 
 def growth(memory: list[float]) -> float:
-    """By which share memory grew: the mean of its last tenth over that of its second tenth, less one."""
+    """Return the relative growth of memory: the mean of its last tenth over that of its second tenth, less one."""
     tenth = max(1, len(memory) // 10)
     early, late = memory[tenth : 2 * tenth] or memory, memory[-tenth:]
     return sum(late) / len(late) / (sum(early) / len(early)) - 1
 
 
 def write_part(path: Path, rows: list[Row]) -> None:
-    """Put the rows of one benchmark into a file that several share, in place of its earlier ones; the README's tables follow."""
+    """Replace the rows of one benchmark in a shared results file, and update the tables of README.md."""
     others = [row for row in (read_results(path) if path.exists() else []) if row.benchmark != rows[0].benchmark]
     write_results(path, others + rows)
     if path.resolve() == RESULTS:

@@ -1,4 +1,4 @@
-"""What is claimed about the server and the Space: the page shows what was measured, and what was measured meets the targets."""
+"""The page shows the measured figures of server and Space, and the figures meet their targets."""
 
 import os
 from itertools import islice
@@ -30,7 +30,7 @@ def measured():
 
 def test_the_page_shows_what_is_in_results():
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    for name, text in serve_report.PLACES.items():
+    for name, text in serve_report.SECTIONS.items():
         assert f"<!-- {name} -->\n{text(ROOT)}\n<!-- /{name} -->" in page, (
             f"run `python benchmarks/serve_report.py`: {name} is out of date"
         )
@@ -69,7 +69,7 @@ def test_starts_are_stated_for_all_sizes(measured):
         assert {metric for subject, metric in measured if subject == size} == {"seconds", "peak_memory_gib"}
 
 
-def test_the_page_of_the_space_is_soon_there():
+def test_the_page_of_the_space_loads_fast():
     assert {row.subject: row for row in rows_of("space.json")}["page"].value <= 3
 
 
@@ -78,7 +78,7 @@ def test_ten_people_at_once_are_answered():
     assert rows["ten at once"].value == rows["ten at once"].n == 10
 
 
-def test_peak_memory_is_the_most_that_ever_was():
+def test_peak_memory_counts_freed_memory():
     held = Served(SimpleNamespace(pid=os.getpid()), "", 0.0)
     np.ones(2**26)  # half a GiB, given back at once
     assert held.peak() > held.resident() + 0.2
