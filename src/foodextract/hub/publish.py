@@ -28,9 +28,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import NotASafetensorsRepoError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, SpaceInfo
 
-from foodextract.data.dataset import SPLITS, load, record_of
+from foodextract.data.dataset import load, record_of
 from foodextract.data.samples import DatasetError
 from foodextract.data.scenes import draw_scene
+from foodextract.data.selection import SPLITS
 from foodextract.evaluation import provenance
 from foodextract.hub.client import PublishError, client, explained
 from foodextract.inference.extractor import Extractor
@@ -50,7 +51,7 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
         "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "training.json", provenance.EVALUATION,
     ),
-    "dataset": ("README.md", "data/*.parquet", "report.json", "rejects.jsonl", "findings.jsonl", "near_duplicates.jsonl"),
+    "dataset": ("README.md", "data/*.parquet", "report.json", "rejects.jsonl", "issues.jsonl", "near_duplicates.jsonl"),
     "space": ("README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py"),
 }  # fmt: skip
 PACKAGE = (

@@ -23,7 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from foodextract.data.label_rules.vocabulary import shelf_of
+from foodextract.data.label_rules.vocabulary import field_of
 from foodextract.images import ImageSource, open_image
 from foodextract.inference.extractor import Extractor
 from foodextract.models.loading import PRECISIONS, ModelError, choose_device, choose_precision
@@ -136,7 +136,7 @@ def to_number(text: str, names: Mapping[int, str]) -> int | None:
 
 
 def _record(name: str) -> FoodRecord:
-    drink = shelf_of(name) == "drink_items"
+    drink = field_of(name) == "drink_items"
     return FoodRecord(
         is_food=1, image_title=name, food_items=[] if drink else [name], drink_items=[name] if drink else []
     )
