@@ -1,4 +1,4 @@
-"""What `extract.py`, `extract_onnx.py`, `valid.py` and `memory.py` measured: tables and plots for README.md and this folder's.
+"""What `extract.py`, `extract_onnx.py`, `valid.py` and `memory.py` measured: tables and plots for benchmarks/README.md.
 
 python benchmarks/extract_report.py         # once more, from what is in results/
 """
@@ -131,20 +131,25 @@ def text(root: Path) -> str:
     for name, title, command, tell in (
         (
             "extract_cpu",
-            "What an image costs",
+            "Cost per image",
             "extract.py",
-            lambda rows: [_image("extract_cpu"), costs(rows, "speedup_vs_seed", "seed ÷ this"), batches(rows)],
+            lambda rows: [
+                headline(rows),
+                _image("extract_cpu"),
+                costs(rows, "speedup_vs_seed", "seed ÷ this"),
+                batches(rows),
+            ],
         ),
         (
             "extract_onnx",
-            "Through ONNX Runtime",
+            "ONNX Runtime",
             "extract_onnx.py",
             lambda rows: [
                 rates(rows),
                 costs([row for row in rows if row.metric not in NAMES], "speedup_vs_torch", "torch fp32 ÷ this"),
             ],
         ),
-        ("extract_valid", "Whatever the image and the weights", "valid.py", lambda rows: [rates(rows)]),
+        ("extract_valid", "Validity for any image and any weights", "valid.py", lambda rows: [rates(rows)]),
         ("extract_memory", "Memory", "memory.py", lambda rows: [_image("extract_memory"), memory(rows)]),
     ):
         file = root / "results" / f"{name}.json"
@@ -158,24 +163,20 @@ def text(root: Path) -> str:
     return "\n\n".join(parts)
 
 
-def line(root: Path) -> str:
-    """What stands in README.md."""
-    file = root / "results" / "extract_cpu.json"
-    if not file.exists():
-        return "What an image costs is not measured yet: `.venv/bin/python benchmarks/extract.py` does it."
+def headline(rows: list[Row]) -> str:
+    """CPU-seconds per image before and after, by model size."""
     parts = []
-    for size, subjects in by_size(read_results(file)).items():
+    for size, subjects in by_size(rows).items():
         seed, ours = (next(of for name, of in subjects.items() if name.startswith(who)) for who in (SEED, OURS))
-        cost = f"{seed['cpu_seconds_per_image'].value:.3g} CPU-seconds an image become {ours['cpu_seconds_per_image'].value:.2g}"
         parts.append(
-            f"{cost} at the size of SmolVLM2-{size.upper()} ({_interval(ours['speedup_vs_seed'])} times fewer)"
+            f"{ours['cpu_seconds_per_image'].value:.2g} CPU-seconds instead of {seed['cpu_seconds_per_image'].value:.3g} "
+            f"at the size of SmolVLM2-{size.upper()}, {_interval(ours['speedup_vs_seed'])} times fewer"
         )
-    told = "On a CPU, beside `transformers.pipeline` with 17 tiles as the original asks it: "
-    return f"{told}{', '.join(parts)}; [every lever](benchmarks/README.md#extracting) by itself."
+    return f"An answer takes {'; '.join(parts)}. The comparison is `transformers.pipeline` with 17 tiles, as in the original."
 
 
 def render(results: Path) -> None:
-    """The plot beside what `extract.py` wrote, and the pages where `results` is the repository's."""
+    """Draw the plot beside what `extract.py` wrote; update benchmarks/README.md if `results` is the repository's."""
     rows = read_results(results) if results.exists() else []
     if any(row.benchmark == "extract_cpu" for row in rows):
         figure = plot(rows)
@@ -183,7 +184,6 @@ def render(results: Path) -> None:
         plt.close(figure)
     if results.resolve().parent == ROOT / "results":
         fill_in(ROOT / "benchmarks" / "README.md", "extract", text(ROOT))
-        fill_in(ROOT / "README.md", "extract", line(ROOT))
 
 
 def _interval(row: Row) -> str:

@@ -90,7 +90,7 @@ def lines(folder: Path, name: str) -> list[dict]:
 
 def every_fault_of_the_original_is_noticed(story):
     _, home, _ = story
-    found = {(finding["name"].split("-")[0], finding["rule"]) for finding in lines(home / "00", "findings.jsonl")}
+    found = {(issue["name"].split("-")[0], issue["rule"]) for issue in lines(home / "00", "issues.jsonl")}
     rejects = {reject["name"].split("-")[0]: reject["reason"] for reject in lines(home / "00", "rejects.jsonl")}
     for number in DIRT:
         name = f"{number:06d}"
@@ -121,7 +121,7 @@ def notebook_00_says_what_to_paste_into_01(story):
 def what_00_published_arrives_with_its_splits(story):
     hub, home, printed = story
     report = json.loads((home / "00" / "outputs" / "hub" / "dataset" / "report.json").read_text())
-    assert f"{report['train']:,} images to learn from, {report['test']:,} held out" in printed[ONE]
+    assert f"{report['train']:,} training images, {report['test']:,} held out" in printed[ONE]
     script = f"import datasets; rows = datasets.load_dataset({IMAGES!r}); rows['test'][0]['image']; print(len(rows['train']), len(rows['test']))"
     assert in_a_new_process(hub, home, script).split() == [str(report["train"]), str(report["test"])]
 
