@@ -28,7 +28,7 @@ class Stub:
         self.go, self.asked = threading.Event(), threading.Event()
         self.go.set()
 
-    def read(self, image):
+    def prepare_image(self, image):
         if isinstance(image, Image.Image):
             return b"warm-up"
         self.read_so_far.append(image)
@@ -36,7 +36,7 @@ class Stub:
             raise ImageError("bad")
         return image
 
-    def answer_read(self, images, wanted=lambda number: True, batch_size=8):
+    def extract_prepared(self, images, wanted=lambda number: True, batch_size=8):
         if images == [b"warm-up"]:
             return [None]
         self.batches.append(images)
@@ -218,7 +218,7 @@ def test_a_model_that_does_not_load_is_an_error_of_the_process():
 
 def test_a_queue_that_breaks_is_an_error_of_the_process():
     class Forgetful(Stub):
-        def answer_read(self, images, wanted=None, batch_size=8):
+        def extract_prepared(self, images, wanted=None, batch_size=8):
             return []
 
     async def story():
@@ -233,9 +233,9 @@ def test_a_queue_that_breaks_is_an_error_of_the_process():
 
 def test_a_model_that_hangs_is_not_healthy():
     class Hanging(Stub):
-        def answer_read(self, images, wanted=None, batch_size=8):
+        def extract_prepared(self, images, wanted=None, batch_size=8):
             self.go.wait(SECONDS)  # whether or not anybody waits
-            return super().answer_read(images)
+            return super().extract_prepared(images)
 
     async def story():
         stub = Hanging()

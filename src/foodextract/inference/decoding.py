@@ -211,7 +211,7 @@ class Decoder:
         return [self._amend(row, guide) if guide else 0 for row in rows]
 
     def _allowed(self, rows: list[_Row], vocabulary: int) -> torch.Tensor:
-        """The tokens that the grammar allows next: (R, V) bool. The model may have more token ids than the tokenizer."""
+        """The tokens that the grammar allows next: (R, V) bool. The model may have more tokens than the tokenizer."""
         packed = np.stack([np.frombuffer(row.matcher.compute_bitmask(), np.uint8) for row in rows if row.matcher])
         bits = np.unpackbits(packed, axis=1, bitorder="little", count=min(vocabulary, self.lltokenizer.vocab_size))
         return torch.nn.functional.pad(torch.from_numpy(bits).bool(), (0, vocabulary - bits.shape[1]))

@@ -84,11 +84,11 @@ class Extractor:
             processor = load_processor(model_id, tiles)
         extractor = cls(model, processor, constrained)
         if tiles is None and extractor.tiles > 1:
-            tokens = processor.image_seq_len
+            most, one = extractor.tiles, processor.image_seq_len
             LOG.warning(
-                f"{model_id} cuts an image into up to {extractor.tiles} tiles ({extractor.tiles * tokens:,} image tokens; one "
-                f"tile has {tokens}), and each counts towards the batch size: --tiles 1 (in Python tiles=1) costs far less, "
-                "but may change the answers of a model that was trained on more"
+                f"{model_id} cuts an image into up to {most} tiles ({most * one:,} image tokens; one tile has {one}), and "
+                "each counts towards the batch size: --tiles 1 (in Python tiles=1) costs far less, but may change the "
+                "answers of a model that was trained on more"
             )
         return extractor
 

@@ -94,9 +94,7 @@ class GraphModel(torch.nn.Module):
     def __init__(self, folder: str | os.PathLike[str], device: str | None = None, precision: str | None = None) -> None:
         super().__init__()
         if device not in (None, "cpu"):
-            raise ModelError(
-                f"ONNX graphs run on a CPU here, not on {device!r}: leave the device out"
-            )
+            raise ModelError(f"ONNX graphs run on a CPU here, not on {device!r}: leave the device out")
         if precision not in (None, "fp32", "int8"):
             raise ModelError(f"ONNX graphs have no precision {precision!r}: choose fp32 or int8")
         self.config, self.generation_config = (kind.from_pretrained(folder) for kind in (AutoConfig, GenerationConfig))
@@ -132,7 +130,7 @@ class GraphModel(torch.nn.Module):
 
 
 class GraphCache:
-    """Keys and values of all layers, each (B, H, S, D), with the methods of `transformers.Cache` that `Decoder` uses."""
+    """Keys and values of all layers, each (B, H, S, D), with the methods of `Cache` that `Decoder` uses."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.tensors = tensors

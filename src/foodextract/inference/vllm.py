@@ -41,7 +41,8 @@ def export_vllm(model_id: str | os.PathLike[str], out: Path, tiles: int | None =
     if not (dialect := extractor.dialect).canonical:
         raise ModelError(
             f"{model_id} writes {dialect}, and vLLM would force the JSON schema on it, which loses items: use "
-            "`foodextract extract` or `foodextract serve`, which convert, or fine-tune it to JSON first (`foodextract train --base`)"
+            "`foodextract extract` or `foodextract serve`, which convert, or fine-tune it to JSON first "
+            "(`foodextract train --base`)"
         )
     model.generation_config.do_sample = False
     model.save_pretrained(out)

@@ -163,7 +163,7 @@ class Batcher:
         try:
             async with asyncio.timeout(self.limits.deadline), self._shelf:
                 inputs, preparing = await loop.run_in_executor(
-                    self._preparers, self._timed, self._extractor.read, image
+                    self._preparers, self._timed, self._extractor.prepare_image, image
                 )
                 job = _Job(inputs, loop.time())
                 self._ready.put_nowait(job)
@@ -189,8 +189,8 @@ class Batcher:
 
     def _load_and_warm_up(self) -> Answerer:
         extractor = self._load()
-        blank = extractor.read(Image.new("RGB", (64, 64)))
-        extractor.answer_read(
+        blank = extractor.prepare_image(Image.new("RGB", (64, 64)))
+        extractor.extract_prepared(
             [blank], lambda number: False
         )  # one token: compiles the grammar, and kernels where there are any
         return extractor
@@ -206,7 +206,12 @@ class Batcher:
     async def _answer(self, batch: list[_Job]) -> None:
         loop = asyncio.get_running_loop()
         images = [job.inputs for job in batch]
-        ask = (self._extractor.answer_read, images, lambda number: not batch[number].result.done(), self.limits.batch)
+        ask = (
+            self._extractor.extract_prepared,
+            images,
+            lambda number: not batch[number].result.done(),
+            self.limits.batch,
+        )
         self.meters.batch_size.observe(len(batch))
         self._answering, self._asked = len(batch), loop.time()
         for job in batch:
