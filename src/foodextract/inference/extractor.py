@@ -86,9 +86,9 @@ class Extractor:
         if tiles is None and extractor.tiles > 1:
             most, one = extractor.tiles, processor.image_seq_len
             LOG.warning(
-                f"{model_id} cuts an image into up to {most} tiles ({most * one:,} image tokens; one tile has {one}), and "
-                "each counts towards the batch size: --tiles 1 (in Python tiles=1) costs far less, but may change the "
-                "answers of a model that was trained on more"
+                f"{model_id} cuts an image into up to {most} tiles ({most * one:,} image tokens; one tile has {one}), "
+                "and each counts towards the batch size: --tiles 1 (in Python tiles=1) costs far less, but may change "
+                "the answers of a model that was trained on more"
             )
         return extractor
 
