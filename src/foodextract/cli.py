@@ -4,15 +4,18 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
 
 import typer
 
+from foodextract.extras import MissingExtraError, extra
 from foodextract.inference import output_files
 
 app = typer.Typer(
@@ -161,14 +164,15 @@ def train(
     With N processes every optimizer step takes N times the images; divide `batch_size` or `accumulation` by N for the same training.
     An interrupted run takes up its last checkpoint when it is started again.
     """
-    from accelerate import PartialState
+    with _extra("train"):
+        from accelerate import PartialState
 
-    from foodextract.data.dataset import open_dataset
-    from foodextract.data.samples import DatasetError
-    from foodextract.models.loading import ModelError, choose_device, load_model, load_processor
-    from foodextract.training.config import changed, is_sharded
-    from foodextract.training.presets import PROFILES
-    from foodextract.training.run import train_stage
+        from foodextract.data.dataset import open_dataset
+        from foodextract.data.samples import DatasetError
+        from foodextract.models.loading import ModelError, choose_device, load_model, load_processor
+        from foodextract.training.config import changed, is_sharded
+        from foodextract.training.presets import PROFILES
+        from foodextract.training.run import train_stage
 
     if profile not in PROFILES:
         _stop(f"there is no profile {profile!r}: take one of {', '.join(PROFILES)}")
@@ -229,9 +233,10 @@ def publish(
 
     A model goes only with an evaluation of these very weights. Interrupted, the same command goes on where it was.
     """
-    from foodextract import names
-    from foodextract.hub import publish as publishing
-    from foodextract.models.loading import newest_tuned
+    with _extra("train"):
+        from foodextract import names
+        from foodextract.hub import publish as publishing
+        from foodextract.models.loading import newest_tuned
 
     try:
         if kind is Kind.model:
@@ -265,8 +270,8 @@ def serve(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")
     ] = None,
-    places: Annotated[
-        int, typer.Option(min=1, help="Images taken on at once, uploads included; more are told to come back.")
+    queue_size: Annotated[
+        int, typer.Option(min=1, help="Images accepted at once, uploads included; further requests get 429.")
     ] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help=_BATCH_SIZE)] = 8,
     tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
@@ -281,18 +286,19 @@ def serve(
     A BLIP that captions images with their class is served too: it answers the same records, by the names in its config's id2label.
     FOODEXTRACT_API_KEY, when set, is the key that callers must send. SIGTERM stops it once all that was accepted is answered.
     """
-    from foodextract.inference.blip import load
-    from foodextract.models.loading import ModelError, newest_tuned
-    from foodextract.serving.app import Settings
-    from foodextract.serving.queue import Limits
-    from foodextract.serving.server import run
-    from foodextract.serving.uploads import MEGABYTE, Upload
+    with _extra("serve"):
+        from foodextract.inference.blip import load
+        from foodextract.models.loading import ModelError, newest_tuned
+        from foodextract.serving.app import Settings
+        from foodextract.serving.queue import QueueLimits
+        from foodextract.serving.server import run
+        from foodextract.serving.uploads import MEGABYTE, UploadLimits
 
     source = Path(model or newest_tuned())
-    name = source.name if source.is_dir() else str(source)  # where it lies is nobody's business
+    name = source.name if source.is_dir() else str(source)  # strip the local path
     settings = Settings(
-        limits=Limits(places=places, batch=batch_size, deadline=deadline),
-        upload=Upload(max_bytes=int(max_megabytes * MEGABYTE)),
+        queue=QueueLimits(size=queue_size, batch_size=batch_size, deadline=deadline),
+        upload=UploadLimits(max_bytes=int(max_megabytes * MEGABYTE)),
         api_key=os.environ.get("FOODEXTRACT_API_KEY") or None,
         origins=tuple(origin or ()),
     )
@@ -348,7 +354,17 @@ def export_onnx(
     print(f"foodextract extract --model {out} --precision int8 …")
 
 
-def _stop(message: str) -> None:
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Stop with a message that names the extra to install when an optional import fails."""
+    try:
+        with extra(name):
+            yield
+    except MissingExtraError as error:
+        _stop(str(error))
+
+
+def _stop(message: str) -> NoReturn:
     print(f"foodextract: {message}", file=sys.stderr)
     raise typer.Exit(2)
 
