@@ -171,9 +171,11 @@ def test_a_precision_that_is_not_there_is_named(monkeypatch):
     assert Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="bf16").model.dtype is torch.bfloat16
 
 
-def test_the_snippet_of_the_readme_answers_without_us(tuned, images, tmp_path, monkeypatch):
+def test_the_pipeline_of_transformers_answers_the_same(tuned, images, tmp_path, monkeypatch):
     [snippet] = re.findall(
-        r"```python\n(from transformers import pipeline\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+        r"```python\n(from transformers import pipeline\n.*?)```",
+        (ROOT / "experiments" / "README.md").read_text(),
+        re.DOTALL,
     )
     images[1].save(tmp_path / "lunch.png")
     monkeypatch.chdir(tmp_path)
