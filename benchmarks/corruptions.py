@@ -5,9 +5,13 @@ Notebook 00 shows the result, because drawn scenes have neither copies nor fault
 
 import copy
 import io
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from foodextract.data import scenes
 from foodextract.data.samples import Reject, Rows, Sample
 from foodextract.images import open_image
 
+COPY = "-copy.png"  # suffix of the name of a copy
 Raw = dict[str, Any]  # the four keys of a record
 ImageCorruption = Callable[[Image.Image, np.random.Generator], Image.Image]
 LabelCorruption = Callable[[np.random.Generator, Raw, str], str | None]
@@ -60,7 +65,10 @@ SENTENCES = (
     "A close-up of {} with a blurred background",
     "Somebody is about to enjoy {} at home",
 )
-PANTRY = "flour, wheat flour, baking powder, baking soda, vanilla extract, granulated sugar, yeast, corn starch, vegetable oil"
+PANTRY = (
+    "flour, wheat flour, baking powder, baking soda, vanilla extract, granulated sugar, yeast, corn starch, "
+    "vegetable oil"
+).split(", ")
 IRREGULAR = {
     "potato": "potatoes",
     "tomato": "tomatoes",
@@ -118,7 +126,7 @@ def _sentence(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
 
 
 def _pantry(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    name = str(rng.choice(PANTRY.split(", ")))
+    name = str(rng.choice(PANTRY))
     raw["food_items"].insert(rng.integers(len(raw["food_items"]) + 1), name)
     return name
 
@@ -151,24 +159,52 @@ LABEL_CORRUPTIONS: dict[str, tuple[LabelCorruption, set[str]]] = {  # kind: corr
 }
 
 
-def corrupted(samples: Rows, every: int = 10, seed: int = 0) -> Iterator[Sample | Reject]:
+def corrupted(
+    samples: Rows, every: int = 10, seed: int = 0, log: list[tuple[str, str]] | None = None
+) -> Iterator[Sample | Reject]:
     """Yield the samples with a changed copy after every `every`-th and a faulty label in another, each kind in turn.
 
-    A copy is called `NAME-copy.png` and keeps the split of its original.
+    A copy is called `NAME-copy.png` and keeps the split of its original. `log` receives the kind of each corruption and
+    the name of its sample; see `count_found`.
     """
-    rng, copies, faults = np.random.default_rng(seed), 0, 0
-    kinds = [corrupt for corrupt, _ in LABEL_CORRUPTIONS.values()]
+    rng, log = np.random.default_rng(seed), [] if log is None else log
+    labels, images = cycle(LABEL_CORRUPTIONS), cycle(IMAGE_CORRUPTIONS)
+    label_kind = next(labels)
     for number, sample in enumerate(samples):
         if isinstance(sample, Sample) and number % every == every // 2 and sample.label["is_food"]:
             label = copy.deepcopy(sample.label)
-            if kinds[faults % len(kinds)](rng, label, sample.category) is not None:
-                sample, faults = replace(sample, label=label), faults + 1
+            if LABEL_CORRUPTIONS[label_kind][0](rng, label, sample.category) is not None:
+                sample = replace(sample, label=label)
+                log.append((label_kind, sample.name))
+                label_kind = next(labels)
         yield sample
         if isinstance(sample, Sample) and number % every == 0:
-            change = IMAGE_CORRUPTIONS[copies % len(IMAGE_CORRUPTIONS)]
+            change = next(images)
             read = partial(_changed, sample, change, int(rng.integers(2**31)))
-            yield replace(sample, name=f"{sample.name}-copy.png", read=read)
-            copies += 1
+            yield replace(sample, name=f"{sample.name}{COPY}", read=read)
+            log.append((change.__name__, f"{sample.name}{COPY}"))
+
+
+def count_found(log: list[tuple[str, str]], folder: Path) -> list[tuple[str, int, int]]:
+    """Return kind, number and number found of the corruptions in `log`, for the data set built in `folder`.
+
+    A label corruption is found by an issue of one of its rules. A copy is found in one group with its original, or when
+    it is rejected as a duplicate.
+    """
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+    issues = {(issue["name"], issue["rule"]) for issue in rows("issues")}
+    groups = [set(group["names"]) for group in rows("near_duplicates")]
+    duplicates = {reject["name"] for reject in rows("rejects") if "duplicate" in reject["reason"]}
+    number, found = Counter(kind for kind, _ in log), Counter[str]()
+    for kind, name in log:
+        if kind in LABEL_CORRUPTIONS:
+            found[kind] += any((name, rule) in issues for rule in LABEL_CORRUPTIONS[kind][1])
+        else:
+            found[kind] += name in duplicates or any({name, name.removesuffix(COPY)} <= group for group in groups)
+    return [(kind, number[kind], found[kind]) for kind in sorted(number)]
 
 
 def _changed(sample: Sample, change: ImageCorruption, seed: int) -> bytes:
