@@ -66,8 +66,8 @@ def _load(of: Figures) -> str:
     ours, flask = (of[name, "images_per_second"] for name in ("ours", "flask, one at a time"))
     faster = of["ours", "speedup_vs_flask"]
     claim = (
-        f"**{_with_interval(faster, 2)} times the throughput** of the Flask server in {faster.n} rounds in which the two "
-        f"took turns: {_with_interval(ours, 1)} against {_with_interval(flask, 1)} images a second, {ours.n:,} and "
+        f"**{_with_interval(faster, 2)} times the throughput** of the Flask server in {faster.n} rounds in which the "
+        f"two took turns: {_with_interval(ours, 1)} against {_with_interval(flask, 1)} images a second, {ours.n:,} and "
         f"{flask.n:,} images."
     )
     lines = []

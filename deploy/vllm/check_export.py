@@ -84,7 +84,7 @@ def main(
                 if rendered.is_error:
                     log.seek(0)
                     raise RuntimeError(f"vLLM answered {rendered.status_code}: {rendered.text}\n{log.read()[-3000:]}")
-                tokens = extractor.read(file.getvalue())["input_ids"][0].tolist()
+                tokens = extractor.prepare_image(file.getvalue())["input_ids"][0].tolist()
                 found = differences(body, rendered.json(), tokens)
                 failed |= bool(found)
                 result = "; ".join(found) or f"the same {len(tokens)} tokens, schema and limits"
