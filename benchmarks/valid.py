@@ -18,7 +18,6 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import SmolVLMForConditionalGeneration
 
-from extract_report import render
 from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.evaluate import rate
 from foodextract.evaluation.results import Row, make_row, write_results
@@ -104,7 +103,6 @@ def main(
             ]
             note(f"{precision} or fp32", "same_is_food_rate", [a == b for a, b in pairs])
     write_results(results, rows)
-    render(results)
 
 
 if __name__ == "__main__":
