@@ -12,25 +12,25 @@ export TRANSFORMERS_VERBOSITY ?= error
 export TQDM_MININTERVAL ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo experiments space test test-floors lint unit smoke refresh tiny-base clean
+.PHONY: help install demo experiments space test test-floors lint lock unit smoke refresh tiny-base clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed  ## Create .venv with everything pinned (once; a second time takes no time).
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+$(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
 	@echo "installing into $(VENV) (a minute or two, once) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt -r requirements-dev.txt -e .
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt -e .
 	@touch $@
 
-$(VENV)/floors/.installed: requirements.txt requirements-dev.txt requirements-floors.txt $(VENV)/.installed
+$(VENV)/floors/.installed: requirements.txt requirements-floors.txt $(VENV)/.installed
 	@echo "installing the oldest supported versions into $(VENV)/floors (once) …"
 	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)/floors
-	@$(BIN)/uv pip install --quiet --python $(VENV)/floors/bin/python -r requirements.txt -r requirements-dev.txt --override requirements-floors.txt -e .
+	@$(BIN)/uv pip install --quiet --python $(VENV)/floors/bin/python -r requirements.txt --override requirements-floors.txt -e .
 	@touch $@
 
 $(VENV)/checkov/.installed: deploy/requirements-checkov.txt $(VENV)/.installed
@@ -72,9 +72,13 @@ FLOOR_TESTS := $(foreach name,captioner checkpoints cleaning cli collate dataset
 test-floors: $(VENV)/floors/.installed  ## The fast tests against the oldest supported versions, which are those that Colab has.
 	$(VENV)/floors/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(FLOOR_TESTS)
 
-lint: install
+lint: install  ## ruff, and the direction of the imports.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+lock: install  ## Maintainers: resolve pyproject.toml again into requirements.txt. Pins stay as they are where they can.
+	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-annotate --no-emit-index-url pyproject.toml -o requirements.txt
 
 unit: install $(VENV)/checkov/.installed
 	$(PYTEST) -m "not notebooks"

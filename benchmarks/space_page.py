@@ -139,9 +139,7 @@ def main(
     expected = [record.model_dump() for record in extractor.extract_many(drawings)]
     right = sum(json.loads(text) == record for (_, text), record in zip(answers, expected, strict=True))
     waited = [spent for spent, _ in answers]
-    print(
-        f"first answer {start:.1f} s after process start; page usable after at most {max(seconds):.2f} s in {loads} loads"
-    )
+    print(f"first answer {start:.1f} s after start; page usable after at most {max(seconds):.2f} s in {loads} loads")
     print(f"{USERS} at once: {right} answered rightly, after {min(waited):.1f} to {max(waited):.1f} s")
     write_results(
         results,

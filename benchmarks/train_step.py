@@ -40,9 +40,9 @@ from foodextract.data.dataset import as_conversations
 from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.results import commit, device_name, write_results
 from foodextract.models import loading
-from foodextract.models.weights import freeze
 from foodextract.training.cache import prepare, vision_features
 from foodextract.training.config import precision_of, training_config
+from foodextract.training.freezing import freeze
 from foodextract.training.throughput import (
     Step,
     flops_per_image,

@@ -24,9 +24,9 @@ from foodextract.data.scenes import Split, draw_scene, plan_scene
 from foodextract.images import open_image
 from foodextract.inference.blip import TARGET, to_class
 from foodextract.models.loading import ModelError, choose_precision
-from foodextract.models.weights import freeze
 from foodextract.training.cache import augmentation
 from foodextract.training.collate import IGNORED
+from foodextract.training.freezing import freeze
 
 __all__ = ["TARGET", "Captioning", "caption", "class_names", "stream", "to_class", "train"]
 

@@ -301,12 +301,9 @@ def test_the_image_s_own_steps_give_a_server_that_answers(tmp_path):
     assert installed.isdisjoint({"gradio", "trl", "datasets", "jupyter", "pip"})
 
 
-def test_the_image_installs_pinned_packages_only():
-    pinned = {
-        line.split("==")[0] for line in (DEPLOY.parent / "requirements.txt").read_text().splitlines() if "==" in line
-    }
-    wanted = {line for line in (DEPLOY / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
-    assert wanted <= pinned
+def test_the_image_installs_the_server_at_the_locked_versions():
+    [step] = re.findall(r"^ +uv pip install .+ -r pyproject.toml .*$", (DEPLOY / "Dockerfile").read_text(), re.M)
+    assert step.endswith("--extra serve -c requirements.txt")  # the lock covers pyproject.toml: test_packaging
 
 
 def test_compose_gives_each_service_what_its_manifest_does():

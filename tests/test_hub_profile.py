@@ -121,7 +121,7 @@ def notebook_00_says_what_to_paste_into_01(story):
 def what_00_published_arrives_with_its_splits(story):
     hub, home, printed = story
     report = json.loads((home / "00" / "outputs" / "hub" / "dataset" / "report.json").read_text())
-    assert f"{report['train']:,} images to learn from, {report['test']:,} held out" in printed[ONE]
+    assert f"{report['train']:,} training images, {report['test']:,} held out" in printed[ONE]
     script = f"import datasets; rows = datasets.load_dataset({IMAGES!r}); rows['test'][0]['image']; print(len(rows['train']), len(rows['test']))"
     assert in_a_new_process(hub, home, script).split() == [str(report["train"]), str(report["test"])]
 

@@ -61,6 +61,10 @@ def send(plan, hub, **options):
     return publish.publish(plan, endpoint=hub.url, **{"token": TOKEN, **options})
 
 
+def answer_in(said):
+    return re.search(r"^  answer   (.*)$", said, re.MULTILINE)[1].strip()
+
+
 def space_plan(repo_id="somebody/space", model=MODEL):
     """The Space without its package, for speed."""
     plan = publish.space_plan(SPACE, repo_id, model)
@@ -253,6 +257,14 @@ def test_dry_run_lists_every_file_and_sends_nothing(hub, model_folder):
     assert hub.requests == []
 
 
+def test_a_summary_has_one_line_a_folder():
+    plan = Plan("space", "a/b", {"app.py": b"12", "data/x.txt": b"345", "data/more/y.txt": b"6"}, " from here")
+    head, *lines, total = plan.summary().splitlines()
+    assert head == "space a/b from here:"
+    assert [line.split(maxsplit=1) for line in lines] == [["2", "app.py"], ["4", "data/ (2 files)"]]
+    assert total.split() == ["6", "bytes", "in", "3", "files"]
+
+
 def test_progress_bars_are_for_terminals(model_folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")  # so that it is put back
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
@@ -282,7 +294,8 @@ def test_model_round_trip(hub, model_folder, capfd):
     said = send(plan, hub)
     assert hub.files("model", MODEL) == content(plan)
     assert hub.repositories["model", MODEL].private
-    assert FoodRecord.parse(said.partition("it answers ")[2]).food_items, "an empty answer proves little"
+    assert FoodRecord.parse(answer_in(said)).food_items, "an empty answer proves little"
+    assert re.search(r"^  label    \{.*\}\n.*\n  verdict  \d of \d items found, \d invented$", said, re.MULTILINE)
     assert send(plan, hub).startswith("published as")
     assert len(hub.repositories["model", MODEL].commits) == 2, "the same again is no new commit"
     assert TOKEN not in said + str(plan) + "".join(capfd.readouterr())
@@ -323,7 +336,7 @@ def test_space_round_trip_by_command(hub, model_folder, tmp_path):
     env.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
     command = [sys.executable, "-m", "foodextract", "publish", "space", "--to", "somebody/space", "--model", MODEL]
     said, shown = in_terminal(command, cwd=ROOT, env=env)
-    assert FoodRecord.parse(said.strip().partition("its app answers ")[2]).food_items, shown
+    assert FoodRecord.parse(answer_in(said)).food_items, shown
     assert re.search(r"model\.safetensors: +100%", shown), "a bar for each large file"
     repository = hub.repositories["space", "somebody/space"]
     assert (repository.private, repository.sdk, repository.variables) == (True, "gradio", {"FOODEXTRACT_MODEL": MODEL})
@@ -650,7 +663,7 @@ def test_the_notebook_s_publishing_cells_work(hub, built, model_folder, tmp_path
         "base_model": "a/b",
         "rows": images.load(built),
         "stages": stages,
-        "figures": rows,
+        "measured": rows,
     }
     monkeypatch.setenv("FOODEXTRACT_PUSH_DATASET_TO_HUB", "somebody/zero")  # as `make demo` does
     for name, extra in {
@@ -665,9 +678,9 @@ def test_the_notebook_s_publishing_cells_work(hub, built, model_folder, tmp_path
     told = capsys.readouterr().out
     assert "published as somebody/one" in told
     assert "push_to_hub is not set: nothing was published" in told
-    assert FoodRecord.parse(told.partition("its app answers ")[2].splitlines()[0])
+    assert FoodRecord.parse(answer_in(told.partition("its app answers ")[2]))
     assert hub.repositories["space", "somebody/two"].variables == {"FOODEXTRACT_MODEL": "somebody/one"}
     assert hub.files("dataset", "somebody/zero").keys() >= {"README.md", "data/test-00000-of-00001.parquet"}
-    assert '"is_food": 1' in told.partition("rows; one of test is ")[2].splitlines()[0]
+    assert '"is_food": 1' in told.partition("about one of test:\n  label")[2].splitlines()[0]
     measured = json.loads(hub.files("model", "somebody/one")["evaluation.json"])
     assert (measured["base_model"], measured["dataset"]) == ("a/b", "scenes")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ablation
 import baselines
 import comparison
 import page_tables
@@ -183,7 +184,7 @@ def test_effect_table_shows_differences_below_means():
     assert lines[0].startswith("| 3 seeds | against | strict JSON that fits the schema |")
     assert lines[2] == "| reference |  | – | – | 0.500 (0.400–0.600) | – |"
     assert lines[3] == "| 5 tiles | reference | – | – | 0.625 (0.500–0.750)<br>+0.125 (-0.050 to +0.300) | – |"
-    [axis] = figures.effects(rows, "item_f1_micro").axes
+    [axis] = ablation.effects(rows, "item_f1_micro").axes
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["5 tiles minus reference"]
 
 
@@ -220,7 +221,7 @@ def test_before_after_draws_what_there_is():
     ]
     [axis] = figures.before_after(rows).axes
     assert [round(bar.get_height(), 3) for bar in axis.patches] == [0.1, 0.5]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["base", "nearest image"]
+    assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == ["base", "nearest image"]
     published = [r for r in read_results(ROOT / "results" / "offline.json") if r.low is not None]
     assert len(figures.before_after(published).axes[0].patches) == sum(r.metric in tables.NAMES for r in published)
 
@@ -264,10 +265,36 @@ def test_worst_cases_say_what_is_wrong():
     assert captions[3] == ["✓ no food or drink"]
 
 
-def test_other_figures_are_drawn():
+def test_token_mask_marks_what_the_loss_sees_and_shortens_runs():
+    tokens = [("System", False), ("\n", False), *[("<image>", False)] * 64, ("$", True), (" tea", True)]
+    [axis] = figures.token_mask(tokens).axes
+    assert [text.get_text() for text in axis.texts] == ["System", "↵", "<image> × 64", "$", " tea"]
+    assert [text.get_position()[1] for text in axis.texts] == [0, 0, 1, 1, 1]
+    colors = [bar.get_facecolor() for bar in axis.patches]
+    assert colors[3:] == [colors[3]] * 2 != colors[:2]
+    assert colors[:3] == [colors[0]] * 3
+
+
+def test_loss_curves_show_each_part_in_a_row_and_each_stage_in_a_column():
+    [axis] = figures.loss_curves({"text decoder": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}).axes
+    assert (axis.get_title(), axis.get_ylabel()) == ("text decoder", "loss")
+    log = [{"step": step, "loss": 3.1, "answer_loss": 0.1, "unlikelihood_loss": 0.01} for step in (1, 2)]
+    axes = figures.loss_curves({"stage1": log, "stage2": log}).axes
+    assert [axis.get_title() for axis in axes[:2]] == ["during stage 1", "during stage 2"]
+    assert [axis.get_ylabel() for axis in axes[::2]] == list(figures.LOSSES.values())
+    assert [axis.lines[0].get_ydata()[0] for axis in axes] == [0.1, 0.1, 0.01, 0.01]
+    alone = [{"step": 1, "loss": 2.0, "answer_loss": 2.0, "unlikelihood_loss": 0.0}]
+    assert len(figures.loss_curves({"stage1": alone}).axes) == 1
+
+
+def test_contact_sheet_has_readable_captions_within_the_width_of_a_page():
+    image = Image.new("RGB", (9, 9))
+    figure = figures.contact_sheet([image] * 5, ["$5 a\nb", "a very long caption of many words"] + [[("c", "red")]] * 3)
+    assert [len(axis.texts) for axis in figure.axes] == [2, 2, 1, 1, 1]
+    assert figure.get_figwidth() * 100 <= 800
+    assert all(text.get_fontsize() * 100 / 72 >= 11 for axis in figure.axes for text in axis.texts)
+    assert figure.axes[2].texts[0].get_color() == "red"
     assert figures.bars([("pie", 3), ("tea", 1)], "items").axes[0].get_title() == "items"
-    assert len(figures.contact_sheet([Image.new("RGB", (9, 9))] * 5, ["$5 a\nb"] * 5).axes) == 5
-    assert len(figures.loss_curves({"stage1": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}).axes) == 1
 
 
 def test_an_output_keeps_its_smallest_image():

@@ -12,10 +12,16 @@ from foodextract.evaluation import evaluate
 from foodextract.evaluation.results import read_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models.loading import TINY_BASE
-from foodextract.names import GITHUB
+from foodextract.names import GITHUB, HUB_DATASET, HUB_MODEL, HUB_PUBLISHED_DATASET, HUB_SPACE
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("[!.]*/README.md"),
+    *ROOT.glob("demos/*/README.md"),
+    *ROOT.glob("src/**/README.md"),
+]
 OFFLINE = ROOT / "results" / "offline.json"
 
 
@@ -101,14 +107,34 @@ def test_pages_show_the_measured_figures(page):
         )
 
 
-def test_readme_names_the_two_commands_and_no_dead_links():
+def test_readme_is_short_and_names_its_commands():
     text = (ROOT / "README.md").read_text()
-    assert "make demo" in text
-    assert "make test" in text
-    for page in pages.PAGES:
-        for target in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"(?!http)([^\"]+)\"", (ROOT / page).read_text()):
-            path = next(filter(None, target)).split("#")[0]
-            assert ((ROOT / page).parent / path).exists(), f"{page}: {path}"
+    assert len(text.splitlines()) <= 150
+    for command in ("make demo", "make test", "foodextract extract"):
+        assert command in text
+
+
+def anchors_of(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CITATION.cff"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_addresses_are_those_of_the_project(page):
+    text = page.read_text()
+    assert set(re.findall(r"github(?:\.com)?/(berk[\w-]*/[\w-]+)", text)) <= {GITHUB}
+    hub = {HUB_MODEL, HUB_SPACE, HUB_DATASET, HUB_PUBLISHED_DATASET}
+    assert set(re.findall(r"huggingface\.co/(?:spaces/|datasets/)?(berk[\w-]*/[\w-]+)", text)) <= hub
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

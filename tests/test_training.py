@@ -12,7 +12,7 @@ from foodextract.data.dataset import record_of
 from foodextract.evaluation.results import read_results
 from foodextract.models import loading, weights
 from foodextract.models.loading import ModelError
-from foodextract.training import checkpoints
+from foodextract.training import checkpoints, freezing
 from foodextract.training import run as training
 from foodextract.training.config import Stage, changed, training_config
 from foodextract.training.lora import Lora
@@ -85,12 +85,12 @@ def test_nan_is_an_error_with_a_remedy(base, processor, rows, tmp_path):
 
 def test_freezing_what_is_not_there_is_an_error(base):
     with pytest.raises(ModelError, match=r"nothing to freeze under 'vision'.*vision_model"):
-        weights.freeze(base, ["vision"])
+        freezing.freeze(base, ["vision"])
 
 
 def test_table_counts_every_parameter(base):
-    weights.freeze(base, STAGE1.freeze)
-    table = {line["module"]: line for line in weights.trainable_table(base)}
+    freezing.freeze(base, STAGE1.freeze)
+    table = {line["module"]: line for line in freezing.trainable_table(base)}
     assert sum(line["parameters"] for line in table.values()) == sum(p.numel() for p in base.parameters())
     assert table["vision_model"]["trainable"] == 0
     assert table["text_model"]["trainable"] == table["text_model"]["parameters"] > 0

@@ -4,15 +4,18 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
 
 import typer
 
+from foodextract.extras import MissingExtraError, extra
 from foodextract.inference import output_files
 
 app = typer.Typer(
@@ -161,14 +164,15 @@ def train(
     With N processes every optimizer step takes N times the images; divide `batch_size` or `accumulation` by N for the same training.
     An interrupted run takes up its last checkpoint when it is started again.
     """
-    from accelerate import PartialState
+    with _extra("train"):
+        from accelerate import PartialState
 
-    from foodextract.data.dataset import open_dataset
-    from foodextract.data.samples import DatasetError
-    from foodextract.models.loading import ModelError, choose_device, load_model, load_processor
-    from foodextract.training.config import changed, is_sharded
-    from foodextract.training.presets import PROFILES
-    from foodextract.training.run import train_stage
+        from foodextract.data.dataset import open_dataset
+        from foodextract.data.samples import DatasetError
+        from foodextract.models.loading import ModelError, choose_device, load_model, load_processor
+        from foodextract.training.config import changed, is_sharded
+        from foodextract.training.presets import PROFILES
+        from foodextract.training.run import train_stage
 
     if profile not in PROFILES:
         _stop(f"there is no profile {profile!r}: take one of {', '.join(PROFILES)}")
@@ -229,9 +233,10 @@ def publish(
 
     A model goes only with an evaluation of these very weights. Interrupted, the same command goes on where it was.
     """
-    from foodextract import names
-    from foodextract.hub import publish as publishing
-    from foodextract.models.loading import newest_tuned
+    with _extra("train"):
+        from foodextract import names
+        from foodextract.hub import publish as publishing
+        from foodextract.models.loading import newest_tuned
 
     try:
         if kind is Kind.model:
@@ -281,12 +286,13 @@ def serve(
     A BLIP that captions images with their class is served too: it answers the same records, by the names in its config's id2label.
     FOODEXTRACT_API_KEY, when set, is the key that callers must send. SIGTERM stops it once all that was accepted is answered.
     """
-    from foodextract.inference.blip import load
-    from foodextract.models.loading import ModelError, newest_tuned
-    from foodextract.serving.app import Settings
-    from foodextract.serving.queue import Limits
-    from foodextract.serving.server import run
-    from foodextract.serving.uploads import MEGABYTE, Upload
+    with _extra("serve"):
+        from foodextract.inference.blip import load
+        from foodextract.models.loading import ModelError, newest_tuned
+        from foodextract.serving.app import Settings
+        from foodextract.serving.queue import Limits
+        from foodextract.serving.server import run
+        from foodextract.serving.uploads import MEGABYTE, Upload
 
     source = Path(model or newest_tuned())
     name = source.name if source.is_dir() else str(source)  # where it lies is nobody's business
@@ -348,7 +354,17 @@ def export_onnx(
     print(f"foodextract extract --model {out} --precision int8 …")
 
 
-def _stop(message: str) -> None:
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Stop with a message that names the extra to install when an optional import fails."""
+    try:
+        with extra(name):
+            yield
+    except MissingExtraError as error:
+        _stop(str(error))
+
+
+def _stop(message: str) -> NoReturn:
     print(f"foodextract: {message}", file=sys.stderr)
     raise typer.Exit(2)
 

@@ -212,7 +212,7 @@ def validation_f1(labels: Sequence[FoodRecord], answers: Sequence[str], scopes: 
 
 
 def known_item_recall(labels: Sequence[FoodRecord], answers: Sequence[str], known: Collection[str]) -> Metric | None:
-    """Return the recall of the labeled items named in `known`, such as those seen in training; None if there is none."""
+    """Return the recall of the labeled items named in `known`, such as those seen in training; None if none is."""
     hits = [
         answer is not None and name in getattr(answer, field)
         for label, answer in zip(labels, map(try_read, answers), strict=True)

@@ -32,11 +32,13 @@ from foodextract.data.dataset import SPLITS, load, record_of
 from foodextract.data.samples import DatasetError
 from foodextract.data.scenes import draw_scene
 from foodextract.evaluation import provenance
+from foodextract.evaluation.scoring import count_items, try_read
 from foodextract.hub.client import PublishError, client, explained
 from foodextract.inference.extractor import Extractor
 from foodextract.models.loading import ModelError, newest_tuned
 from foodextract.names import HUB_BASE, HUB_MODEL, HUB_SPACE, REPOSITORY
 from foodextract.reporting.cards import UNNAMED, dataset_card, image_budget, model_card, stored_as
+from foodextract.schema import FoodRecord
 
 __all__ = ["Plan", "PublishError", "dataset_card", "dataset_plan", "model_plan", "publish", "space_plan"]
 
@@ -90,15 +92,25 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        sizes = self.sizes()
-        lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
-        return "\n".join(
-            [
-                f"{self.kind} {self.repo_id}{self.told}:",
-                *lines,
-                f"{sum(sizes.values()):>15,}  bytes in {len(lines)} files",
-            ]
+        return self._listing(self.sizes())
+
+    def summary(self) -> str:
+        """The plan with one line a folder, for notebooks."""
+        folders: dict[str, list[int]] = {}
+        for name, size in self.sizes().items():
+            folder, slash, _ = name.partition("/")
+            folders.setdefault(folder + slash, []).append(size)
+        return self._listing(
+            {
+                f"{name} ({len(sizes)} files)" if name.endswith("/") else name: sum(sizes)
+                for name, sizes in folders.items()
+            }
         )
+
+    def _listing(self, sizes: dict[str, int]) -> str:
+        lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
+        total = f"{sum(sizes.values()):>15,}  bytes in {len(self.files)} files"
+        return "\n".join([f"{self.kind} {self.repo_id}{self.told}:", *lines, total])
 
 
 def model_plan(folder: str | Path, repo_id: str = HUB_MODEL) -> Plan:
@@ -251,17 +263,19 @@ def _tried(plan: Plan, folder: Path) -> str:
             fetched.read_bytes() == what if isinstance(what, bytes) else filecmp.cmp(fetched, what, shallow=False)
         ):
             raise PublishError(f"{plan.repo_id}: {name} came back different from what was sent: run this again")
-    scene = next(scene for index in count() if (scene := draw_scene(7, "test", index)).record.food_items)
+    seed = 7 if plan.kind == "model" else 8  # model and Space answer about different scenes
+    scene = next(scene for index in count() if (scene := draw_scene(seed, "test", index)).record.food_items)
     try:
         if plan.kind == "model":
-            return f"Fetched again, it answers {Extractor.from_pretrained(folder).extract(scene.image).to_json()}"
+            answer = Extractor.from_pretrained(folder).extract(scene.image).to_json()
+            return f"Fetched again, it answers about a drawn scene:\n{_verdict(scene.record, answer)}"
         if plan.kind == "dataset":
             rows = datasets.load_dataset(str(folder), cache_dir=str(folder / ".rows"))
             shown, model = list(rows["test"]["is_food"]), newest_tuned()
             row = rows["test"][shown.index(max(shown))]
             answer = Extractor.from_pretrained(model).extract(row["image"]).to_json()
             counts = " and ".join(f"{len(rows[split]):,} {split}" for split in SPLITS)
-            return f"Fetched again, it has {counts} rows; one of test is {record_of(row).to_json()}, and {model.name} answers {answer}"
+            return f"Fetched again, it has {counts} rows. {model.name} answers about one of test:\n{_verdict(record_of(row), answer)}"
     except ModelError as error:
         raise PublishError(f"{plan.repo_id} was published, but what was fetched does not load: {error}") from error
     scene.image.save(folder / "image.png")
@@ -275,7 +289,15 @@ def _tried(plan: Plan, folder: Path) -> str:
         ) from None
     if run.returncode:
         raise PublishError(f"{plan.repo_id} was published, but its app does not answer:\n{run.stderr.strip()[-2000:]}")
-    return f"Fetched again, its app answers {run.stdout.strip().splitlines()[-1]}"
+    answer = run.stdout.strip().splitlines()[-1]
+    return f"Fetched again, its app answers about a drawn scene:\n{_verdict(scene.record, answer)}"
+
+
+def _verdict(label: FoodRecord, answer: str) -> str:
+    """Label, answer and what the answer got right, a line each."""
+    items = count_items(label, try_read(answer))
+    verdict = f"{items.found} of {items.found + items.missed} items found, {items.invented} invented"
+    return f"  label    {label.to_json()}\n  answer   {answer}\n  verdict  {verdict}"
 
 
 def _allowed(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:

@@ -1,11 +1,12 @@
-"""Figures: images with captions, and what an evaluation shows beyond its table, such as how sure a model is and where it fails.
+"""Matplotlib figures of images, training and evaluation.
 
-Images are RGB. Every function gives a matplotlib figure (or HTML) and writes nothing.
+At 100 dpi no figure is wider than 800 px and no letter smaller than 11 px, so GitHub shows them unscaled in notebooks.
+Images are RGB. Every function returns a figure and writes no file.
 """
 
-import html
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,226 +16,206 @@ from PIL import Image
 from foodextract.evaluation.calibration import Bin, calibration_error
 from foodextract.evaluation.results import Row
 from foodextract.evaluation.scoring import FIELDS, Counts, try_read
-from foodextract.reporting.tables import MORE_NAMES, NAMES, SUBJECTS, subject_name
+from foodextract.reporting.tables import NAMES, SUBJECTS, subject_name
 from foodextract.schema import FoodRecord
 
-COLORS = (
-    "#bab0ac",
-    "#9ecae9",
-    "#4c78a8",
-    "#f2b134",
-    "#72b7b2",
-    "#b279a2",
-)  # before gray, after blue, then whoever else
-RIGHT, INVENTED, MISSED = "#2e7d32", "#c62828", "#b26a00"
+WIDTH, FONT, LINE = 7.8, 8, 0.16  # inches, points, inches; a notebook adds 0.1 inches on each side
+COLORS = ("#bab0ac", "#9ecae9", "#4c78a8", "#f2b134", "#72b7b2", "#b279a2")  # base gray, stages blue, then baselines
+GRAY, RIGHT, INVENTED, MISSED = "#555555", "#2e7d32", "#c62828", "#b26a00"
+LOSSES = {"answer_loss": "loss on the answer", "unlikelihood_loss": "unlikelihood loss, unweighted"}
+
+Lines = Sequence[tuple[str, str]]  # lines of text, each with its color
+
+_styled = plt.rc_context(
+    {"font.size": FONT, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+)
+
+
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], captions: Sequence[str], columns: int = 6, wrap: int = 30, title: str = ""
+    images: Sequence[Image.Image], captions: Sequence[str | Lines], columns: int = 4, title: str = ""
 ) -> Figure:
     """Images in a grid, each above its caption."""
-    columns = max(1, min(columns, len(images)))
-    rows = -(-len(images) // columns)
-    told = [_wrapped(caption, wrap) for caption in captions]
-    side, line, letter = 2.2, 0.16, 0.066  # inches: an image, and a line and a letter of its caption
-    below = line * (max((caption.count("\n") + 1 for caption in told), default=1) + 1)
-    wide = max(side, letter * wrap) + 0.15
-    height = (side + below) * rows + 0.35 * bool(title)
-    figure, axes = plt.subplots(rows, columns, figsize=(wide * columns, height), squeeze=False)
-    figure.subplots_adjust(0, below / height, 1, 1 - 0.35 * bool(title) / height, wspace=0, hspace=below / side)
-    figure.suptitle(title, y=1 - 0.03 / height, va="top")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, caption in zip(axes.flat, images, told, strict=False):
-        axis.imshow(image)
-        axis.annotate(
-            caption,
-            (0.5, 0),
-            (0, -4),
-            "axes fraction",
-            "offset points",
-            ha="center",
-            va="top",
-            fontsize=8,
-            parse_math=False,
-        )
+    side = WIDTH / columns  # inches
+    letters = int(72 * side / (0.58 * FONT))
+    wrapped = [_wrapped(caption, letters) for caption in captions]
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    heights = [side + LINE * (max(len(wrapped[i]) for i in row) + 1) for row in rows]
+    width, height, top = side * min(columns, len(images)), sum(heights) + 0.3 * bool(title), 0.3 * bool(title)
+    figure = plt.figure(figsize=(width, height))
+    figure.suptitle(title, x=0.05 / width, y=1, ha="left", va="top", fontsize=FONT + 3)
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            box = (column * side / width, 1 - (top + side) / height, (side - 0.08) / width, (side - 0.08) / height)
+            axis = figure.add_axes(box)
+            axis.imshow(images[i])
+            axis.axis("off")
+            for number, (text, color) in enumerate(wrapped[i]):
+                offset = (0, -4 - 72 * LINE * number)
+                style = {"va": "top", "fontsize": FONT, "color": color, "parse_math": False}
+                axis.annotate(text, (0, 0), offset, "axes fraction", "offset points", **style)
+        top += row_height
     return figure
 
 
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
+def _wrapped(caption: str | Lines, letters: int) -> Lines:
+    lines = [(line, "black") for line in caption.split("\n")] if isinstance(caption, str) else caption
+    return [(part, color) for line, color in lines for part in textwrap.wrap(line, letters, subsequent_indent="  ")]
 
 
+def worst_cases(
+    images: Sequence[Image.Image], labels: Sequence[FoodRecord], answers: Sequence[str], columns: int = 4
+) -> Figure:
+    """A contact sheet of images with the `verdict` on each answer."""
+    return contact_sheet(images, [verdict(*case) for case in zip(labels, answers, strict=True)], columns)
+
+
+def verdict(label: FoodRecord, text: str) -> Lines:
+    """What an answer found (green), invented (red) and missed (amber), or the text if it is not strict JSON."""
+    answer = try_read(text)
+    if answer is None:
+        shown = textwrap.shorten(text, 150, placeholder=" …") or "(nothing)"
+        missed = f"shows: {label.image_title or 'no food or drink'}"
+        return [("not strict JSON:", INVENTED), (shown, GRAY), (missed, MISSED)]
+    lines = []
+    if answer.is_food != label.is_food:
+        lines.append(("says there is food or drink" if answer.is_food else "says there is none", INVENTED))
+    for field in FIELDS:
+        kind = field.removesuffix("_items")
+        wanted, given = getattr(label, field), getattr(answer, field)
+        lines += [(f"✓ {name}", RIGHT) for name in wanted if name in given]
+        lines += [(f"+ {name} ({kind}, not there)", INVENTED) for name in given if name not in wanted]
+        lines += [(f"− {name} ({kind}, missed)", MISSED) for name in wanted if name not in given]
+    return lines or [("✓ food or drink" if label.is_food else "✓ no food or drink", RIGHT)]
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def token_mask(tokens: Sequence[tuple[str, bool]], columns: int = 111) -> Figure:
+    """One row as tokens (see `collate.audit`): the loss sees the green ones. Runs of one image token are shortened."""
+    x, y, cells = 0, 0, []
+    for (token, supervised), run in groupby(tokens):
+        count = len(list(run))
+        text = token.replace("\n", "↵") + (f" × {count}" if count > 1 else "")
+        x, y = (x, y) if x + len(text) <= columns else (0, y + 1)
+        cells.append((x, y, len(text), text, supervised))
+        x, y = (0, y + 1) if "\n" in token else (x + len(text), y)
+    figure = plt.figure(figsize=(WIDTH, 0.19 * (y + 1)))
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(y + 0.6, -0.6))
+    axis.axis("off")
+    for x, y, width, text, supervised in cells:
+        axis.barh(y, width, 0.86, x, color="#bfe3b4" if supervised else "#eeeeee", edgecolor="white")
+        color = "black" if supervised else "#666666"
+        axis.text(x, y, text, family="monospace", fontsize=FONT, color=color, va="center_baseline", parse_math=False)
+    return figure
+
+
+@_styled
+def loss_curves(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Training loss by optimizer step, on a log scale: one column a stage, one row a part of the loss."""
+    parts = {key: name for key, name in LOSSES.items() if any(entry.get(key) for log in logs.values() for entry in log)}
+    parts = parts or {"loss": "loss"}
+    figure, axes = plt.subplots(
+        len(parts), len(logs), sharex="col", sharey="row", squeeze=False, layout="constrained",
+        figsize=(min(WIDTH, 5 * len(logs)), 2.4 * len(parts)),
+    )  # fmt: skip
+    for column, (name, log) in zip(axes.T, logs.items(), strict=True):
+        for axis, part in zip(column, parts, strict=True):
+            points = [(entry["step"], entry[part]) for entry in log if part in entry]
+            axis.plot(*zip(*points, strict=True), marker=".", color=COLORS[2])
+            axis.set_yscale("log")
+            axis.grid(alpha=0.3)
+        column[0].set_title(SUBJECTS.get(name, name).replace("after", "during"))
+        column[-1].set_xlabel("optimizer step")
+    for axis, label in zip(axes[:, 0], parts.values(), strict=True):
+        axis.set_ylabel(label)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------- data and results
+
+
+@_styled
 def bars(counts: Sequence[tuple[str, int]], title: str) -> Figure:
     """Horizontal bars, the largest on top."""
-    figure, axis = plt.subplots(figsize=(6, 0.22 * len(counts) + 0.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 0.2 * len(counts) + 0.7), layout="constrained")
     names, values = zip(*reversed(counts), strict=True) if counts else ((), ())
-    axis.bar_label(axis.barh(names, values, color="#4c78a8"), padding=3, fontsize=8)
+    axis.bar_label(axis.barh(names, values, color=COLORS[2]), padding=3)
     axis.set_title(title)
-    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def loss_curves(logs: dict[str, list[dict[str, float]]]) -> Figure:
-    """Training loss by optimizer step, one panel a stage, on a log scale."""
-    figure, axes = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3), squeeze=False, layout="constrained")
-    for axis, (name, log) in zip(axes.flat, logs.items(), strict=True):
-        axis.plot([entry["step"] for entry in log], [entry["loss"] for entry in log], marker=".", color="#4c78a8")
-        axis.set(title=SUBJECTS.get(name, name), xlabel="optimizer step", ylabel="loss on the answer", yscale="log")
-        axis.grid(alpha=0.3)
-    return figure
-
-
+@_styled
 def before_after(rows: Sequence[Row], names: Mapping[str, str] = NAMES) -> Figure:
-    """Bars with 95 % intervals: every metric, the subjects side by side. What was not measured is left out; so are groups, and lengths."""
+    """Bars with 95 % intervals: the subjects side by side for every metric. Groups and lengths are left out."""
     wanted = [row for row in rows if row.metric in names and " | " not in row.subject and row.unit != "characters"]
-    figures = {(row.metric, row.subject): row for row in wanted}
-    subjects = list(dict.fromkeys(subject for _, subject in figures))
-    metrics = [metric for metric in names if any(metric == name for name, _ in figures)]
-    figure, axis = plt.subplots(figsize=(max(9, 1.3 * len(metrics)), 3.6), layout="constrained")
+    subjects = list(dict.fromkeys(row.subject for row in wanted))
+    metrics = [metric for metric in names if any(row.metric == metric for row in wanted)]
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
     width = 0.82 / len(subjects)
     for i, subject in enumerate(subjects):
-        mine = [
-            (place, figures[metric, subject]) for place, metric in enumerate(metrics) if (metric, subject) in figures
-        ]
-        places = [place + (i - (len(subjects) - 1) / 2) * width for place, _ in mine]
-        errors = [[row.value - row.low for _, row in mine], [row.high - row.value for _, row in mine]]
-        color = COLORS[i % len(COLORS)]
+        mine = [row for row in wanted if row.subject == subject]
+        x = [metrics.index(row.metric) + (i - (len(subjects) - 1) / 2) * width for row in mine]
         axis.bar(
-            places, [row.value for _, row in mine], 0.93 * width, yerr=errors, color=color, label=subject_name(subject), capsize=2,
-            error_kw={"elinewidth": 1},
+            x, [row.value for row in mine], 0.93 * width, yerr=_errors((row.value, row.low, row.high) for row in mine),
+            color=COLORS[i % len(COLORS)], label=subject_name(subject), capsize=2, error_kw={"elinewidth": 1},
         )  # fmt: skip
     broken = [metric.replace("is_food_", "is food_").replace("_", "\n", 1).replace("_", " ") for metric in metrics]
-    axis.set_xticks(range(len(metrics)), broken, fontsize=8)
+    axis.set_xticks(range(len(metrics)), broken)
     axis.set_ylim(min([0, *(row.low - 0.03 for row in wanted if row.low < 0)]), 1.05)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, ncols=len(subjects), loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    figure.legend(ncols=min(4, len(subjects)), loc="outside upper center")
     return figure
 
 
-def effects(rows: Sequence[Row], metric: str) -> Figure:
-    """What each choice changes, with its 95 % interval: one line a `who minus whom`. An interval across the gray line may be nothing."""
-    mine = [row for row in rows if row.metric == f"{metric}_difference"][::-1]
-    figure, axis = plt.subplots(figsize=(8, 0.42 * len(mine) + 1), layout="constrained")
-    errors = [[row.value - row.low for row in mine], [row.high - row.value for row in mine]]
-    axis.errorbar([row.value for row in mine], range(len(mine)), xerr=errors, fmt="o", color=COLORS[2], capsize=3)
-    axis.axvline(0, color="#888", linewidth=1)
-    axis.set_yticks(range(len(mine)), [row.subject for row in mine], fontsize=8)
-    axis.set(xlabel=f"difference in {({**NAMES, **MORE_NAMES})[metric]}", ylim=(-0.6, len(mine) - 0.4))
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def token_colors(tokens: Sequence[tuple[str, bool]]) -> str:
-    """HTML of a label audit: tokens the loss sees on green, all others gray; runs of one image token are shortened."""
-    parts: list[str] = []
-    previous, run = None, 0
-    for text, supervised in [*tokens, (None, False)]:
-        if text == previous and text is not None and not supervised:
-            run += 1
-            continue
-        if run:
-            parts.append(f'<span style="color:#888"> × {run + 1} </span>')
-        previous, run = text, 0
-        if text is not None:
-            style = "background:#bfe3b4;color:#000;border-radius:3px" if supervised else "color:#888"
-            shown = html.escape(text).replace("\n", "⏎<br>").replace(" ", "&nbsp;" if supervised else " ")
-            parts.append(f'<span style="{style}">{shown}</span>' + ("<wbr>" if supervised else ""))
-    return f'<div style="font-family:monospace;line-height:1.7">{"".join(parts)}</div>'
-
-
+@_styled
 def reliability(bins: Mapping[str, Sequence[Bin]]) -> Figure:
-    """What `is_food` claims against what is there, one line a subject with 95 % intervals; below, how many images claim how much.
+    """Calibration of `is_food`, one line a subject with 95 % intervals; below, the number of images by probability.
 
     On the dashed line a model that says 70 % is right in 70 of 100 cases. ECE is the mean distance from it.
     """
     figure, (above, below) = plt.subplots(
-        2, 1, figsize=(4.6, 5.4), height_ratios=(3, 1), sharex=True, layout="constrained"
+        2, 1, figsize=(4.6, 5.2), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
     above.plot([0, 1], [0, 1], color="#888", linestyle="--", linewidth=1)
     width = 0.08 / len(bins)
-    for number, (subject, mine) in enumerate(bins.items()):
-        color = COLORS[number % len(COLORS)]
-        errors = [[b.observed - b.low for b in mine], [b.high - b.observed for b in mine]]
-        said = [b.predicted for b in mine]
-        name = f"{subject_name(subject)}, ECE {calibration_error(mine):.3f}"
+    for i, (subject, mine) in enumerate(bins.items()):
+        predicted, color = np.array([b.predicted for b in mine]), COLORS[(i + 2) % len(COLORS)]
         above.errorbar(
-            said, [b.observed for b in mine], yerr=errors, color=color, marker="o", markersize=4, capsize=2, label=name
-        )
-        below.bar([x + (number - (len(bins) - 1) / 2) * width for x in said], [b.n for b in mine], width, color=color)
+            predicted, [b.observed for b in mine], yerr=_errors((b.observed, b.low, b.high) for b in mine), color=color,
+            label=f"{subject_name(subject)}, ECE {calibration_error(mine):.3f}", marker="o", markersize=4, capsize=2,
+        )  # fmt: skip
+        below.bar(predicted + (i - (len(bins) - 1) / 2) * width, [b.n for b in mine], width, color=color)
     above.set(ylabel="share that shows food or drink", ylim=(-0.03, 1.03), xlim=(-0.03, 1.03))
     below.set(xlabel="probability of is_food = 1", ylabel="images")
-    above.legend(frameon=False, loc="upper left", fontsize=8)
-    for axis in (above, below):
-        axis.spines[["top", "right"]].set_visible(False)
+    above.legend(loc="upper left")
     return figure
 
 
 def class_heat_map(classes: Mapping[str, Counts], rows: int = 28) -> Figure:
-    """Precision, recall and F1 of each item name, the most wanted first, with how often it was wanted; `rows` names a block."""
+    """Precision, recall and F1 of each item name with its number of references; `rows` names a block."""
     names = [name for name, counts in classes.items() if counts.found + counts.missed]
     blocks = [names[start : start + rows] for start in range(0, len(names), rows)]
-    height = 0.24 * min(rows, len(names)) + 0.7
-    figure, axes = plt.subplots(
-        1, len(blocks), figsize=(3.4 * len(blocks), height), squeeze=False, layout="constrained"
-    )
+    size = min(WIDTH, 3 * len(blocks)), 0.2 * min(rows, len(names)) + 0.5
+    figure, axes = plt.subplots(1, len(blocks), figsize=size, squeeze=False, layout="constrained")
     for axis, block in zip(axes.flat, blocks, strict=True):
         values = np.full((max(map(len, blocks)), 3), np.nan)
         values[: len(block)] = [(classes[name].precision, classes[name].recall, classes[name].f1) for name in block]
         axis.imshow(values, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                color = "white" if abs(value - 0.5) > 0.38 else "black"
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+        for (row, column), value in np.ndenumerate(values[: len(block)]):
+            color = "white" if abs(value - 0.5) > 0.38 else "black"
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=FONT, color=color)
         labels = [f"{name} ({classes[name].found + classes[name].missed})" for name in block]
-        axis.set_yticks(range(len(block)), labels, fontsize=8)
-        axis.set_xticks(range(3), ["precision", "recall", "F1"], fontsize=8)
+        axis.set_yticks(range(len(block)), labels, fontsize=FONT)
+        axis.set_xticks(range(3), ["prec.", "recall", "F1"], fontsize=FONT)
         axis.xaxis.tick_top()
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     return figure
 
 
-def worst_cases(
-    images: Sequence[Image.Image], labels: Sequence[FoodRecord], answers: Sequence[str], columns: int = 4
-) -> Figure:
-    """Images in a grid, each above what its answer has found (green), invented (red) and missed (amber), or the text nobody can read."""
-    captions = [_verdict(label, text) for label, text in zip(labels, answers, strict=True)]
-    columns = max(1, min(columns, len(images)))
-    rows, longest = -(-len(images) // columns), max(map(len, captions), default=1)
-    side, line = 2.4, 0.155  # inches: an image, a line of its caption
-    below = line * (longest + 1)
-    figure, axes = plt.subplots(rows, columns, figsize=((side + 0.1) * columns, (side + below) * rows), squeeze=False)
-    figure.subplots_adjust(0.005, below / (side + below) / rows, 0.995, 0.995, wspace=0.05, hspace=below / side)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
-        axis.imshow(image)
-        for number, (text, color) in enumerate(caption):
-            place = {"xytext": (0, -4 - 72 * line * number), "textcoords": "offset points", "va": "top"}
-            axis.annotate(text, (0, 0), xycoords="axes fraction", fontsize=8, color=color, parse_math=False, **place)
-    return figure
-
-
-def _verdict(label: FoodRecord, text: str, width: int = 38) -> list[tuple[str, str]]:
-    """Lines of a caption with their colors."""
-    answer = try_read(text)
-    if answer is None:
-        shown = textwrap.shorten(text, 4 * width, placeholder=" …") or "(nothing)"
-        told = [
-            ("not strict JSON:", INVENTED),
-            (shown, "#555"),
-            (f"shows: {label.image_title or 'no food or drink'}", MISSED),
-        ]
-    else:
-        told = []
-        if answer.is_food != label.is_food:
-            told.append(("says there is food or drink" if answer.is_food else "says there is none", INVENTED))
-        for field in FIELDS:
-            kind = "drink" if field == "drink_items" else "food"
-            wanted, given = getattr(label, field), getattr(answer, field)
-            told += [(f"✓ {name}", RIGHT) for name in wanted if name in given]
-            told += [(f"+ {name} ({kind}, not there)", INVENTED) for name in given if name not in wanted]
-            told += [(f"− {name} ({kind}, missed)", MISSED) for name in wanted if name not in given]
-    told = told or [("✓ no food or drink" if not label.is_food else "✓ food or drink", RIGHT)]
-    return [(line, color) for part, color in told for line in textwrap.wrap(part, width, subsequent_indent="  ")]
+def _errors(points: Iterable[tuple[float, float, float]]) -> np.ndarray:
+    """Distances from each value to its low and high end, (2, n), from (value, low, high)."""
+    return np.array([(value - low, high - value) for value, low, high in points]).reshape(-1, 2).T

@@ -22,7 +22,7 @@ from foodextract.evaluation import evaluate
 from foodextract.evaluation.results import write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models.loading import FINISHED, ModelError, Precision
-from foodextract.models.weights import Moved, checksum, freeze, snapshot, weights_moved, whole_state
+from foodextract.models.weights import checksum, snapshot, whole_state
 from foodextract.training.cache import (
     PIXELS,
     Prepared,
@@ -46,6 +46,7 @@ from foodextract.training.checkpoints import (
 )
 from foodextract.training.collate import Collator
 from foodextract.training.config import Stage, is_sharded, precision_of, training_config
+from foodextract.training.freezing import Moved, freeze, weights_moved
 from foodextract.training.lora import attach, untie
 from foodextract.training.throughput import memory_kept, performance_rows, reset_peak_memory
 from foodextract.training.trainer import PreparedTrainer, Progress
