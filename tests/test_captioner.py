@@ -83,13 +83,13 @@ def test_a_number_is_that_of_the_config_whatever_the_classes_are_called(folder, 
 
 def test_it_is_served_like_any_model(folder):
     with serving(lambda: blip.load(folder, "cpu")) as client:
-        until(lambda: not client.batcher.unavailable)
+        until(lambda: not client.queue.unavailable)
         files = [encoded(image) for image in images()]
         records = [client.post("/predict", content=file).json()["record"] for file in files[:3]]
         assert [record["image_title"] for record in records] == ["grilled salmon", "beignets", "iced tea"]
         assert not re.search(r"\d", json.dumps([record["food_items"] + record["drink_items"] for record in records]))
         assert reason(client.post("/predict", content=files[3]), 500) == "bad_answer"
-        assert reason(client.post("/predict", content=b"no image"), 415) == "not_a_image"
+        assert reason(client.post("/predict", content=b"no image"), 415) == "not_an_image"
 
 
 def test_without_names_it_is_not_served(folder, tmp_path):

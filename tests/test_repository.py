@@ -16,12 +16,7 @@ from foodextract.names import GITHUB, HUB_DATASET, HUB_MODEL, HUB_PUBLISHED_DATA
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])
-PAGES = [
-    *ROOT.glob("*.md"),
-    *ROOT.glob("[!.]*/README.md"),
-    *ROOT.glob("demos/*/README.md"),
-    *ROOT.glob("src/**/README.md"),
-]
+PAGES = [page for where in ("", "[!.]*/", "demos/*/", "src/**/") for page in ROOT.glob(f"{where}*.md")]
 OFFLINE = ROOT / "results" / "offline.json"
 
 

@@ -16,8 +16,8 @@ from foodextract.inference import blip
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
-from foodextract.serving.queue import PREPARED, Batcher, Limits
-from foodextract.serving.telemetry import Meters
+from foodextract.serving.queue import PREPARED, Queue, QueueLimits
+from foodextract.serving.telemetry import ServerMetrics
 
 
 def with_budget(folder, tiles, out):
@@ -102,12 +102,12 @@ def test_the_queue_of_the_server_counts_tiles(many_tiles, images, entering, monk
     seen = entering(extractor)
 
     async def story():
-        batcher = Batcher(lambda: extractor, Limits(batch=batch, wait=0.5), Meters())
-        async with batcher.running():
-            while batcher.unavailable:
+        queue = Queue(lambda: extractor, QueueLimits(batch_size=batch, max_wait=0.5), ServerMetrics())
+        async with queue.running():
+            while queue.unavailable:
                 await asyncio.sleep(0.005)
-            assert batcher._shelf._value == (1 + PREPARED) * at_once
-            return await asyncio.gather(*map(batcher.answer, images[:3]))
+            assert queue._prepared._value == (1 + PREPARED) * at_once
+            return await asyncio.gather(*map(queue.answer, images[:3]))
 
     answered = asyncio.run(asyncio.wait_for(story(), 60))
     assert max(rows for rows, _ in seen) == at_once

@@ -76,7 +76,11 @@ def model_card(provenance: Provenance, budget: str, repo_id: str, counts: Mappin
         eval_results=results,
     )
     recipe = [(name, *(stage.get(name, stage.get(old)) for stage in stages)) for name, old in RECIPE.items()]
-    seconds = [(row.subject, f"{row.value:,.0f}") for row in provenance.rows if row.metric == "seconds"]
+    seconds = [
+        (row.subject.replace("ask_", "evaluate "), f"{row.value:,.0f}")
+        for row in provenance.rows
+        if row.metric == "seconds"
+    ]
     published = f" (the split `test` of {provenance.dataset})" if split == "test" else f" ({split})" if split else ""
     return ModelCard.from_template(
         card_data,
