@@ -17,6 +17,7 @@ from foodextract.names import GITHUB, HUB_DATASET, HUB_MODEL, HUB_PUBLISHED_DATA
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])
 PAGES = [page for where in ("", "[!.]*/", "demos/*/", "src/**/") for page in ROOT.glob(f"{where}*.md")]
+PAGES = [page for page in PAGES if page.parent.name != "templates"]
 OFFLINE = ROOT / "results" / "offline.json"
 
 

@@ -115,7 +115,7 @@ def one_stage(rows: Sequence[Row]) -> str:
     items, form = cells["item_f1_micro_lenient_difference"], cells["strict_json_rate_difference"]
     verdict = "better" if items.low > 0 else "worse" if items.high < 0 else "no measurable difference"
     return (
-        f"In the [ablation](experiments/README.md#what-each-choice-is-worth) ({items.n} seeds, as many images per run), "
+        f"In the [ablation](experiments/README.md#what-each-choice-is-worth) ({items.n} seeds, equally many images), "
         f"stage 1 alone changes item F1 (lenient parser) by {_change(items)}, {verdict}, and strict JSON by "
         f"{_change(form)}. Two stages stay the default because they are the original project's recipe; neither is "
         "measured at 500M parameters on photographs."
