@@ -110,10 +110,10 @@ def main(
         models = {
             "majority": Majority.fit(records).answer,
             "nearest": Nearest.fit(extractor, seen, records, neighbors).answer,
-            "base": extractor.answer,
-            "base constrained": partial(extractor.answer, constrained=True),
-            "tuned": ours.answer,
-            "tuned constrained": partial(ours.answer, constrained=True),
+            "base": extractor.generate_texts,
+            "base constrained": partial(extractor.generate_texts, constrained=True),
+            "tuned": ours.generate_texts,
+            "tuned constrained": partial(ours.generate_texts, constrained=True),
         }
         measured = measure(models, "tuned", rows["test"], batch, " ".join([COMMAND, *sys.argv[1:]]))
     write_results(out, measured)

@@ -14,12 +14,12 @@ from typing import Annotated
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
-from odd_images import odd_images
 from tqdm import tqdm
 
 from foodextract.evaluation.results import make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
+from odd_images import odd_images
 
 ROOT = Path(__file__).resolve().parents[1]
 
