@@ -56,7 +56,7 @@ def measure(
     """Return the rows of one checkpoint."""
     extractor = Extractor.from_pretrained(folder, "cpu")
     print(f"{name}: writes {extractor.dialect}")
-    ways = {
+    modes = {
         "free": extractor.generate_texts,
         "extract": partial(extractor.generate_texts, constrained=True),
         "JSON grammar": partial(under_json(extractor).generate_texts, constrained=True),
