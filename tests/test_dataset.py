@@ -18,7 +18,7 @@ from PIL import Image
 from foodextract import names
 from foodextract.data import dataset, ingest, scenes, selection, sources
 from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample
-from foodextract.hub import publish
+from foodextract.reporting import cards
 
 
 def png(image):
@@ -160,13 +160,13 @@ def test_labels_are_cleaned_and_what_was_found_is_kept(tmp_path):
     [row] = [row for split in dataset.load(tmp_path / "out").values() for row in split if row["is_food"]]
     assert row["image_title"] == "turkish coffee"
     assert (row["food_items"], row["drink_items"]) == (["cake"], ["coffee"])
-    found = lines(tmp_path / "out" / "findings.jsonl")
-    assert {finding["name"] for finding in found} == {"030.png"}
-    assert all(finding["reason"] and finding["policy"] in ("fix", "flag", "reject") for finding in found)
+    found = lines(tmp_path / "out" / "issues.jsonl")
+    assert {issue["name"] for issue in found} == {"030.png"}
+    assert all(issue["reason"] and issue["policy"] in ("fix", "flag", "reject") for issue in found)
 
 
 def test_drawn_labels_are_left_alone(drawn, rows):
-    assert not (drawn / "findings.jsonl").read_text()
+    assert not (drawn / "issues.jsonl").read_text()
     for row in rows["train"]:
         _, seed, split, index = Path(row["name"]).stem.split("-")
         assert dataset.record_of(row) == scenes.draw_scene(int(seed), split, int(index)).record
@@ -302,7 +302,7 @@ def test_a_bad_row_is_named_and_the_others_are_kept(tmp_path, line, reason):
 
 def test_the_card_tells_the_runs_own_figures(drawn):
     report = json.loads((drawn / "report.json").read_text())
-    card = publish.dataset_card(report, "A title", seed=5, commit="abc")
+    card = cards.dataset_card(report, "A title", seed=5, commit="abc")
     assert card.data.license == "cc-by-sa-4.0"
     assert card.data.size_categories == ["n<1K"]
     assert card.data.pretty_name == "A title"
