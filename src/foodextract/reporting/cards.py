@@ -151,7 +151,7 @@ def dataset_card(report: Mapping[str, Any], title: str, seed: int, commit: str) 
     splits = [
         (name, report[name], f"{is_food[name]:,} ({is_food[name] / report[name]:.1%})") for name in ("train", "test")
     ]
-    issues = report.get("issues", report.get("findings"))
+    issues = report["issues"]
     return DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "dataset_card.md"),
