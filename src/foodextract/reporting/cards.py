@@ -203,11 +203,11 @@ def dataset_card(report: dict[str, Any], title: str, seed: int, commit: str) -> 
         "\n## What was left out or mended\n",
         f"{report['read']:,} rows were read, {report['kept']:,} kept and {report['rejected']:,} rejected, {report['duplicates']:,} of them "
         f"as exact duplicates. {report['near_duplicate_groups']:,} groups of near-duplicates were kept together. `rejects.jsonl` gives the "
-        "reason for every rejected row, `findings.jsonl` what was found in the labels.\n",
+        "reason for every rejected row, `issues.jsonl` what the label rules found.\n",
         markdown_table(
-            ("label rule: what was done", "findings"), [(name, f"{count:,}") for name, count in report["findings"]]
+            ("label rule: what was done", "issues"), [(name, f"{count:,}") for name, count in report["issues"]]
         )
-        if report["findings"]
+        if report["issues"]
         else "The label lint found nothing.",
         "\n## Columns\n",
         "`image`, `is_food`, `image_title`, `food_items`, `drink_items`; `name`, `category`, `group`, `source`, `license` and "
