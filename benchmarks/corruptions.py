@@ -65,10 +65,10 @@ SENTENCES = (
     "A close-up of {} with a blurred background",
     "Somebody is about to enjoy {} at home",
 )
-PANTRY = (
-    "flour, wheat flour, baking powder, baking soda, vanilla extract, granulated sugar, yeast, corn starch, "
-    "vegetable oil"
-).split(", ")
+PANTRY = [
+    "flour", "wheat flour", "baking powder", "baking soda", "vanilla extract", "granulated sugar", "yeast",
+    "corn starch", "vegetable oil",
+]  # fmt: skip
 IRREGULAR = {
     "potato": "potatoes",
     "tomato": "tomatoes",

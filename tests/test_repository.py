@@ -124,6 +124,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(target), link
 
 
+def test_contributing_lists_every_module():
+    package = ROOT / "src" / "foodextract"
+    modules = {path.name for path in package.rglob("*.py") if not path.name.startswith("__")}
+    listed = re.findall(r"^ +(\w+\.py) +#", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(modules)
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CITATION.cff"], ids=lambda path: str(path.relative_to(ROOT)))
 def test_addresses_are_those_of_the_project(page):
     text = page.read_text()
