@@ -1,4 +1,4 @@
-"""Start `foodextract serve` in a process of its own on the loopback, for the serving benchmarks."""
+"""Start `foodextract serve` in its own process on the loopback, for the load and fault benchmarks."""
 
 import io
 import json
@@ -18,7 +18,6 @@ import psutil
 
 from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.results import Row, read_results, write_results
-from serve_report import render
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "serving.json"
@@ -26,7 +25,7 @@ RESULTS = ROOT / "results" / "serving.json"
 
 @dataclass
 class Served:
-    """A running server. `memory` collects its resident size in GiB every half second."""
+    """A running server. `memory` grows by one resident size in GiB every half second, while it lives."""
 
     process: subprocess.Popen
     address: str
@@ -35,20 +34,20 @@ class Served:
 
     @property
     def port(self) -> int:
-        """The port on the loopback."""
+        """On the loopback."""
         return int(self.address.rsplit(":", 1)[1])
 
     def resident(self) -> float:
-        """Return the resident memory now, in GiB."""
+        """Resident memory now, in GiB."""
         return psutil.Process(self.process.pid).memory_info().rss / 2**30
 
     def peak(self) -> float:
-        """Return the peak resident memory in GiB, loading included (Linux)."""
+        """The most that was ever resident, in GiB: loading and rounding the weights counts (Linux)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1]) / 2**20
 
     def watch(self) -> None:
-        """Collect `memory` until the process ends."""
+        """Until the process ends."""
         while self.process.poll() is None:
             try:
                 self.memory.append(self.resident())
@@ -59,7 +58,7 @@ class Served:
 
 @contextmanager
 def serving(model: Path, *options: str, port: int | None = None) -> Iterator[Served]:
-    """Start a server, wait until it is ready, and kill it at the end. Raises RuntimeError with its last log lines."""
+    """Start a server, wait until it is ready, and kill it at the end. Raises RuntimeError with its last output."""
     port = port or free_port()
     with started(
         [sys.executable, "-m", "foodextract", "serve", "--model", str(model), "--port", str(port), *options], port
@@ -68,7 +67,7 @@ def serving(model: Path, *options: str, port: int | None = None) -> Iterator[Ser
 
 
 def free_port() -> int:
-    """Return a port that is free now."""
+    """One that nobody listens on just now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -80,15 +79,15 @@ def started(command: list[str], port: int) -> Iterator[Served]:
     begun = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
     try:
-        lines = []
+        said = []
         for line in process.stderr:
-            lines.append(line)
+            said.append(line)
             if line.startswith("{") and json.loads(line)["event"] == "ready":
                 break
         else:
-            raise RuntimeError(f"the server did not start: {''.join(lines[-5:])}")
+            raise RuntimeError(f"the server did not start: {''.join(said[-5:])}")
         served = Served(process, f"http://127.0.0.1:{port}", time.monotonic() - begun)
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # keeps the pipe from filling up
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never fills the pipe
         threading.Thread(target=served.watch, daemon=True).start()
         yield served
     finally:
@@ -97,7 +96,7 @@ def started(command: list[str], port: int) -> Iterator[Served]:
 
 
 def drawn_images(count: int) -> list[bytes]:
-    """Draw PNG files of scenes that no model was trained on."""
+    """PNG files of drawn scenes that no model was trained on."""
     files = []
     for scene in draw_scenes(77, "test", count):
         file = io.BytesIO()
@@ -107,15 +106,13 @@ def drawn_images(count: int) -> list[bytes]:
 
 
 def growth(memory: list[float]) -> float:
-    """Return the relative growth of memory: the mean of its last tenth over that of its second tenth, less one."""
+    """By which share memory grew: the mean of its last tenth over that of its second tenth, less one."""
     tenth = max(1, len(memory) // 10)
     early, late = memory[tenth : 2 * tenth] or memory, memory[-tenth:]
     return sum(late) / len(late) / (sum(early) / len(early)) - 1
 
 
 def write_part(path: Path, rows: list[Row]) -> None:
-    """Replace the rows of one benchmark in a shared results file, and update the tables of README.md."""
+    """Replace the rows of one benchmark in a results file that several share."""
     others = [row for row in (read_results(path) if path.exists() else []) if row.benchmark != rows[0].benchmark]
     write_results(path, others + rows)
-    if path.resolve() == RESULTS:
-        render(ROOT)

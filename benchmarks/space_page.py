@@ -31,7 +31,6 @@ from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.results import make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
-from serve_report import render
 from true_size import interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,8 +148,6 @@ def main(
             row("ten at once, slowest", "seconds", max(waited), unit="s", n=USERS),
         ],
     )
-    if results.resolve() == RESULTS:
-        render(ROOT)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
         ("owner/name", dataclasses.replace(measured, base_model=names.HUB_BASE), False),
     ):
         monkeypatch.setattr(predict, "MODEL", str(model))
-        monkeypatch.setattr(predict, "EVIDENCE", evidence)
+        monkeypatch.setattr(predict, "PROVENANCE", evidence)
         assert ("never seen a photograph" in predict.notice()) == known, model
 
 
@@ -246,13 +246,13 @@ def test_errors_are_the_same_on_zero_gpu(tmp_path, image):
 def test_the_page_shows_the_figures_of_its_model(demo, monkeypatch):
     _, predict = demo
     measured = predict.provenance.find(loading.TINY_TUNED)
-    monkeypatch.setattr(predict, "EVIDENCE", measured)
+    monkeypatch.setattr(predict, "PROVENANCE", measured)
     assert (
         metric_table([row for row in read_results(ROOT / "results" / "offline.json") if row.low is not None])
         in predict.figures()
     )
     assert predict.provenance.base_of(measured) == str(loading.TINY_BASE)
-    monkeypatch.setattr(predict, "EVIDENCE", None)
+    monkeypatch.setattr(predict, "PROVENANCE", None)
     assert "has no evaluation" in predict.figures()
 
 

@@ -552,4 +552,4 @@ def test_figures_from_before_the_split_was_noted_can_be_read(tmp_path):
     told = json.loads((TINY_TUNED / provenance.EVALUATION).read_text())
     told.pop("held_out", None)
     (tmp_path / "evaluation.json").write_text(json.dumps(told))
-    assert provenance.Evidence.read(tmp_path / "evaluation.json").held_out == ""
+    assert provenance.Provenance.read(tmp_path / "evaluation.json").held_out == ""

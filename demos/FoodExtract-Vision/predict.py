@@ -29,8 +29,8 @@ from foodextract.schema import AnswerError, FoodRecord
 MAX_BYTES = 20 * 2**20  # of a file; checked before decoding, as is `images.MAX_PIXELS`
 MAX_IMAGES = 50  # in one batch, so that others wait no more than a minute or so
 MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
-EVIDENCE = provenance.find(MODEL)
-BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(EVIDENCE)
+PROVENANCE = provenance.find(MODEL)
+BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(PROVENANCE)
 Answer = tuple[FoodRecord, Confidence]
 
 
@@ -194,8 +194,8 @@ def error_as_html(error: gr.Error) -> str:
 
 def notice() -> str:
     """Return a warning if the model is bundled, or was trained from a bundled one on drawings alone; else ""."""
-    drawn = EVIDENCE is not None and EVIDENCE.dataset == "scenes"
-    from_bundled = drawn and Path(provenance.base_of(EVIDENCE) or "").parent == BUNDLED
+    drawn = PROVENANCE is not None and PROVENANCE.dataset == "scenes"
+    from_bundled = drawn and Path(provenance.base_of(PROVENANCE) or "").parent == BUNDLED
     if not from_bundled and Path(MODEL).resolve().parent != BUNDLED:
         return ""
     warning = "**This model knows drawings only: it has never seen a photograph.**"
@@ -204,11 +204,11 @@ def notice() -> str:
 
 def figures() -> str:
     """Return the measured table of the model as Markdown."""
-    if EVIDENCE is None:
+    if PROVENANCE is None:
         return f"`{Path(MODEL).name}` has no evaluation: notebook 01 writes one for the model it trains."
-    row = EVIDENCE.rows[0]
+    row = PROVENANCE.rows[0]
     return (
-        f"{metric_table(EVIDENCE.scored)}\n\nHeld-out images of `{EVIDENCE.dataset}`, greedy decoding without a "
-        f"grammar, the same prompt for all; 95 % intervals in brackets. Weights `{EVIDENCE.weights}`, measured on "
+        f"{metric_table(PROVENANCE.scored)}\n\nHeld-out images of `{PROVENANCE.dataset}`, greedy decoding without a "
+        f"grammar, the same prompt for all; 95 % intervals in brackets. Weights `{PROVENANCE.weights}`, measured on "
         f"{row.device} at commit {row.commit}."
     )
