@@ -19,7 +19,16 @@ SIZES = (
 )
 UNNAMED = "owner/name"
 OLDEST_DATASETS = "4.0.0"  # the release that brought the feature type `List`, which `columns.FEATURES` has
-RECIPE = ("freeze", "learning_rate", "epochs", "batch_size", "accumulation", "warmup", "schedule", "against_repeats")
+RECIPE = (
+    "freeze",
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "unlikelihood_weight",
+)
 
 
 def image_budget(processor: dict[str, Any]) -> str:

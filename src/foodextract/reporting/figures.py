@@ -22,7 +22,7 @@ from foodextract.schema import FoodRecord
 WIDTH, FONT, LINE = 7.8, 8, 0.16  # inches, points, inches; a notebook adds 0.1 inches on each side
 COLORS = ("#bab0ac", "#9ecae9", "#4c78a8", "#f2b134", "#72b7b2", "#b279a2")  # base gray, stages blue, then baselines
 GRAY, RIGHT, INVENTED, MISSED = "#555555", "#2e7d32", "#c62828", "#b26a00"
-LOSSES = {"answer_loss": "loss on the answer", "unlikelihood_loss": "unlikelihood loss, unweighted"}
+LOSSES = {"answer_loss": "loss on the answer", "unlikelihood_loss": "unlikelihood loss, weighted"}
 
 Lines = Sequence[tuple[str, str]]  # lines of text, each with its color
 
