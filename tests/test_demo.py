@@ -122,7 +122,7 @@ def test_no_model_is_sure_to_the_full(demo):
 
 def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
     _, asking = demo
-    measured = asking.evidence.find(loading.TINY_TUNED)
+    measured = asking.provenance.find(loading.TINY_TUNED)
     photographs = dataclasses.replace(measured, dataset="somebody/photographs")
     for model, evidence, known in (
         (loading.TINY_TUNED, measured, True),
@@ -238,13 +238,13 @@ def test_on_zero_gpu_messages_are_as_friendly(tmp_path, image):
 
 def test_the_page_shows_the_figures_of_its_model(demo, monkeypatch):
     _, asking = demo
-    measured = asking.evidence.find(loading.TINY_TUNED)
+    measured = asking.provenance.find(loading.TINY_TUNED)
     monkeypatch.setattr(asking, "EVIDENCE", measured)
     assert (
         metric_table([row for row in read_results(ROOT / "results" / "offline.json") if row.low is not None])
         in asking.figures()
     )
-    assert asking.evidence.base_of(measured) == str(loading.TINY_BASE)
+    assert asking.provenance.base_of(measured) == str(loading.TINY_BASE)
     monkeypatch.setattr(asking, "EVIDENCE", None)
     assert "Nobody has measured" in asking.figures()
 

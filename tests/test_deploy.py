@@ -20,15 +20,15 @@ from foodextract.data import scenes
 from foodextract.models import loading
 from foodextract.schema import FoodRecord
 from foodextract.serving.app import Settings, create_app
-from foodextract.serving.server import WRITING_SECONDS
+from foodextract.serving.server import WRITE_TIMEOUT
 from test_server import encoded
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "gpu", "gke")
 DRAIN = (
-    Settings().upload.seconds + Settings().limits.deadline + WRITING_SECONDS
-)  # until all that was accepted is answered, seconds
+    Settings().upload.timeout + Settings().queue.deadline + WRITE_TIMEOUT
+)  # seconds until accepted images are answered
 VERSION = "1.33.0"
 CUSTOM = {
     "monitoring.coreos.com/v1",

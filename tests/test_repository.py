@@ -16,7 +16,7 @@ from foodextract.names import GITHUB, HUB_DATASET, HUB_MODEL, HUB_PUBLISHED_DATA
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob("demos/*/README.md"), *ROOT.glob("src/**/README.md")]
+PAGES = [page for where in ("", "[!.]*/", "demos/*/", "src/**/") for page in ROOT.glob(f"{where}*.md")]
 OFFLINE = ROOT / "results" / "offline.json"
 
 
@@ -74,7 +74,9 @@ def held_out(tmp_path_factory):
 
 def scored(extractor, held_out):
     labels, images = held_out
-    return {metric.name: metric for metric in evaluate.score(labels, evaluate.ask(extractor.answer, images, 50))}
+    return {
+        metric.name: metric for metric in evaluate.score(labels, evaluate.ask(extractor.generate_texts, images, 50))
+    }
 
 
 def test_bundled_model_answers_as_make_demo_measured(tuned, held_out):

@@ -16,8 +16,8 @@ from foodextract.inference import blip
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
-from foodextract.serving.queue import PREPARED, Batcher, Limits
-from foodextract.serving.telemetry import Meters
+from foodextract.serving.queue import PREPARED, Queue, QueueLimits
+from foodextract.serving.telemetry import ServerMetrics
 
 
 def with_budget(folder, tiles, out):
@@ -77,18 +77,18 @@ def test_a_batch_counts_tiles(many_tiles, images, entering, monkeypatch, tiles, 
     assert all(rows * columns <= max(batch_size, tiles) for rows, columns in seen)
     assert sum(rows for rows, _ in seen) == len(images)
     seen.clear()
-    read = [extractor.read(image) for image in images]
-    assert [record for record, _ in extractor.answer_read(read, batch_size=batch_size)] == together
+    read = [extractor.prepare_image(image) for image in images]
+    assert [record for record, _ in extractor.extract_prepared(read, batch_size=batch_size)] == together
     assert max(rows for rows, _ in seen) == at_once
     assert all(rows * columns <= max(batch_size, tiles) for rows, columns in seen)
 
 
 def test_who_leaves_a_batch_of_several_parts_is_the_right_one(many_tiles, images):
     extractor = Extractor.from_pretrained(many_tiles, "cpu", tiles=5)
-    read = [extractor.read(image) for image in images]
-    whole = extractor.answer_read(read, batch_size=10)
+    read = [extractor.prepare_image(image) for image in images]
+    whole = extractor.extract_prepared(read, batch_size=10)
     gone = next(number for number, (record, _) in enumerate(whole) if record.image_title)
-    left = extractor.answer_read(read, lambda number: number != gone, 10)
+    left = extractor.extract_prepared(read, lambda number: number != gone, 10)
     assert left[gone][0].image_title == ""
     assert [record for record, _ in left[:gone] + left[gone + 1 :]] == [
         record for record, _ in whole[:gone] + whole[gone + 1 :]
@@ -102,12 +102,12 @@ def test_the_queue_of_the_server_counts_tiles(many_tiles, images, entering, monk
     seen = entering(extractor)
 
     async def story():
-        batcher = Batcher(lambda: extractor, Limits(batch=batch, wait=0.5), Meters())
-        async with batcher.running():
-            while batcher.unavailable:
+        queue = Queue(lambda: extractor, QueueLimits(batch_size=batch, max_wait=0.5), ServerMetrics())
+        async with queue.running():
+            while queue.unavailable:
                 await asyncio.sleep(0.005)
-            assert batcher._shelf._value == (1 + PREPARED) * at_once
-            return await asyncio.gather(*map(batcher.answer, images[:3]))
+            assert queue._prepared._value == (1 + PREPARED) * at_once
+            return await asyncio.gather(*map(queue.answer, images[:3]))
 
     answered = asyncio.run(asyncio.wait_for(story(), 60))
     assert max(rows for rows, _ in seen) == at_once

@@ -271,8 +271,8 @@ def serve(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")
     ] = None,
-    places: Annotated[
-        int, typer.Option(min=1, help="Images taken on at once, uploads included; more are told to come back.")
+    queue_size: Annotated[
+        int, typer.Option(min=1, help="Images accepted at once, uploads included; further requests get 429.")
     ] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help=_BATCH_SIZE)] = 8,
     tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
@@ -291,15 +291,15 @@ def serve(
         from foodextract.inference.blip import load
         from foodextract.models.loading import ModelError, newest_tuned
         from foodextract.serving.app import Settings
-        from foodextract.serving.queue import Limits
+        from foodextract.serving.queue import QueueLimits
         from foodextract.serving.server import run
-        from foodextract.serving.uploads import MEGABYTE, Upload
+        from foodextract.serving.uploads import MEGABYTE, UploadLimits
 
     source = Path(model or newest_tuned())
-    name = source.name if source.is_dir() else str(source)  # where it lies is nobody's business
+    name = source.name if source.is_dir() else str(source)  # strip the local path
     settings = Settings(
-        limits=Limits(places=places, batch=batch_size, deadline=deadline),
-        upload=Upload(max_bytes=int(max_megabytes * MEGABYTE)),
+        queue=QueueLimits(size=queue_size, batch_size=batch_size, deadline=deadline),
+        upload=UploadLimits(max_bytes=int(max_megabytes * MEGABYTE)),
         api_key=os.environ.get("FOODEXTRACT_API_KEY") or None,
         origins=tuple(origin or ()),
     )

@@ -1,83 +1,77 @@
-"""A request's body → the bytes of its images, within limits; everything else is a refusal with a status and a reason."""
+"""Read the images of a request body, within limits on bytes, files and seconds."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from fastapi import Request
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from foodextract.serving.errors import RequestError
+
 MEGABYTE = 1_000_000
-MAX_FIELDS = 16  # of text, which nobody reads
-MAX_HEAD = 16_384  # bytes of names and values in a request's head
+MAX_FIELDS = 16  # text fields of a form, which are ignored
+MAX_HEAD = 16_384  # bytes of header names and values
 
 
 @dataclass(frozen=True)
-class Upload:
-    """What is read from a client before it is turned away."""
+class UploadLimits:
+    """Limits on one request body."""
 
-    max_bytes: int = 10 * MEGABYTE  # a whole body
+    max_bytes: int = 10 * MEGABYTE
     max_images: int = 16  # in one batch form
-    seconds: float = 10.0  # for a whole body: whoever is slower is told so, and holds no place
+    timeout: float = 10.0  # seconds for the whole body
 
 
-class Refusal(Exception):
-    """A request that is not answered as asked: the HTTP status, a reason for programs, a message for people."""
+async def read_images(request: Request, field: str, limits: UploadLimits) -> list[bytes]:
+    """Return the files in the form field `field`, or the whole body if it is not a form. Content types are ignored.
 
-    def __init__(self, status: int, reason: str, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.reason, self.message, self.headers = status, reason, message, headers
-
-
-async def read_images(request: Request, field: str, upload: Upload) -> list[bytes]:
-    """The images in the form field `field`, or the whole body where it is no form: what they are, their bytes will tell.
-
-    Nothing is written to disk. Raises Refusal (400, 408, 413, 431), or ClientDisconnect.
+    Nothing is written to disk. Raises RequestError (400, 408, 413, 431), or ClientDisconnect.
     """
     if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEAD:
-        raise Refusal(
-            431, "head_too_large", f"the head of a request may have {MAX_HEAD:,} bytes: send fewer or shorter headers"
-        )
+        raise RequestError(431, "head_too_large", f"the headers exceed {MAX_HEAD:,} bytes: send fewer or shorter ones")
     try:
-        async with asyncio.timeout(upload.seconds):
+        async with asyncio.timeout(limits.timeout):
             if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-                return await _read_form(request, field, upload)
-            body = b"".join([chunk async for chunk in _limited(request, upload)])
+                return await _read_form(request, field, limits)
+            body = b"".join([chunk async for chunk in _limited(request, limits)])
     except TimeoutError:
-        message = f"the body was not here after {upload.seconds:g} s: send it faster, or a smaller image"
-        raise Refusal(408, "slow_upload", message, {"Connection": "close"}) from None
+        message = f"the body took more than {limits.timeout:g} s: send it faster, or send a smaller image"
+        raise RequestError(408, "slow_upload", message, {"Connection": "close"}) from None
     if not body:
-        raise Refusal(400, "no_image", f"the body is empty: send an image as the body, or as the form field {field!r}")
+        raise RequestError(400, "no_image", f"the body is empty: send an image as the body or in the field {field!r}")
     return [body]
 
 
-async def _limited(request: Request, upload: Upload) -> AsyncIterator[bytes]:
-    message = f"a body may have {upload.max_bytes / MEGABYTE:g} MB: send a smaller image, or fewer"
+async def _limited(request: Request, limits: UploadLimits) -> AsyncGenerator[bytes, None]:
+    error = RequestError(
+        413, "body_too_large", f"the body exceeds {limits.max_bytes / MEGABYTE:g} MB: send a smaller image, or fewer"
+    )
     declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared[:20]) > upload.max_bytes:
-        raise Refusal(413, "body_too_large", message)
+    if declared.isdecimal() and int(declared[:20]) > limits.max_bytes:
+        raise error
     received = 0
     async for chunk in request.stream():
         received += len(chunk)
-        if received > upload.max_bytes:
-            raise Refusal(413, "body_too_large", message)
+        if received > limits.max_bytes:
+            raise error
         yield chunk
 
 
-async def _read_form(request: Request, field: str, upload: Upload) -> list[bytes]:
-    parser = MultiPartParser(
-        request.headers, _limited(request, upload), max_files=upload.max_images, max_fields=MAX_FIELDS
-    )
-    parser.spool_max_size = upload.max_bytes  # in memory, which is bounded, and never on disk
+async def _read_form(request: Request, field: str, limits: UploadLimits) -> list[bytes]:
+    body = _limited(request, limits)
+    parser = MultiPartParser(request.headers, body, max_files=limits.max_images, max_fields=MAX_FIELDS)
+    parser.spool_max_size = limits.max_bytes  # keep files in memory: `request.form()` would spool them to disk
     try:
         form = await parser.parse()
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
-            few = f"a form may have {upload.max_images} images here: send fewer at once"
-            raise Refusal(413, "too_many_images", few) from None
-        raise Refusal(400, "bad_form", f"the form cannot be read ({error.message}): send multipart/form-data") from None
+            message = f"the form has more than {limits.max_images} images: send fewer at once"
+            raise RequestError(413, "too_many_images", message) from None
+        message = f"the form cannot be read ({error.message}): send multipart/form-data"
+        raise RequestError(400, "bad_form", message) from None
     images = [await part.read() for part in form.getlist(field) if not isinstance(part, str)]
     await form.close()
     if not images:
-        raise Refusal(400, "no_image", f"the form has no file in the field {field!r}: send an image there")
+        raise RequestError(400, "no_image", f"the form has no file in the field {field!r}: send an image there")
     return images
