@@ -129,7 +129,10 @@ def _stages(values: dict) -> list[str]:
             ["nowhere", "--stage2", '{"epoch": 1}'],
             "stage2: epoch: unexpected keyword argument (the values of a stage are name, freeze, learning_rate, num_train",
         ),
-        (["nowhere", "--stage1", '{"num_train_epochs": "many"}'], "stage1: num_train_epochs: input should be a valid number"),
+        (
+            ["nowhere", "--stage1", '{"num_train_epochs": "many"}'],
+            "stage1: num_train_epochs: input should be a valid number",
+        ),
         (["nowhere", "--stage1", '{"freeze": "model.vision_model"}'], "stage1: freeze: input should be a valid tuple"),
     ],
 )
