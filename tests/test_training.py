@@ -155,7 +155,7 @@ def test_validation_forgives_what_a_label_does_not_claim_to_name(base, processor
             record.model_copy(update={"drink_items": [*record.drink_items, "air"]}).to_json()
             for record in map(record_of, held)
         ]
-        monkeypatch.setattr(training.evaluate, "ask", lambda *_, generous=generous: generous)
+        monkeypatch.setattr(training.evaluate, "predict", lambda *_, generous=generous: generous)
         found[scope] = run.score()
     assert found["primary"] == 1
     assert found["exhaustive"] < 0.9

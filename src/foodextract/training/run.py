@@ -262,8 +262,8 @@ class StageRun:
         rows = self.split.select(self.held_out())
         labels, scopes = [record_of(row) for row in rows.remove_columns("image")], scopes_of(rows)
         batch = self.stage.per_device_train_batch_size
-        answers = evaluate.ask(Extractor(self.model, self.processor).generate_texts, rows["image"], batch, "validation")
-        return evaluate.f1_of_named(labels, answers, scopes)
+        answers = evaluate.predict(Extractor(self.model, self.processor).generate_texts, rows["image"], batch, "validation")
+        return evaluate.validation_f1(labels, answers, scopes)
 
     def _prepare(self) -> PreparedRows:
         """The rows, prepared once for all stages. Features of a frozen vision tower replace the pixels, if the disk has room for both."""
