@@ -145,7 +145,7 @@ def train(
     profile: Annotated[str, typer.Option(help="Whose base model and rates: hub or offline.")] = "hub",
     base: Annotated[str | None, typer.Option(help="Hub id or folder of another base model.")] = None,
     stage1: Annotated[
-        str, typer.Option(help='What differs in stage 1, as JSON: {"epochs": 1, "learning_rate": 1e-4}')
+        str, typer.Option(help='What differs in stage 1, as JSON: {"num_train_epochs": 1, "learning_rate": 1e-4}')
     ] = "{}",
     stage2: Annotated[str, typer.Option(help="The same for stage 2.")] = "{}",
     seed: Annotated[int, typer.Option(help="Order of the images.")] = 42,
@@ -161,7 +161,7 @@ def train(
 ) -> None:
     """Both stages of fine-tuning without a notebook, on one device or, under `accelerate launch`, on several.
 
-    With N processes every optimizer step takes N times the images; divide `batch_size` or `accumulation` by N for the same training.
+    With N processes every optimizer step takes N times the images; divide `gradient_accumulation_steps` by N for the same training.
     An interrupted run takes up its last checkpoint when it is started again.
     """
     with _extra("train"):
@@ -170,8 +170,7 @@ def train(
         from foodextract.data.dataset import open_dataset
         from foodextract.data.samples import DatasetError
         from foodextract.models.loading import ModelError, choose_device, load_model, load_processor
-        from foodextract.training.config import changed, is_sharded
-        from foodextract.training.presets import PROFILES
+        from foodextract.training.config import PROFILES, changed, is_sharded
         from foodextract.training.run import train_stage
 
     if profile not in PROFILES:
@@ -180,7 +179,9 @@ def train(
     try:
         stages = [changed(settings.stage1, json.loads(stage1)), changed(settings.stage2, json.loads(stage2))]
     except (TypeError, ModelError, json.JSONDecodeError) as error:
-        _stop(f"--stage1 and --stage2 take JSON with values of a stage, such as '{{\"epochs\": 1}}' ({error})")
+        _stop(
+            f"--stage1 and --stage2 take JSON with values of a stage, such as '{{\"num_train_epochs\": 1}}' ({error})"
+        )
     processes = PartialState()
     try:
         with processes.main_process_first():
