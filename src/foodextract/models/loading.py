@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from foodextract.models.quantization import quantize
+from foodextract.models.startup import SkipInitialization
 
 BUNDLED = Path(__file__).parent / "bundled"
 TINY_BASE, TINY_TUNED = BUNDLED / "tiny-base", BUNDLED / "tiny-tuned"
@@ -147,7 +148,8 @@ def load_model(
                 f"{model_id} is a {config.model_type!r} model, not a SmolVLM: give a SmolVLM folder or Hub id"
             )
         dtype = PRECISIONS[precision] if precision else choose_precision(device, training).weights
-        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, attn_implementation="sdpa")
+        with nullcontext() if training else SkipInitialization():
+            model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, attn_implementation="sdpa")
     if precision == "int8" or (precision is None and choose_precision(device, training, model.num_parameters()).int8):
         quantize(model)
     return model.to(device).train(training)
