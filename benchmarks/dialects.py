@@ -46,7 +46,7 @@ def trained(target: str, rows: DatasetDict, work: Path, rate: float, seed: int) 
 def under_json(extractor: Extractor) -> Extractor:
     """The same model under the grammar of canonical JSON, whatever its dialect."""
     forced = Extractor(extractor.model, extractor.processor)
-    forced._dialects.append(Dialect(forced._lead))
+    forced._detected = Dialect(forced._lead)
     return forced
 
 
@@ -57,9 +57,9 @@ def measure(
     extractor = Extractor.from_pretrained(folder, "cpu")
     print(f"{name}: writes {extractor.dialect}")
     ways = {
-        "free": extractor.answer,
-        "extract": partial(extractor.answer, constrained=True),
-        "JSON grammar": partial(under_json(extractor).answer, constrained=True),
+        "free": extractor.generate_texts,
+        "extract": partial(extractor.generate_texts, constrained=True),
+        "JSON grammar": partial(under_json(extractor).generate_texts, constrained=True),
     }
     rows = []
     for way, answer in ways.items():

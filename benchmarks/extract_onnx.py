@@ -43,9 +43,11 @@ def parity(model: Path, count: int, batch_size: int, command: str) -> list[Row]:
             f"ONNX {precision}": Extractor.from_pretrained(folder, precision=precision)
             for precision in ("fp32", "int8")
         }
-        answers = {name: [way.answer([scene], True)[0] for scene in scenes] for name, way in ways.items()}
+        answers = {name: [way.generate_texts([scene], True)[0] for scene in scenes] for name, way in ways.items()}
         batches = [scenes[first : first + batch_size] for first in range(0, count, batch_size)]
-        together = {name: [text for batch in batches for text in way.answer(batch, True)] for name, way in ways.items()}
+        together = {
+            name: [text for batch in batches for text in way.generate_texts(batch, True)] for name, way in ways.items()
+        }
     for name in list(ways)[1:]:
         pairs, alone = (list(zip(answers[name], others, strict=True)) for others in (answers["torch"], together[name]))
         for subject, metric, hits in (

@@ -39,7 +39,7 @@ def main(
     labels, images = [scene.record for scene in scenes], [scene.image for scene in scenes]
     rows = []
     for subject, constrained in (("tuned", False), ("tuned constrained", True)):
-        texts = evaluate.ask(partial(extractor.answer, constrained=constrained), images, batch, subject)
+        texts = evaluate.ask(partial(extractor.generate_texts, constrained=constrained), images, batch, subject)
         command = " ".join(["python benchmarks/other_scenes.py", *sys.argv[1:]])
         rows += evaluate.to_rows("other_scenes", subject, evaluate.score(labels, texts), command)
     write_results(out, rows)

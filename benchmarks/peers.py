@@ -95,10 +95,10 @@ def main(
         answerers = {
             "majority": evaluate.each(Majority.fit(records)),
             "nearest": evaluate.each(Nearest.fit(extractor, seen, records, neighbors)),
-            "base": extractor.answer,
-            "base constrained": partial(extractor.answer, constrained=True),
-            "tuned": ours.answer,
-            "tuned constrained": partial(ours.answer, constrained=True),
+            "base": extractor.generate_texts,
+            "base constrained": partial(extractor.generate_texts, constrained=True),
+            "tuned": ours.generate_texts,
+            "tuned constrained": partial(ours.generate_texts, constrained=True),
         }
         figures = measure(answerers, "tuned", rows["test"], batch, " ".join([COMMAND, *sys.argv[1:]]))
     write_results(out, figures)

@@ -78,7 +78,7 @@ def main(
         stream, texts = iter(stream), []
         with tqdm(total=count, unit="image", leave=False) as bar:
             while batch := list(islice(stream, batch_size)):
-                texts += extractor.answer(batch, constrained)
+                texts += extractor.generate_texts(batch, constrained)
                 bar.update(len(batch))
         return texts
 
@@ -94,7 +94,7 @@ def main(
     for precision in ("fp32", "bf16", "int8"):
         extractor = Extractor.from_pretrained(model, "cpu", precision=precision)
         together = ask(extractor, scenes, compared, True)
-        alone = [extractor.answer([scene], True)[0] for scene in tqdm(scenes, leave=False)]
+        alone = [extractor.generate_texts([scene], True)[0] for scene in tqdm(scenes, leave=False)]
         compare(f"{precision}, batch of {batch_size} or 1", list(zip(together, alone, strict=True)))
         if precision != "fp32":
             compare(f"{precision} or fp32", list(zip(together, strict, strict=True)))

@@ -107,7 +107,7 @@ def run(
         shutil.rmtree(work / mine.name)  # its figures are what is kept; at true size twenty models would fill a disk
     model.float()
     labels = [record_of(row) for row in rows["test"].remove_columns("image")]
-    answers = evaluate.ask(Extractor(model, processor).answer, rows["test"]["image"], batch, name)
+    answers = evaluate.ask(Extractor(model, processor).generate_texts, rows["test"]["image"], batch, name)
     metrics = {metric.name: metric for metric in evaluate.score(labels, answers)}
     lenient = {metric.name: metric for metric in evaluate.score(labels, answers, read=FoodRecord.parse_lenient)}
     kept = [metrics[metric] for metric in METRICS if metric in metrics] + [

@@ -12,6 +12,7 @@ from foodextract.data import dataset, sources
 from foodextract.evaluation import evaluate
 from foodextract.evaluation.results import Row, make_row, read_results, write_results
 from foodextract.models.loading import TINY_BASE
+from foodextract.reporting.tables import markdown_table
 from foodextract.schema import FoodRecord
 from foodextract.training.config import Stage
 from foodextract.training.lora import Lora
@@ -69,6 +70,12 @@ def open_data(recipe: Recipe, folder: Path, seed: int = 42) -> datasets.DatasetD
     if not (drawn / "report.json").is_file():
         dataset.build(sources.scenes(seed, *recipe.scenes), drawn, seed=seed)
     return dataset.load(drawn)
+
+
+def profile_table(hub: Mapping[str, Any], offline: Mapping[str, Any]) -> str:
+    """The settings of both profiles, side by side, in Markdown."""
+    rows = [[name, hub[name], offline[name] if offline[name] != hub[name] else "the same"] for name in hub]
+    return markdown_table(["", "hub (the real model)", "offline (a tiny model, drawn scenes)"], rows)
 
 
 def score(experiment: str, labels: Sequence[FoodRecord], answers: Mapping[str, Sequence[str]]) -> list[Row]:

@@ -182,7 +182,7 @@ def test_csv_with_confidence(images):
 def test_free_answers_are_those_without_the_grammar(images, tuned):
     lines = [json.loads(line) for line in run(images, "--free").stdout.splitlines()]
     for line in lines:
-        [said] = tuned.answer([open_image(line.pop("file"))])
+        [said] = tuned.generate_texts([open_image(line.pop("file"))])
         assert json.dumps(line) == said or repr(said) in line["error"]
 
 

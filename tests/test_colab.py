@@ -38,10 +38,17 @@ def cells(path: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
+def packages_of(cell: str) -> str:
+    return "".join(re.findall(r'packages \+?= "([^"]+)"', cell))
+
+
 def installed_by(cell: str) -> list[str]:
     """The pinned lines of requirements.txt that the cell's `grep` selects."""
-    packages = re.search(r'packages = "([^"]+)"', cell)[1]
-    return [line for line in (ROOT / "requirements.txt").read_text().splitlines() if re.match(f"({packages})==", line)]
+    return [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if re.match(f"({packages_of(cell)})==", line)
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -49,11 +56,12 @@ def test_setup_cell_names_no_loaded_package_and_no_editable_install(path):
     cell = cells(path)[0]
     pins = installed_by(cell)
     names = [pin.split("==")[0] for pin in pins]
-    assert sorted(names) == sorted(re.search(r'packages = "([^"]+)"', cell)[1].split("|"))  # each is pinned
+    assert sorted(names) == sorted(packages_of(cell).split("|"))  # each is pinned
     assert not {name.lower() for name in names} & PRELOADED
     assert "pip install -q --no-deps" in cell
     assert not re.search(r"pip install[^\n]*(-e|--editable)\b", cell)
-    assert f"git clone -q --depth 1 {CODE} " in cell
+    assert f'repository = "{CODE}"\n' in cell
+    assert "git clone -q --depth 1 $repository " in cell
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

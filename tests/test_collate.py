@@ -37,7 +37,7 @@ def test_prompt_in_training_is_the_prompt_at_inference_byte_for_byte(batch, rows
     """Law 2: what the extractor feeds the model is what stands before the labels, tokens and pixels alike."""
     fed = {}
     monkeypatch.setattr(Decoder, "generate", lambda self, inputs, *_: fed.update(inputs) or [])
-    tuned.answer([rows["train"][0]["image"]])
+    tuned.generate_texts([rows["train"][0]["image"]])
     length = (batch["labels"][0] == IGNORED).logical_and(batch["attention_mask"][0] == 1).sum()
     assert torch.equal(fed["input_ids"][0], batch["input_ids"][0][:length])
     assert torch.equal(fed["pixel_values"][0], batch["pixel_values"][0])

@@ -18,7 +18,7 @@ from PIL import Image
 from foodextract import names
 from foodextract.data import dataset, ingest, scenes, selection, sources
 from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample
-from foodextract.hub import publish
+from foodextract.reporting import cards
 
 
 def png(image):
@@ -302,7 +302,7 @@ def test_a_bad_row_is_named_and_the_others_are_kept(tmp_path, line, reason):
 
 def test_the_card_tells_the_runs_own_figures(drawn):
     report = json.loads((drawn / "report.json").read_text())
-    card = publish.dataset_card(report, "A title", seed=5, commit="abc")
+    card = cards.dataset_card(report, "A title", seed=5, commit="abc")
     assert card.data.license == "cc-by-sa-4.0"
     assert card.data.size_categories == ["n<1K"]
     assert card.data.pretty_name == "A title"

@@ -5,17 +5,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from llguidance import LLMatcher
-from odd_images import odd_images
 from PIL import Image
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
 from foodextract import schema
 from foodextract.data import scenes
-from foodextract.inference.decoding import Decoder, GrammarError
+from foodextract.inference.decoding import Decoder, GrammarError, Guide
 from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
 from foodextract.inference.grammar import Dialect
 from foodextract.models import loading
 from foodextract.schema import FoodRecord
+from odd_images import odd_images
 from test_schema import GOOD, NOTHING, records
 
 JSON, BEHIND_SPACE = Dialect(), Dialect(" ")
@@ -39,10 +39,10 @@ def images():
 
 @pytest.fixture(scope="module")
 def accepts(tuned):
-    decoder = tuned._guided(BEHIND_SPACE)
+    decoder, guide = tuned._decoder, tuned._guide(BEHIND_SPACE)
 
     def accepts(text):
-        matcher = decoder.matcher.deep_copy()
+        matcher = guide.matcher.deep_copy()
         tokens = decoder.lltokenizer.tokenize_str(" " + text)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting() and matcher.is_stopped()
 
@@ -139,12 +139,12 @@ def test_what_is_free_is_what_generate_writes(base, images):
     inputs = base.prepare(images)
     written = base.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     texts = base.processor.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert base.answer(images) == [text.removeprefix(" ") for text in texts]
+    assert base.generate_texts(images) == [text.removeprefix(" ") for text in texts]
     assert len(set(map(len, texts))) > 3  # they end at different steps
 
 
 def test_the_grammar_changes_no_answer_that_it_allows(tuned, images):
-    free, strict = tuned.answer(images), tuned.answer(images, constrained=True)
+    free, strict = tuned.generate_texts(images), tuned.generate_texts(images, constrained=True)
     allowed = [number for number, text in enumerate(free) if valid(text)]
     assert len(allowed) >= len(images) // 2
     assert [free[number] for number in allowed] == [strict[number] for number in allowed]
@@ -161,21 +161,21 @@ def valid(text):
 def test_batch_answer_is_single_answer(name, request, images):
     extractor = request.getfixturevalue(name)
     some = images[::3]
-    assert extractor.answer(some, constrained=True) == [
-        extractor.answer([image], constrained=True)[0] for image in some
+    assert extractor.generate_texts(some, constrained=True) == [
+        extractor.generate_texts([image], constrained=True)[0] for image in some
     ]
 
 
 @torch.inference_mode()
-def replay(decoder, inputs, answers, rows):
+def replay(model, guide, inputs, answers, rows):
     """Each token is the best allowed one, and as probable, when one forward without cache or batch reads the whole answer at once."""
     for number in rows:
         answer = answers[number]
         one = {key: value[number : number + 1][:, : value.shape[1]] for key, value in inputs.items()}
         shown = one.pop("attention_mask").bool()[0]
         ids = torch.cat([one.pop("input_ids")[0][shown], torch.tensor(answer.tokens)])[None]
-        logits = decoder.model(input_ids=ids, **one, use_cache=False).logits[0, -len(answer.tokens) - 1 : -1]
-        matcher = decoder.matcher.deep_copy()
+        logits = model(input_ids=ids, **one, use_cache=False).logits[0, -len(answer.tokens) - 1 : -1]
+        matcher = guide.matcher.deep_copy()
         for token, logprob, row in zip(answer.tokens, answer.logprobs, logits, strict=True):
             if logprob is not None:
                 allowed = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
@@ -190,19 +190,21 @@ def replay(decoder, inputs, answers, rows):
 def test_cache_padding_and_forced_tokens_change_nothing(name, request, images):
     extractor = request.getfixturevalue(name)
     inputs = extractor.prepare(images)
-    answers = extractor._guided(BEHIND_SPACE).generate(inputs, 120)
-    replay(extractor._guided(BEHIND_SPACE), inputs, answers, rows=(0, 3, 9, 15))
+    guide = extractor._guide(BEHIND_SPACE)
+    answers = extractor._decoder.generate(inputs, 120, guide)
+    replay(extractor.model, guide, inputs, answers, rows=(0, 3, 9, 15))
     assert any(logprob is None for answer in answers for logprob in answer.logprobs)
 
 
 def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, images):
-    tuned._guided(BEHIND_SPACE).generate(tuned.prepare(images[:1]), 1)  # the prefix has been read
+    guide = tuned._guide(BEHIND_SPACE)
+    tuned._decoder.generate(tuned.prepare(images[:1]), 1, guide)  # caches the prefix
     shapes = []
     hook = tuned.model.register_forward_pre_hook(
         lambda model, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     try:
-        answers = tuned._guided(BEHIND_SPACE).generate(tuned.prepare(images), MAX_NEW_TOKENS)
+        answers = tuned._decoder.generate(tuned.prepare(images), MAX_NEW_TOKENS, guide)
     finally:
         hook.remove()
     chosen = [sum(logprob is not None for logprob in answer.logprobs) for answer in answers]
@@ -214,11 +216,8 @@ def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, images):
 
 def test_the_prefix_is_read_once_and_changes_no_answer(tuned, images):
     model = copy.deepcopy(tuned.model)
-    prefix = tuned._prefix
-    whole = Decoder.build(model, tuned.processor.tokenizer, BEHIND_SPACE.grammar(), BEHIND_SPACE.without_repeats)
-    spared = Decoder.build(
-        model, tuned.processor.tokenizer, BEHIND_SPACE.grammar(), BEHIND_SPACE.without_repeats, prefix
-    )
+    prefix, guide = tuned._decoder.prefix, tuned._guide(BEHIND_SPACE)
+    whole, spared = (Decoder(model, tuned.processor.tokenizer, tokens) for tokens in ([], prefix))
     inputs, shapes = tuned.prepare(images), []
     length = inputs["input_ids"].shape[1]
     assert len(prefix) > length / 3
@@ -228,7 +227,7 @@ def test_the_prefix_is_read_once_and_changes_no_answer(tuned, images):
 
     def answers(decoder):
         shapes.clear()
-        return [answer.tokens for answer in decoder.generate(inputs, MAX_NEW_TOKENS)]
+        return [answer.tokens for answer in decoder.generate(inputs, MAX_NEW_TOKENS, guide)]
 
     assert answers(spared) == answers(whole)
     first = shapes[0]
@@ -248,7 +247,7 @@ def test_the_prefix_is_read_once_and_changes_no_answer(tuned, images):
 
 def test_a_repeat_is_taken_back_and_forgotten(tuned, images):
     """The model is made to write a list with a repeat; from there on its answer is the one it gives where the repeat never stood."""
-    decoder = copy.copy(tuned._guided(BEHIND_SPACE))
+    decoder = tuned._decoder
     said = (
         '{"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad", "pizza", "taco"], "drink_items": []}'
     )
@@ -269,9 +268,9 @@ def test_a_repeat_is_taken_back_and_forgotten(tuned, images):
         return output
 
     hook = tuned.model.register_forward_hook(dictate, with_kwargs=True)
-    spoken = Decoder(decoder.model, decoder.tokenizer, decoder.lltokenizer, decoder.matcher, amend)
+    guide = Guide(tuned._guide(BEHIND_SPACE).matcher, amend)
     try:
-        answers = spoken.generate(inputs, MAX_NEW_TOKENS)
+        answers = decoder.generate(inputs, MAX_NEW_TOKENS, guide)
     finally:
         hook.remove()
     assert sum(changed) == 3
@@ -283,12 +282,12 @@ def test_a_repeat_is_taken_back_and_forgotten(tuned, images):
         assert valid(text.removeprefix(" ")) == answer.finished
         after = len(decoder.lltokenizer.tokenize_str(text[: text.index('"drink_items":') + 14]))
         answer.logprobs[:after] = [None] * after  # these were dictated
-        replay(decoder, inputs, answers, rows=[number])
+        replay(tuned.model, guide, inputs, answers, rows=[number])
 
 
 def test_an_answer_that_runs_out_of_tokens_says_so(tuned):
     food = next(scene.image for scene in scenes.draw_scenes(5, "test", 50) if tuned.extract(scene.image).is_food)
-    [answer] = tuned._guided(BEHIND_SPACE).generate(tuned.prepare([food]), 12)
+    [answer] = tuned._decoder.generate(tuned.prepare([food]), 12, tuned._guide(BEHIND_SPACE))
     assert answer.finished is False
     assert 12 <= len(answer.tokens) < 24
 
@@ -309,7 +308,8 @@ def test_another_architecture_with_sliding_windows_and_token_types(tuned):
     )  # fmt: skip
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config).eval()
-    decoder = Decoder.build(model, tokenizer, JSON.grammar(), JSON.without_repeats)
+    decoder = Decoder(model, tokenizer)
+    guide = decoder.guide(JSON.grammar(), JSON.without_repeats)
     prompts = [[1, 60, 991, 990, 990, 990, 990, 992, 61, 62], [2, 2, 1, 991, 990, 990, 990, 990, 992, 63]]
     ids = torch.tensor(prompts)
     inputs = {
@@ -318,7 +318,7 @@ def test_another_architecture_with_sliding_windows_and_token_types(tuned):
         "token_type_ids": (ids == 990).long(),
         "pixel_values": torch.rand(2, 3, 28, 28),
     }
-    together = decoder.generate(inputs, 60)
+    together = decoder.generate(inputs, 60, guide)
     apart = []
     for row in range(2):
         shown = inputs["attention_mask"][row].bool()
@@ -326,7 +326,7 @@ def test_another_architecture_with_sliding_windows_and_token_types(tuned):
             key: value[row : row + 1] if key == "pixel_values" else value[row : row + 1, shown]
             for key, value in inputs.items()
         }
-        apart += decoder.generate(one, 60)
+        apart += decoder.generate(one, 60, guide)
     assert [answer.tokens for answer in together] == [answer.tokens for answer in apart]
     for answer in together:
         assert valid(JSON.read(decoder.text(answer)).to_json())
@@ -334,13 +334,11 @@ def test_another_architecture_with_sliding_windows_and_token_types(tuned):
 
 def test_a_broken_grammar_is_refused(tuned):
     with pytest.raises(GrammarError, match="refuses the grammar"):
-        Decoder.build(tuned.model, tuned.processor.tokenizer, "start: nowhere")
+        tuned._decoder.guide("start: nowhere")
 
 
 def test_the_grammar_is_one_that_llguidance_takes_without_a_warning(tuned):
-    failed, messages = LLMatcher.validate_grammar_with_warnings(
-        BEHIND_SPACE.grammar(), tuned._guided(BEHIND_SPACE).lltokenizer
-    )
+    failed, messages = LLMatcher.validate_grammar_with_warnings(BEHIND_SPACE.grammar(), tuned._decoder.lltokenizer)
     assert (failed, messages) == (False, [])
 
 

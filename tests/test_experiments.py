@@ -132,9 +132,9 @@ def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tm
     finished = loading.load_model(loading.TINY_BASE, CPU, training=True)
     training.train_stage(finished, processor, replace(TUNE, epochs=4), rows["train"], tmp_path)  # not trained again
     assert all(torch.equal(a, b) for a, b in zip(finished.parameters(), base.parameters(), strict=True))
-    answers = [Extractor(model, processor).answer(images) for model in (base, saved, loaded, finished)]
+    answers = [Extractor(model, processor).generate_texts(images) for model in (base, saved, loaded, finished)]
     assert answers[0] == answers[1] == answers[2] == answers[3]
-    assert answers[0] != Extractor(loading.load_model(loading.TINY_BASE, CPU), processor).answer(images)
+    assert answers[0] != Extractor(loading.load_model(loading.TINY_BASE, CPU), processor).generate_texts(images)
 
 
 def test_interrupted_adapters_end_like_uninterrupted_ones(processor, rows, tmp_path, die_in_second_epoch):
@@ -173,7 +173,7 @@ def test_gemma_answers_alike_alone_and_in_a_batch(tiny_gemma, rows, monkeypatch)
     monkeypatch.setattr("foodextract.inference.extractor.MAX_NEW_TOKENS", 12)
     extractor = Extractor(*tiny_gemma)
     images = [row["image"].convert("RGB") for row in rows["test"].select(range(3))]
-    assert extractor.answer(images) == [extractor.answer([image])[0] for image in images]
+    assert extractor.generate_texts(images) == [extractor.generate_texts([image])[0] for image in images]
 
 
 def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(rows, tmp_path, capsys):

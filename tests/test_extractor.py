@@ -2,7 +2,6 @@ import copy
 import io
 import re
 from contextlib import redirect_stdout
-from dataclasses import replace
 from itertools import count
 from math import log
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from foodextract import prompts
 from foodextract.data import scenes
 from foodextract.images import ImageError
+from foodextract.inference.decoding import Decoder
 from foodextract.inference.extractor import PREPARED, Extractor
 from foodextract.models import loading
 from foodextract.models.loading import TINY_BASE, ModelError
@@ -30,11 +30,11 @@ def images():
 
 
 def test_batch_answer_is_single_answer(tuned, images):
-    assert tuned.answer(images) == [tuned.answer([image])[0] for image in images]
+    assert tuned.generate_texts(images) == [tuned.generate_texts([image])[0] for image in images]
 
 
 def test_the_base_talks_and_does_not_speak_json(images):
-    answers = Extractor.from_pretrained(TINY_BASE, "cpu").answer(images)
+    answers = Extractor.from_pretrained(TINY_BASE, "cpu").generate_texts(images)
     assert not any("{" in text for text in answers)
     assert len({text for text in answers if " " in text}) >= 6
 
@@ -50,8 +50,8 @@ def test_a_bad_image_does_not_spoil_its_batch(tuned, images):
 
 
 def test_without_the_grammar_an_answer_that_is_not_strict_is_an_error_that_shows_it(tuned, monkeypatch):
-    monkeypatch.setattr(Extractor, "_text", lambda self, answer, dialect: "{'is_food': 1}")
-    [result] = replace(tuned, constrained=False).extract_many([Image.new("RGB", (9, 9))])
+    monkeypatch.setattr(Decoder, "text", lambda self, answer: "{'is_food': 1}")
+    [result] = Extractor(tuned.model, tuned.processor, constrained=False).extract_many([Image.new("RGB", (9, 9))])
     assert isinstance(result, AnswerError)
     assert "{'is_food': 1}" in str(result)
 
@@ -86,11 +86,11 @@ def test_pixels_and_prompt_are_those_of_the_processor(tuned, images):
 
 
 def test_who_is_not_waited_for_any_more_leaves_the_batch_and_changes_no_other_answer(tuned, images):
-    read = [tuned.read(image) for image in images[:4]]
-    whole = [record for record, _ in tuned.answer_read(read)]
+    read = [tuned.prepare_image(image) for image in images[:4]]
+    whole = [record for record, _ in tuned.extract_prepared(read)]
     assert whole == list(tuned.extract_many(images[:4]))
     gone, asked = next(number for number, record in enumerate(whole) if record.is_food), []
-    left = [record for record, _ in tuned.answer_read(read, lambda number: asked.append(number) or number != gone)]
+    left = [record for record, _ in tuned.extract_prepared(read, lambda number: asked.append(number) or number != gone)]
     assert left.pop(gone).image_title == ""
     assert left == whole[:gone] + whole[gone + 1 :]
     assert asked.count(gone) == 1
@@ -115,7 +115,7 @@ def test_confidence_has_a_value_for_every_item(tuned, images):
     assert len({confidence.is_food for _, confidence in results}) > 6
     free = next(
         result
-        for result in replace(tuned, constrained=False).extract_many_with_confidence(images)
+        for result in Extractor(tuned.model, tuned.processor, constrained=False).extract_many_with_confidence(images)
         if isinstance(result, tuple)
     )
     assert free[1] is None
@@ -166,7 +166,7 @@ def test_int8_rounds_a_token_the_same_whatever_is_beside_it():
 def test_a_precision_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(ModelError, match="'int4' is not known: choose one of fp32"):
         Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="int4")
-    with pytest.raises(ModelError, match="'int8' is for answering on a CPU"):
+    with pytest.raises(ModelError, match="'int8' is for inference on a CPU"):
         loading.load_model(loading.TINY_TUNED, torch.device("cuda"), precision="int8")
     assert Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="bf16").model.dtype is torch.bfloat16
 
@@ -182,4 +182,4 @@ def test_the_pipeline_of_transformers_answers_the_same(tuned, images, tmp_path, 
     said = io.StringIO()
     with redirect_stdout(said):
         exec(snippet.replace("outputs/offline/stage2", str(loading.TINY_TUNED)).replace("lunch.jpg", "lunch.png"), {})
-    assert said.getvalue().strip() == tuned.answer([images[1]])[0]
+    assert said.getvalue().strip() == tuned.generate_texts([images[1]])[0]

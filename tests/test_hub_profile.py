@@ -157,7 +157,7 @@ def cards_say_what_is_true_of_this_profile(story):
 
 def the_published_model_answers_through_a_pipeline_and_in_the_space(story):
     hub, home, printed = story
-    assert printed[ONE].count("Fetched again, it") >= 2  # model and Space were fetched and asked
+    assert printed[ONE].count("The downloaded ") >= 2  # model and Space
     script = f"""
 from transformers import pipeline
 from PIL import Image

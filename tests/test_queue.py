@@ -29,7 +29,7 @@ class Stub:
         self.go, self.called = threading.Event(), threading.Event()
         self.go.set()
 
-    def read(self, image):
+    def prepare_image(self, image):
         if isinstance(image, Image.Image):
             return b"warm-up"
         self.images_read.append(image)
@@ -37,7 +37,7 @@ class Stub:
             raise ImageError("bad")
         return image
 
-    def answer_read(self, images, wanted=lambda number: True, batch_size=8):
+    def extract_prepared(self, images, wanted=lambda number: True, batch_size=8):
         if images == [b"warm-up"]:
             return [None]
         self.batches.append(images)
@@ -255,7 +255,7 @@ def test_a_model_that_does_not_load_ends_the_process():
 
 def test_a_queue_that_breaks_ends_the_process():
     class Forgetful(Stub):
-        def answer_read(self, images, wanted=None, batch_size=8):
+        def extract_prepared(self, images, wanted=None, batch_size=8):
             return []
 
     async def main():
@@ -269,9 +269,9 @@ def test_a_queue_that_breaks_ends_the_process():
 
 def test_a_model_that_hangs_is_not_healthy():
     class Hanging(Stub):
-        def answer_read(self, images, wanted=None, batch_size=8):
+        def extract_prepared(self, images, wanted=None, batch_size=8):
             self.go.wait(TIMEOUT)  # `wanted` is ignored
-            return super().answer_read(images)
+            return super().extract_prepared(images)
 
     async def main():
         async with running(Hanging(), held=True, deadline=0.1) as one:

@@ -74,7 +74,9 @@ def held_out(tmp_path_factory):
 
 def scored(extractor, held_out):
     labels, images = held_out
-    return {metric.name: metric for metric in evaluate.score(labels, evaluate.ask(extractor.answer, images, 50))}
+    return {
+        metric.name: metric for metric in evaluate.score(labels, evaluate.ask(extractor.generate_texts, images, 50))
+    }
 
 
 def test_bundled_model_answers_as_make_demo_measured(tuned, held_out):

@@ -77,18 +77,18 @@ def test_a_batch_counts_tiles(many_tiles, images, entering, monkeypatch, tiles, 
     assert all(rows * columns <= max(batch_size, tiles) for rows, columns in seen)
     assert sum(rows for rows, _ in seen) == len(images)
     seen.clear()
-    read = [extractor.read(image) for image in images]
-    assert [record for record, _ in extractor.answer_read(read, batch_size=batch_size)] == together
+    read = [extractor.prepare_image(image) for image in images]
+    assert [record for record, _ in extractor.extract_prepared(read, batch_size=batch_size)] == together
     assert max(rows for rows, _ in seen) == at_once
     assert all(rows * columns <= max(batch_size, tiles) for rows, columns in seen)
 
 
 def test_who_leaves_a_batch_of_several_parts_is_the_right_one(many_tiles, images):
     extractor = Extractor.from_pretrained(many_tiles, "cpu", tiles=5)
-    read = [extractor.read(image) for image in images]
-    whole = extractor.answer_read(read, batch_size=10)
+    read = [extractor.prepare_image(image) for image in images]
+    whole = extractor.extract_prepared(read, batch_size=10)
     gone = next(number for number, (record, _) in enumerate(whole) if record.image_title)
-    left = extractor.answer_read(read, lambda number: number != gone, 10)
+    left = extractor.extract_prepared(read, lambda number: number != gone, 10)
     assert left[gone][0].image_title == ""
     assert [record for record, _ in left[:gone] + left[gone + 1 :]] == [
         record for record, _ in whole[:gone] + whole[gone + 1 :]

@@ -72,7 +72,7 @@ def _texts(path: str) -> list[str] | ImageError:
         image = open_image(path)
     except ImageError as error:
         return error
-    return [model.answer([image])[0] for model in (UNTUNED, TUNED)]
+    return [model.generate_texts([image])[0] for model in (UNTUNED, TUNED)]
 
 
 def complaint(error: Exception | str) -> gr.Error:

@@ -84,7 +84,7 @@ def main(
                 if told.is_error:
                     log.seek(0)
                     raise RuntimeError(f"vLLM answered {told.status_code}: {told.text}\n{log.read()[-3000:]}")
-                tokens = extractor.read(file.getvalue())["input_ids"][0].tolist()
+                tokens = extractor.prepare_image(file.getvalue())["input_ids"][0].tolist()
                 found = differences(asked, told.json(), tokens)
                 failed |= bool(found)
                 print(

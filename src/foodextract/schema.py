@@ -1,8 +1,7 @@
-"""The answer format: one record, one canonical text, one strict parser.
+"""The answer format: one record, its canonical text, and a strict parser.
 
-Whatever writes an answer (labels, model, command line, server) writes `FoodRecord.to_json()`; whatever counts an answer as
-right form first asks `FoodRecord.parse()`. The lenient parser exists only to give other models' outputs a fair score. `dialects` says the
-same to a decoder, which can then write nothing else.
+`FoodRecord.to_json` writes every answer, and `FoodRecord.parse` accepts nothing else. The lenient parser exists to
+score other models.
 """
 
 import ast
@@ -10,29 +9,29 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, conlist, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-# Small models loop when nothing bounds them. The bounds leave room: the 3,698 Hub rows and all photographs we measured fit.
+# Bounds stop small models from looping. All Hub rows and all photographs measured so far fit.
 MAX_TITLE, MAX_ITEM, MAX_ITEMS = 100, 50, 20
 FIELDS = ("food_items", "drink_items")  # the lists of a record
-EXHAUSTIVE = (
-    "exhaustive"  # the scope of a label that names everything; every other scope means that there may be more to see
-)
+EXHAUSTIVE = "exhaustive"  # the scope of a label that names everything; with any other scope the image may show more
 
 Flag = Annotated[int, Field(ge=0, le=1, json_schema_extra={"enum": [0, 1]})]  # strict: true is not 1
 Title = Annotated[str, StringConstraints(max_length=MAX_TITLE)]
 Item = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ITEM)]
-Items = conlist(Item, max_length=MAX_ITEMS)
+Items = Annotated[list[Item], Field(max_length=MAX_ITEMS)]
 
 
 class AnswerError(ValueError):
-    """A text that is not a strict answer; the message says which rule it breaks."""
+    """A text that is not a strict answer. The message names the broken rule."""
 
 
 class FoodRecord(BaseModel):
-    """What is in one image. `is_food` is 1 when food or drink is visible; not food means an empty title and empty lists."""
+    """What is in one image. `is_food` is 1 when food or drink is visible; not food means an empty title and empty
+    lists.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -52,22 +51,24 @@ class FoodRecord(BaseModel):
         return self
 
     def to_json(self) -> str:
-        """The canonical text: `json.dumps` with its default separators, keys in the order of the fields, ASCII only."""
+        """The canonical text: `json.dumps` with default separators, keys in field order, ASCII only."""
         return json.dumps(self.model_dump())
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read any JSON text of the right shape, however it is spaced. Raises AnswerError."""
+        """Parse JSON of the right shape in any spacing and key order. Raises AnswerError."""
         try:
             return cls.model_validate(json.loads(text))
         except json.JSONDecodeError as error:
             raise AnswerError(f"not JSON: {error}") from error
         except ValidationError as error:
-            raise AnswerError(f"breaks the schema: {_reasons(error)}") from error
+            reasons = [(".".join(map(str, e["loc"])) or "record", e["msg"]) for e in error.errors()]
+            text = "; ".join(f"{place}: {message.removeprefix('Value error, ')}" for place, message in reasons)
+            raise AnswerError(f"breaks the schema: {text}") from error
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The strict parser: accepts exactly the texts that `to_json` writes. Raises AnswerError for all others."""
+        """Parse exactly the texts that `to_json` writes. Raises AnswerError for all others."""
         record = cls.from_json(text)
         if record.to_json() != text:
             raise AnswerError("valid JSON, but not in the canonical key order and spacing")
@@ -75,13 +76,13 @@ class FoodRecord(BaseModel):
 
     @classmethod
     def parse_lenient(cls, text: str) -> Self:
-        """Find a record in chatty output: code fences, Python reprs, prose around it. For scoring other models only.
+        """Find a record in chatty output: code fences, Python reprs, prose around it. Only for scoring other models.
 
-        Contradictions are read in favor of the items: an answer that lists food counts as food. Raises AnswerError.
+        Items override `is_food`: an answer that lists food counts as food. Raises AnswerError.
         """
-        for raw in objects_in(text):
+        for raw in _objects_in(text):
             try:
-                items = {key: _distinct(raw.get(key)) for key in FIELDS}
+                items = {name: _distinct(raw.get(name)) for name in FIELDS}
                 is_food = int(bool(raw.get("is_food")) or any(items.values()))
                 title = str(raw.get("image_title") or "")[:MAX_TITLE] if is_food else ""
                 return cls(is_food=is_food, image_title=title, **items)
@@ -90,32 +91,42 @@ class FoodRecord(BaseModel):
         raise AnswerError("no object that could be read as a record")
 
 
-def objects_in(text: str) -> Iterator[dict]:
-    """The objects without nested ones in a text, in JSON or as Python reprs, one after the other."""
-    for found in re.findall(r"\{.*?\}", text, re.DOTALL):
-        yield from _read(found)
+def label_in(value: object) -> dict[str, Any]:
+    """Return a label with its values unchanged: a mapping, or the first object in a text. Raises AnswerError without
+    one.
 
-
-def label_in(value: object) -> dict:
-    """A label as it was written, with no value changed: a mapping, or the first object in a text. Raises AnswerError where there is none.
-
-    The whole text is tried first, so that braces in a title do no harm. A set becomes a list, and what JSON does not know becomes text.
+    A set becomes a sorted list, and any other value that JSON lacks becomes text.
     """
-    if isinstance(value, str):
-        value = next(chain(_read(value), objects_in(value)), None)
+    if isinstance(value, str):  # the whole text first, so that braces in a title do no harm
+        value = next(chain(_parsed(value), _objects_in(value)), None)
     if not isinstance(value, dict):
         raise AnswerError("no object that could be read as a record")
-    return json.loads(
-        json.dumps(
-            value, skipkeys=True, default=lambda part: sorted(map(str, part)) if isinstance(part, set) else str(part)
-        )
-    )
+    plain = json.dumps(value, skipkeys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
+    return json.loads(plain)
 
 
-def _read(text: str) -> Iterator[dict]:
-    for read in (json.loads, ast.literal_eval):
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a record."""
+    return FoodRecord.model_json_schema()
+
+
+def guided_schema() -> dict[str, Any]:
+    """`json_schema` with canonical separators, for llguidance (vLLM's backend `guidance`). Other engines ignore
+    `x-guidance`.
+    """
+    return json_schema() | {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+
+
+def _objects_in(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a text that hold no nested object, written in JSON or as Python reprs."""
+    for found in re.findall(r"\{.*?\}", text, re.DOTALL):
+        yield from _parsed(found)
+
+
+def _parsed(text: str) -> Iterator[dict[str, Any]]:
+    for parse in (json.loads, ast.literal_eval):
         try:
-            raw = read(text)
+            raw = parse(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(raw, dict):
@@ -125,22 +136,3 @@ def _read(text: str) -> Iterator[dict]:
 def _distinct(items: object) -> list[str]:
     texts = (str(item).strip()[:MAX_ITEM] for item in (items if isinstance(items, list) else []))
     return list(dict.fromkeys(text for text in texts if text))[:MAX_ITEMS]
-
-
-def _reasons(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'record'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
-    )
-
-
-def json_schema() -> dict:
-    """The JSON schema of a record, for constrained decoding, `structured_outputs` and the API documentation."""
-    return FoodRecord.model_json_schema()
-
-
-def guided_schema() -> dict:
-    """`json_schema` with the separators of the canonical text, for engines that llguidance guides (vLLM's backend `guidance`).
-
-    Other engines pass over `x-guidance`, and choose their own white space.
-    """
-    return json_schema() | {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}

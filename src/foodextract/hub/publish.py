@@ -1,9 +1,8 @@
-"""Model, data set and Space, from this machine to the Hub and back again.
+"""Publish a model, a dataset or the Space on the Hub.
 
-A plan is made first, and it is all that happens: every file in it was allowed by name, and `--dry-run` prints it. Everything goes up in
-one commit, so readers see the old state or the new one and never half of it. What is there already is not sent again, so an interrupted
-run is taken up by the same command. At the end what was published is fetched, compared byte for byte, loaded and asked about an image.
-`hub` says what goes wrong on the way.
+A plan lists every file, each allowed by name; `--dry-run` prints it. All files go up in one commit, so readers see the
+old state or the new one. Files the Hub already has are not sent again: rerun an interrupted command to resume. Finally
+the published files are downloaded, compared byte for byte, loaded, and asked about an image.
 """
 
 import filecmp
@@ -17,16 +16,14 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import datasets
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_local_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
-from huggingface_hub.hf_api import DatasetInfo, ModelInfo, SpaceInfo
 
 from foodextract.data.dataset import SPLITS, load, record_of
 from foodextract.data.samples import DatasetError
@@ -37,87 +34,72 @@ from foodextract.hub.client import PublishError, client, explained
 from foodextract.inference.extractor import Extractor
 from foodextract.models.loading import ModelError, newest_tuned
 from foodextract.names import HUB_BASE, HUB_MODEL, HUB_SPACE, REPOSITORY
-from foodextract.reporting.cards import UNNAMED, dataset_card, image_budget, model_card, stored_as
-from foodextract.schema import FoodRecord
-
-__all__ = ["Plan", "PublishError", "dataset_card", "dataset_plan", "model_plan", "publish", "space_plan"]
+from foodextract.reporting.cards import UNNAMED, image_budget, model_card, stored_as
 
 Kind = Literal["model", "dataset", "space"]
 
-# What may leave this machine; a star stands for part of a name, never for a folder. Checkpoints, optimizer states, caches and tokens are
-# not in it, and neither is anything that nobody thought of.
+# A star stands for part of a name, never for a folder. Anything else (checkpoints, caches, tokens …) stays here.
 ALLOWED: dict[Kind, tuple[str, ...]] = {
     "model": (
-        "README.md", "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.jinja",
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-        "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "training.json", provenance.EVALUATION,
+        "README.md", "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+        "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "vocab.json", "merges.txt", "model.safetensors", "model-*-of-*.safetensors",
+        "model.safetensors.index.json", "training.json", provenance.EVALUATION,
     ),
-    "dataset": ("README.md", "data/*.parquet", "report.json", "rejects.jsonl", "findings.jsonl", "near_duplicates.jsonl"),
+    "dataset": (
+        "README.md", "data/*.parquet", "report.json", "rejects.jsonl", "findings.jsonl", "near_duplicates.jsonl",
+    ),
     "space": ("README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py"),
 }  # fmt: skip
-PACKAGE = (
-    "**/*.py",
-    "data/**/*.txt",
-    "models/bundled/*/*.json",
-    "models/bundled/*/*.jinja",
-    "models/bundled/*/*.safetensors",
-)
-SHARD = 500_000_000  # bytes of Arrow a parquet file is made from, as `datasets` does
-
-
-PATIENCE = 1800  # seconds for the app of a Space that was fetched again to load its model and answer
+BUNDLED = "models/bundled/*/*"
+PACKAGE = ("**/*.py", "py.typed", "data/**/*.txt", f"{BUNDLED}.json", f"{BUNDLED}.jinja", f"{BUNDLED}.safetensors")
+SHARD = 500_000_000  # bytes of Arrow per parquet file, as in `datasets`
+APP_TIMEOUT = 1800  # seconds for the downloaded app to load its model and answer
 VARIABLE = "FOODEXTRACT_MODEL"
-# How readers find it when something goes wrong before, while and after the one commit is made.
-UNCHANGED = "Nothing is lost: readers see what was there before"
-HALFWAY = (
-    f"{UNCHANGED} (or all of this, if only the Hub's answer got lost), and what was sent already is not sent again"
+# What readers see after an error before, during and after the commit.
+UNCHANGED = "Readers still see the previous version"
+INTERRUPTED = (
+    f"{UNCHANGED} (or the new one, if only the Hub's answer got lost); files that were sent are not sent again"
 )
-DONE = "It is published, and readers see it; it has only not been fetched again and tried, which the same command does"
+PUBLISHED = "It is published, but not verified: the same command verifies it"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be published where: a path, or text made for the occasion, for each name in the repository."""
+    """What goes where: for each file name in the repository a path, or bytes made for it."""
 
     kind: Kind
     repo_id: str
     files: dict[str, Path | bytes]
-    told: str = ""  # where it comes from
-    model: str | None = None  # what a Space answers with
+    source: str = ""  # where the files come from, for `str`
+    model: str | None = None  # the Hub id of a Space's model
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
-        return {
-            name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in self.files.items()
-        }
+        """Return the bytes of each file."""
+        return {n: len(file) if isinstance(file, bytes) else file.stat().st_size for n, file in self.files.items()}
 
     def __str__(self) -> str:
         return self._listing(self.sizes())
 
     def summary(self) -> str:
-        """The plan with one line a folder, for notebooks."""
+        """Return the plan with one line per folder, for notebooks."""
         folders: dict[str, list[int]] = {}
         for name, size in self.sizes().items():
             folder, slash, _ = name.partition("/")
             folders.setdefault(folder + slash, []).append(size)
-        return self._listing(
-            {
-                f"{name} ({len(sizes)} files)" if name.endswith("/") else name: sum(sizes)
-                for name, sizes in folders.items()
-            }
-        )
+        return self._listing({f"{n} ({len(s)} files)" if n[-1] == "/" else n: sum(s) for n, s in folders.items()})
 
     def _listing(self, sizes: dict[str, int]) -> str:
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
         total = f"{sum(sizes.values()):>15,}  bytes in {len(self.files)} files"
-        return "\n".join([f"{self.kind} {self.repo_id}{self.told}:", *lines, total])
+        return "\n".join([f"{self.kind} {self.repo_id}{self.source}:", *lines, total])
 
 
 def model_plan(folder: str | Path, repo_id: str = HUB_MODEL) -> Plan:
-    """The model in `folder`, its card made from its `evaluation.json`.
+    """Plan the model in `folder`, with a card made from its evaluation.json.
 
-    Raises PublishError when that is missing or about other weights, for files that cannot be read, and for a model that is not the one
-    which people expect under HUB_MODEL.
+    Raises PublishError if the evaluation is missing or about other weights, a file is damaged, or the base does not
+    fit the project's own name HUB_MODEL.
     """
     folder = Path(folder)
     try:
@@ -126,188 +108,178 @@ def model_plan(folder: str | Path, repo_id: str = HUB_MODEL) -> Plan:
         raise PublishError(str(error)) from error
     if repo_id == HUB_MODEL and found.base_model != HUB_BASE:
         raise PublishError(
-            f"{folder} was made from {found.base_model}, and {HUB_MODEL} from {HUB_BASE}: give it a name by --to owner/name"
+            f"{HUB_MODEL} is made from {HUB_BASE}, but {folder} from {found.base_model}: name it with --to owner/name"
         )
+    file = folder / "processor_config.json"
     try:
-        budget = image_budget(json.loads((folder / "processor_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PublishError(
-            f"{folder}/processor_config.json is missing or not SmolVLM's ({type(error).__name__}: {error}): save the processor again"
-        ) from error
-    try:
-        counts = get_local_safetensors_metadata(folder).parameter_count
-    except (NotASafetensorsRepoError, OSError, ValueError, KeyError) as error:
-        raise PublishError(
-            f"{folder}/model.safetensors.index.json is missing or wrong ({error}): save the model again"
-        ) from error
+        budget = image_budget(json.loads(file.read_text(encoding="utf-8")))
+        file = folder / "model.safetensors.index.json"
+        counts = {str(dtype): n for dtype, n in get_local_safetensors_metadata(folder).parameter_count.items()}
+    except (NotASafetensorsRepoError, OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{file} is missing or damaged ({type(error).__name__}: {error}): save the model and processor again"
+        raise PublishError(message) from error
     card = str(model_card(found, budget, repo_id, counts))
     files = {**_allowed(folder, ALLOWED["model"]), "README.md": card.encode()}
     return Plan("model", repo_id, files, f" from {folder}, {sum(counts.values()):,} parameters in {stored_as(counts)}")
 
 
 def dataset_plan(folder: str | Path, repo_id: str) -> Plan:
-    """The data set that notebook 00 wrote to `folder`, as parquet files. Raises PublishError.
+    """Plan the dataset that notebook 00 wrote to `folder`, as parquet files. Raises PublishError.
 
-    They are made here, in a temporary folder (TMPDIR says where) that goes when the plan goes.
+    The files are made in a temporary folder (see TMPDIR), which is deleted together with the plan.
     """
     folder = Path(folder)
     try:
         rows = load(folder)
+        card = (folder / "README.md").read_text(encoding="utf-8").replace(UNNAMED, repo_id)
     except DatasetError as error:
         raise PublishError(str(error)) from error
-    if not (folder / "README.md").is_file():
-        raise PublishError(f"{folder} has no card (README.md): run notebook 00, which writes it from its own figures")
-    card = (folder / "README.md").read_text(encoding="utf-8").replace(UNNAMED, repo_id)
+    except FileNotFoundError:
+        raise PublishError(f"{folder} has no card (README.md): run notebook 00, which writes it") from None
     made = Path(tempfile.mkdtemp(prefix="foodextract-"))
-    plan = Plan("dataset", repo_id, {}, f" from {folder}")
-    weakref.finalize(plan, shutil.rmtree, made)
     (made / "data").mkdir()
     for split in SPLITS:
         shards = math.ceil(max(rows[split].data.nbytes, 1) / SHARD)
         for number in range(shards):
             part = rows[split].shard(shards, number, contiguous=True)
             part.to_parquet(made / "data" / f"{split}-{number:05}-of-{shards:05}.parquet")
-    plan.files.update(
-        _allowed(folder, ALLOWED["dataset"]) | _allowed(made, ALLOWED["dataset"]) | {"README.md": card.encode()}
-    )
+    files = _allowed(folder, ALLOWED["dataset"]) | _allowed(made, ALLOWED["dataset"]) | {"README.md": card.encode()}
+    plan = Plan("dataset", repo_id, files, f" from {folder}")
+    weakref.finalize(plan, shutil.rmtree, made)
     return plan
 
 
 def space_plan(folder: str | Path, repo_id: str = HUB_SPACE, model: str = HUB_MODEL) -> Plan:
-    """The demo in `folder`, which asks `model`, with this very package beside it, so that the Space runs what was tested here.
+    """Plan the demo in `folder` with this package beside it, so that the Space runs what was tested here.
 
     Raises PublishError.
     """
     folder = Path(folder)
     if not (folder / "app.py").is_file():
-        raise PublishError(f"{folder} holds no Space (no app.py): run this from the repository's root")
+        raise PublishError(f"{folder} holds no Space (no app.py): run this in the root of the repository")
     if not provenance.is_hub_id(model):
-        raise PublishError(f"a Space cannot ask {model}: publish that model, then give its Hub id (--model owner/name)")
+        raise PublishError(f"a Space cannot use {model}: publish that model, then give its Hub id (--model owner/name)")
     package = {f"foodextract/{name}": path for name, path in _allowed(Path(__file__).parents[1], PACKAGE).items()}
     licenses = _allowed(folder.resolve().parents[1], ("LICENSE", "NOTICE"))
-    card = (
-        (folder / "README.md")
-        .read_text(encoding="utf-8")
-        .replace(HUB_MODEL, model)
-        .replace(f"spaces/{HUB_SPACE}", f"spaces/{repo_id}")
-    )
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = card.replace(HUB_MODEL, model).replace(f"spaces/{HUB_SPACE}", f"spaces/{repo_id}")
     files = {**_allowed(folder, ALLOWED["space"]), **licenses, **package, "README.md": card.encode()}
-    return Plan("space", repo_id, files, f" from {folder}, which asks {model}", model)
+    return Plan("space", repo_id, files, f" from {folder}, with the model {model}", model)
 
 
 def publish(plan: Plan, *, public: bool = False, endpoint: str | None = None, token: str | None = None) -> str:
-    """Do what the plan says, fetch it again, and return what was found there, in a sentence or two. Raises PublishError.
+    """Publish a plan, download and verify it, and return a summary of two lines. Raises PublishError.
 
     The token comes from `hf auth login` or HF_TOKEN unless one is given; it is never printed.
     """
     api = client(endpoint, token)
-    where = {"repo_id": plan.repo_id, "repo_type": plan.kind}
-    explaining = partial(explained, plan.repo_id, token=token)
-    with explaining(UNCHANGED):
+    repository: dict[str, Any] = {"repo_id": plan.repo_id, "repo_type": plan.kind}
+    with explained(plan.repo_id, UNCHANGED, token):
         api.whoami()
         if plan.model:
             with explained(plan.model, UNCHANGED, token):
                 api.model_info(plan.model)
-        now = _opened(api, plan, public)
-        there = [entry for entry in api.list_repo_files(**where, revision=now.sha) if _is_ours(plan.kind, entry)]
-        asks = api.get_space_variables(plan.repo_id).get(VARIABLE) if plan.model else None
-    state = HALFWAY
-    if plan.model and (asks is None or asks.value != plan.model):  # first: the new files never ask the old model
-        with explaining(UNCHANGED):
+        private, revision = _create(api, plan, public)
+        remote = [name for name in api.list_repo_files(**repository, revision=revision) if _is_ours(plan.kind, name)]
+        variable = api.get_space_variables(plan.repo_id).get(VARIABLE) if plan.model else None
+    state = INTERRUPTED
+    if plan.model and (variable is None or variable.value != plan.model):  # first: new files never use the old model
+        with explained(plan.repo_id, UNCHANGED, token):
             api.add_space_variable(plan.repo_id, VARIABLE, plan.model)
-        state = f"{HALFWAY}. But it asks {plan.model} already"
-    with explaining(state):
-        changes = [CommitOperationAdd(name, what) for name, what in plan.files.items()]
-        changes += [CommitOperationDelete(name, is_folder=False) for name in there if name not in plan.files]
+        state = f"{INTERRUPTED}. But it already uses {plan.model}"
+    with explained(plan.repo_id, state, token):
         commit = api.create_commit(
-            **where, operations=changes, commit_message=f"{plan.kind} from {REPOSITORY}", parent_commit=now.sha
+            **repository,
+            operations=[
+                *(CommitOperationAdd(name, file) for name, file in plan.files.items()),
+                *(CommitOperationDelete(name, is_folder=False) for name in remote if name not in plan.files),
+            ],
+            commit_message=f"{plan.kind} from {REPOSITORY}",
+            parent_commit=revision,
         )
     with tempfile.TemporaryDirectory() as folder:
-        with explaining(DONE):
-            api.snapshot_download(**where, revision=commit.oid, local_dir=folder)
-        answer = _tried(plan, Path(folder))
-    where = (
-        "a rehearsal Hub on this machine"
-        if urlsplit(api.endpoint).hostname in ("127.0.0.1", "localhost")
-        else api.endpoint
-    )
-    return f"published as {plan.repo_id} on {where} ({'private' if now.private else 'public'}), {len(plan.files)} files.\n{answer}"
+        with explained(plan.repo_id, PUBLISHED, token):
+            api.snapshot_download(**repository, revision=commit.oid, local_dir=folder)
+        answer = _verify(plan, Path(folder))
+    local = urlsplit(api.endpoint).hostname in ("127.0.0.1", "localhost")
+    hub, access = "a rehearsal Hub on this machine" if local else api.endpoint, "private" if private else "public"
+    return f"published as {plan.repo_id} on {hub} ({access}), {len(plan.files)} files.\n{answer}"
 
 
-def _opened(api: HfApi, plan: Plan, public: bool) -> ModelInfo | DatasetInfo | SpaceInfo:
-    """The repository, made unless it is there already and as visible as wanted. Raises PublishError."""
-    space = (
-        {"space_sdk": "gradio", "space_variables": [{"key": VARIABLE, "value": plan.model}]}
-        if plan.kind == "space"
-        else {}
-    )
-    api.create_repo(plan.repo_id, repo_type=plan.kind, private=not public, exist_ok=True, **space)
-    now = api.repo_info(plan.repo_id, repo_type=plan.kind)
-    if now.private and public:
+def _create(api: HfApi, plan: Plan, public: bool) -> tuple[bool, str | None]:
+    """Create the repository unless it exists; return whether it is private, and its revision. Raises PublishError."""
+    options: dict[str, Any] = {}
+    if plan.kind == "space":
+        options = {"space_sdk": "gradio", "space_variables": [{"key": VARIABLE, "value": plan.model}]}
+    api.create_repo(plan.repo_id, repo_type=plan.kind, private=not public, exist_ok=True, **options)
+    info = api.repo_info(plan.repo_id, repo_type=plan.kind)
+    if info.private and public:
         raise PublishError(
-            f"{plan.repo_id} is there already and private, with all that was in it before: "
-            "make it public in its settings on the Hub, or leave out --public"
+            f"{plan.repo_id} exists and is private, with all earlier contents: "
+            "make it public in its settings on the Hub, or omit --public"
         )
-    if not public and not now.private:
-        raise PublishError(
-            f"{plan.repo_id} is there already and everybody can read it: say --public if that is what you want"
-        )
-    return now
+    if not public and not info.private:
+        raise PublishError(f"{plan.repo_id} exists and is public: add --public if that is intended")
+    return bool(info.private), info.sha
 
 
-def _tried(plan: Plan, folder: Path) -> str:
-    """What the fetched files answer about one image, after they were compared with what was sent. Raises PublishError."""
-    for name, what in plan.files.items():
-        fetched = folder / name
-        if not fetched.is_file() or not (
-            fetched.read_bytes() == what if isinstance(what, bytes) else filecmp.cmp(fetched, what, shallow=False)
+def _verify(plan: Plan, folder: Path) -> str:
+    """Compare the downloaded files with what was sent, and let them answer about an image. Raises PublishError."""
+    for name, file in plan.files.items():
+        copy = folder / name
+        if not copy.is_file() or not (
+            copy.read_bytes() == file if isinstance(file, bytes) else filecmp.cmp(copy, file, shallow=False)
         ):
-            raise PublishError(f"{plan.repo_id}: {name} came back different from what was sent: run this again")
+            raise PublishError(f"{plan.repo_id}: {name} came back different from what was sent: rerun the command")
     seed = 7 if plan.kind == "model" else 8  # model and Space answer about different scenes
     scene = next(scene for index in count() if (scene := draw_scene(seed, "test", index)).record.food_items)
+    label, subject = scene.record, "The downloaded copy answers about a drawn scene"
     try:
         if plan.kind == "model":
             answer = Extractor.from_pretrained(folder).extract(scene.image).to_json()
-            return f"Fetched again, it answers about a drawn scene:\n{_verdict(scene.record, answer)}"
-        if plan.kind == "dataset":
+        elif plan.kind == "dataset":
             rows = datasets.load_dataset(str(folder), cache_dir=str(folder / ".rows"))
-            shown, model = list(rows["test"]["is_food"]), newest_tuned()
-            row = rows["test"][shown.index(max(shown))]
-            answer = Extractor.from_pretrained(model).extract(row["image"]).to_json()
+            is_food, model = list(rows["test"]["is_food"]), newest_tuned()
+            row = rows["test"][is_food.index(max(is_food))]
+            label, answer = record_of(row), Extractor.from_pretrained(model).extract(row["image"]).to_json()
             counts = " and ".join(f"{len(rows[split]):,} {split}" for split in SPLITS)
-            return f"Fetched again, it has {counts} rows. {model.name} answers about one of test:\n{_verdict(record_of(row), answer)}"
+            subject = f"The downloaded copy has {counts} rows. {model.name} answers about a test row"
+        else:
+            scene.image.save(folder / "image.png")
+            answer = _ask_app(plan, folder)
+            subject = "The downloaded app answers about a drawn scene"
     except ModelError as error:
-        raise PublishError(f"{plan.repo_id} was published, but what was fetched does not load: {error}") from error
-    scene.image.save(folder / "image.png")
-    asked = [sys.executable, "-c", "import app; print(app.extract('image.png'))"]
-    env = {**os.environ, "PYTHONPATH": str(folder), VARIABLE: plan.model}
-    try:
-        run = subprocess.run(asked, cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE)  # noqa: S603
-    except subprocess.TimeoutExpired:
-        raise PublishError(
-            f"{plan.repo_id} was published, but its app gave no answer within {PATIENCE} s: try `make space` with {VARIABLE}={plan.model}"
-        ) from None
-    if run.returncode:
-        raise PublishError(f"{plan.repo_id} was published, but its app does not answer:\n{run.stderr.strip()[-2000:]}")
-    answer = run.stdout.strip().splitlines()[-1]
-    return f"Fetched again, its app answers about a drawn scene:\n{_verdict(scene.record, answer)}"
-
-
-def _verdict(label: FoodRecord, answer: str) -> str:
-    """Label, answer and what the answer got right, a line each."""
+        raise PublishError(f"{plan.repo_id} was published, but the downloaded copy does not load: {error}") from error
     items = count_items(label, try_read(answer))
     verdict = f"{items.found} of {items.found + items.missed} items found, {items.invented} invented"
-    return f"  label    {label.to_json()}\n  answer   {answer}\n  verdict  {verdict}"
+    return f"{subject}:\n  label    {label.to_json()}\n  answer   {answer}\n  verdict  {verdict}"
 
 
-def _allowed(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """The files below `folder` that a pattern names, sorted, by their path in it; links to elsewhere are no files of ours."""
+def _ask_app(plan: Plan, folder: Path) -> str:
+    """Run the downloaded Space on its image.png in a process of its own. Raises PublishError."""
+    command = [sys.executable, "-c", "import app; print(app.extract('image.png'))"]
+    env = {**os.environ, "PYTHONPATH": str(folder), VARIABLE: plan.model or ""}
+    try:
+        run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=APP_TIMEOUT)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        raise PublishError(
+            f"{plan.repo_id} was published, but its app gave no answer within {APP_TIMEOUT} s: "
+            f"try `make space` with {VARIABLE}={plan.model}"
+        ) from None
+    if run.returncode:
+        raise PublishError(f"{plan.repo_id} was published, but its app fails:\n{run.stderr.strip()[-2000:]}")
+    return run.stdout.strip().splitlines()[-1]
+
+
+def _allowed(folder: Path, patterns: Sequence[str]) -> dict[str, Path | bytes]:
+    """Return the files below `folder` that match a pattern, sorted by path, without symbolic links."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and not path.is_symlink()}
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
 def _is_ours(kind: Kind, name: str) -> bool:
-    """Whether a file on the Hub is of the kind that this module puts there, so that one no longer wanted goes; others' files stay."""
+    """Whether this module publishes files of this name, so that an outdated one is deleted. Other files stay."""
     path = PurePosixPath(name)
-    package = kind == "space" and path.parts[0] == "foodextract"
-    return package or any(len(path.parts) == len(PurePosixPath(one).parts) and path.match(one) for one in ALLOWED[kind])
+    if kind == "space" and path.parts[0] == "foodextract":
+        return True
+    return any(len(path.parts) == len(PurePosixPath(one).parts) and path.match(one) for one in ALLOWED[kind])

@@ -1,9 +1,8 @@
-r"""How a model writes a record: canonical JSON, JSON of another form, or a Python repr, each perhaps behind a short lead.
+r"""The ways models write a record: canonical JSON, other JSON, or a Python repr, each perhaps behind a short lead.
 
-`recognize` detects the dialect of an unconstrained answer. A `Dialect` holds what guided decoding needs: a grammar, the one rule that no
-grammar expresses, and the reading of an answer, finished or not. The default is the canonical JSON of `FoodRecord.to_json`.
-
-Every dialect has the keys of `FoodRecord` in their order. Other orders are not recognized.
+`recognize` detects the dialect of a free answer. A `Dialect` provides what constrained decoding needs: a grammar, the
+one rule that no grammar expresses, and a parser for complete and incomplete answers. Every dialect has the keys of
+`FoodRecord` in their order; other orders are not recognized.
 """
 
 import ast
@@ -15,21 +14,21 @@ from functools import cached_property
 from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
 
 MAX_LEAD = 120  # characters before the opening brace: a fence, or "Here is the JSON: "
-MAX_HEAD = 64  # characters after it within which the second key must begin
-MAX_SPACE = 32  # white space between two tokens
+MAX_HEAD = 64  # characters from the opening brace to the second key
+MAX_SPACE = 32  # characters of white space between two tokens
 
-# One character of a string, as a regular expression that both Python and llguidance read.
-# As `json.dumps` writes it: printable ASCII, a short escape, \uXXXX in lower case, two of them above U+FFFF.
+# One character of a string, as a regular expression for both Python and llguidance.
+# Written by `json.dumps`: printable ASCII, a short escape, \uXXXX in lower case, or two of them above U+FFFF.
 _CANONICAL = (
-    r'[ !#-\[\]-~]|\\(["\\bfnrt]|u(000[0-7bef]|001[0-9a-f]|007f|00[89a-f][0-9a-f]|0[1-9a-f][0-9a-f]{2}|[1-9a-ce-f][0-9a-f]{3}'
-    r"|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))"
+    r'[ !#-\[\]-~]|\\(["\\bfnrt]|u(000[0-7bef]|001[0-9a-f]|007f|00[89a-f][0-9a-f]|0[1-9a-f][0-9a-f]{2}'
+    r"|[1-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))"
 )
-# As any JSON may have it; a surrogate comes with the other of its pair.
+# In any JSON; surrogates come in pairs.
 _JSON = (
     r'[^"\\\x00-\x1f]|\\(["\\\/bfnrt]|u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
     r"|[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))"
 )
-# As `repr` writes it between single or double quotation marks.
+# Written by `repr` between single or double quotation marks.
 _ESCAPE = r"""\\(['"\\nrt]|x[0-9a-f]{2}|u([0-9a-cef][0-9a-f]{3}|d[0-7][0-9a-f]{2})|U00(0[1-9a-f]|10)[0-9a-f]{4})"""
 _SINGLE, _DOUBLE = (rf"[^{quote}\\\x00-\x1f\x7f]|{_ESCAPE}" for quote in "'\"")
 
@@ -45,10 +44,11 @@ _HEAD = re.compile(
 
 @dataclass(frozen=True)
 class Dialect:
-    """One way to write a record.
+    """One way to write a record. The default is the canonical JSON of `FoodRecord.to_json`.
 
-    `lead` is what comes before the opening brace. `flags` are the words for 0 and 1. `python` means the strings of `repr`: in single
-    quotes, or in double quotes for the sake of an apostrophe. `spaced` means any white space between tokens.
+    `lead` is the text before the opening brace, `flags` the words for 0 and 1. With `python`, strings are those of
+    `repr`: in single quotes, or in double quotes around an apostrophe. With `spaced`, any white space may stand
+    between tokens.
     """
 
     lead: str = ""
@@ -58,21 +58,16 @@ class Dialect:
 
     @property
     def canonical(self) -> bool:
-        """Whether `FoodRecord.to_json` writes these texts, but for white space before them."""
+        """Whether `FoodRecord.to_json` writes these texts, except for white space before them."""
         return not self.lead.strip() and self == Dialect(self.lead)
 
     def __str__(self) -> str:
-        form = (
-            "Python reprs"
-            if self.python
-            else "canonical JSON"
-            if self == Dialect(self.lead)
-            else "JSON of another form"
-        )
+        json_form = "canonical JSON" if self == Dialect(self.lead) else "JSON of another form"
+        form = "Python reprs" if self.python else json_form
         return form + (f" behind {self.lead.lstrip()!r}" if self.lead.strip() else "")
 
     def grammar(self) -> str:
-        """A Lark grammar of the texts, for llguidance: the whole schema, except that an item may repeat (see `without_repeats`)."""
+        """A Lark grammar for llguidance. It covers the schema, except that items may repeat (see `without_repeats`)."""
         opening, key = json.dumps(self.lead + "{"), self._lark('"is_food": ')
         nothing = self._lark(', "image_title": "", "food_items": [], "drink_items": []')
         between = (', "image_title": ', ', "food_items": [', '], "drink_items": [', "]", ", ")
@@ -91,7 +86,10 @@ class Dialect:
         return "\n".join(rules) + "\n"
 
     def spans(self, text: str) -> dict[str, list[tuple[int, int]]]:
-        """Start and end of the complete values of each field in an answer or the beginning of one; strings include their quotes."""
+        """Find the complete values of each field in an answer, or in the beginning of one.
+
+        Returns start and end of each value; strings include their quotation marks.
+        """
         record = self._record.match(text)
         found = {field: [record.span(field)] if record and record[field] else [] for field in FoodRecord.model_fields}
         for field in FIELDS:
@@ -101,7 +99,7 @@ class Dialect:
         return found
 
     def read(self, text: str) -> FoodRecord:
-        """The record of an answer, or of what is complete in the beginning of one: no unfinished title or item."""
+        """Parse an answer, or the beginning of one. An unfinished title or item is left out."""
         values = {field: [text[slice(*span)] for span in spans] for field, spans in self.spans(text).items()}
         return FoodRecord(
             is_food=int(values["is_food"] == [self.flags[1]]),
@@ -110,10 +108,10 @@ class Dialect:
         )
 
     def without_repeats(self, text: str) -> str:
-        """The beginning of an answer as it is, or, when an item comes twice in a list, with the list ended before the second.
+        """Return the beginning of an answer, with the list closed before an item that it already holds.
 
-        A model that repeats itself has nothing more to say. To forbid only the closing quotation mark of the second "pizza" would make
-        it write "pizzas".
+        A model that repeats itself has nothing more to say. Forbidding only the last token of a second "pizza" would
+        yield "pizzas".
         """
         spans = self.spans(text)
         for field, end in zip(FIELDS, ('], "drink_items":', "]}"), strict=True):
@@ -125,11 +123,11 @@ class Dialect:
         return text
 
     def _quoted(self, canonical: str) -> str:
-        """What stands between values in the canonical JSON, with the quotation marks of this dialect."""
+        """Convert a piece of canonical JSON between two values to the quotation marks of this dialect."""
         return canonical.replace('"', "'") if self.python else canonical
 
     def _tokens(self, canonical: str) -> list[str]:
-        """The same as pieces between which white space is free, or in one piece."""
+        """Split such a piece where white space is free, or keep it whole."""
         text = self._quoted(canonical)
         return ["", *re.findall(r"""["']\w*["']|\S""", text), ""] if self.spaced else [text]
 
@@ -141,13 +139,13 @@ class Dialect:
 
     @property
     def _characters(self) -> dict[str, tuple[str, str]]:
-        """The terminal and the regular expression of one character, by quotation mark."""
+        """Name and regular expression of the terminal for one character, by quotation mark."""
         if self.python:
             return {"'": ("SINGLE", _SINGLE), '"': ("DOUBLE", _DOUBLE)}
         return {'"': ("CHARACTER", _CANONICAL if self.canonical else _JSON)}
 
     def _string(self, least: int, most: int) -> str:
-        """A Lark expression of a string of so many characters."""
+        """A Lark expression for a string of `least` to `most` characters."""
         names = {json.dumps(quote): name for quote, (name, _) in self._characters.items()}
         return " | ".join(f"{quote} {name}{{{least},{most}}} {quote}" for quote, name in names.items())
 
@@ -155,12 +153,12 @@ class Dialect:
         return ast.literal_eval(string) if self.python else json.loads(string)
 
     @cached_property
-    def _item(self) -> re.Pattern:
+    def _item(self) -> re.Pattern[str]:
         return re.compile("|".join(_STRINGS[quote] for quote in self._characters))
 
     @cached_property
-    def _record(self) -> re.Pattern:
-        """A record as far as it is written, with a group for each field."""
+    def _record(self) -> re.Pattern[str]:
+        """Matches the beginning of a record, with a group for each field."""
         string, more = f"(?:{self._item.pattern})", self._pattern(", ")
         food, drink = (rf"(?P<{field}>(?:{string}(?:{more})?)*)" for field in FIELDS)
         title = f"(?P<image_title>{string})"
@@ -171,7 +169,7 @@ class Dialect:
 
 
 def recognize(text: str) -> Dialect | None:
-    """The dialect of an unconstrained answer or of the beginning of one, or None."""
+    """Detect the dialect of a free answer, or of the beginning of one."""
     head = _HEAD.match(text)
     if not head:
         return None
@@ -180,6 +178,6 @@ def recognize(text: str) -> Dialect | None:
 
 
 def undecided(text: str) -> bool:
-    """Whether more of a free answer may still tell its dialect."""
+    """Whether the rest of a free answer may still show its dialect."""
     lead, brace, head = text.partition("{")
     return recognize(text) is None and (len(head) <= MAX_HEAD if brace else len(lead) <= MAX_LEAD)

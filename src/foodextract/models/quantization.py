@@ -1,4 +1,4 @@
-"""Linear layers in int8 for a CPU, so that what else is in a batch changes no answer."""
+"""Int8 linear layers for a CPU, with results that do not depend on the rest of the batch."""
 
 import warnings
 
@@ -7,16 +7,16 @@ from transformers import PreTrainedModel
 
 
 class TokenByToken(torch.nn.Module):
-    """Gives a linear layer each token at a range of -1 to 1, and takes its range back afterwards.
+    """Scale each token to the range -1 to 1 before a linear layer, and scale its output back.
 
-    torch's dynamic quantization rounds by the range of everything that it is given: alone or beside others, a token would be rounded
-    differently. Here that range is always -1 to 1, for which one more row sees to it, so a token is rounded by its own largest value,
-    as LLM.int8 does it (https://arxiv.org/abs/2208.07339).
+    torch's dynamic quantization rounds by the range of its whole input, so a token's rounding would depend on its
+    neighbors. An extra row fixes that range at -1 to 1. Each token is then rounded by its own largest value, as in
+    LLM.int8 (https://arxiv.org/abs/2208.07339).
     """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
-        self.bias, linear.bias = linear.bias, None
+        self.bias, linear.bias = linear.bias, None  # type: ignore[assignment]
         self.linear = linear
         self.register_buffer("rails", torch.tensor([[-1.0, 1.0] + [0.0] * (linear.in_features - 2)]), persistent=False)
 
@@ -32,10 +32,11 @@ class TokenByToken(torch.nn.Module):
 
 
 def quantize(model: PreTrainedModel) -> None:
-    """Make every linear layer of an fp32 model int8, in place: weights by output channel, activations by token at run time.
+    """Make every linear layer of an fp32 model int8, in place: weights per output channel, activations per token at
+    run time.
 
-    torch calls its dynamic quantization deprecated in favor of torchao, whose kernels are made for `torch.compile`: run without, it
-    has no fast one for the one token a step that an answer is written in. The pinned torch has both; look again when the pin moves.
+    torch deprecates its dynamic quantization in favor of torchao, but torchao's kernels need `torch.compile` and have
+    no fast path for the single token of a decoding step. The pinned torch has both; check again when the pin moves.
     """
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):

@@ -145,7 +145,7 @@ class Queue:
 
         try:
             async with asyncio.timeout(self.limits.deadline), self._prepared:
-                inputs, prepare = await self._timed(self._prepare_pool, self._extractor.read, image)
+                inputs, prepare = await self._timed(self._prepare_pool, self._extractor.prepare_image, image)
                 job = _Job(inputs, loop.time())
                 self._ready.put_nowait(job)
                 record, confidence = await job.result  # cancelled together with this call
@@ -178,8 +178,8 @@ class Queue:
 
     def _load_and_warm_up(self) -> Answerer:
         extractor = self._load()
-        blank = extractor.read(Image.new("RGB", (64, 64)))
-        extractor.answer_read([blank], lambda number: False)  # one token: compiles the grammar and kernels
+        blank = extractor.prepare_image(Image.new("RGB", (64, 64)))
+        extractor.extract_prepared([blank], lambda number: False)  # one token: compiles the grammar and kernels
         return extractor
 
     async def _next_batch(self) -> list[_Job]:
@@ -200,7 +200,7 @@ class Queue:
         try:
             results, seconds = await self._timed(
                 self._model_pool,
-                *(extractor.answer_read, images, lambda row: not batch[row].result.done(), self.limits.batch_size),
+                *(extractor.extract_prepared, images, lambda row: not batch[row].result.done(), self.limits.batch_size),
             )
         except Exception:  # a driver's error, say
             LOG.exception("the model failed", extra={"batch": len(batch)})

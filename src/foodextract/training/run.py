@@ -292,7 +292,9 @@ def _trainer(
     labels, scopes = [record_of(row) for row in unseen.remove_columns("image")], scopes_of(unseen)
 
     def score() -> float:
-        answers = evaluate.ask(Extractor(model, processor).answer, unseen["image"], stage.batch_size, "validation")
+        answers = evaluate.ask(
+            Extractor(model, processor).generate_texts, unseen["image"], stage.batch_size, "validation"
+        )
         return evaluate.f1_of_named(labels, answers, scopes)
 
     prepared = _prepared(model, processor, stage, split, Path(config.output_dir), precision)

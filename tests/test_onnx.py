@@ -79,7 +79,7 @@ def test_the_graphs_compute_what_the_model_does(exported, tuned, images, tiles):
 
 def test_they_answer_as_the_model_does(exported, tuned, images):
     extractor = Extractor.from_pretrained(exported)
-    assert extractor.answer(images) == tuned.answer(images)
+    assert extractor.generate_texts(images) == tuned.generate_texts(images)
     assert list(extractor.extract_many(images, 5)) == list(tuned.extract_many(images, 5))
     assert extractor.extract(images[0]) == tuned.extract(images[0])
 

@@ -87,7 +87,7 @@ def test_what_others_write_is_recognized_allowed_and_read(name, tuned):
         assert recognize(text) == dialect, text
         assert dialect.read(text) == record
         assert dialect.without_repeats(text) == text
-        assert accepts(tuned._free, dialect, text), text
+        assert accepts(tuned._decoder, dialect, text), text
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -101,11 +101,11 @@ def test_what_no_record_can_hold_is_not_allowed(name, tuned):
         {"drink_items": [str(number) for number in range(MAX_ITEMS + 1)]},
         {"is_food": 0},
     ]
-    assert accepts(tuned._free, dialect, write(good))
+    assert accepts(tuned._decoder, dialect, write(good))
     for values in wrong:
-        assert not accepts(tuned._free, dialect, write(good.model_copy(update=values))), values
+        assert not accepts(tuned._decoder, dialect, write(good.model_copy(update=values))), values
     for text in (write(good).replace(dialect.flags[1], "2", 1), write(good) + " ", write(good) + "\n```"):
-        assert not accepts(tuned._free, dialect, text)
+        assert not accepts(tuned._decoder, dialect, text)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -189,7 +189,7 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.processor, self.say, self.forwards = processor, say, 0
         self.seen = {self.key(pixels): record for pixels, record in seen}
-        self.lltokenizer = Decoder.build(None, processor.tokenizer).lltokenizer
+        self.lltokenizer = Decoder(None, processor.tokenizer).lltokenizer
         self.generation_config = SimpleNamespace(eos_token_id=processor.tokenizer.eos_token_id)
 
     @staticmethod
@@ -243,14 +243,14 @@ def item_f1(labels, texts, read=FoodRecord.parse):
 @pytest.mark.parametrize("name", OTHERS)
 def test_nothing_is_lost_of_what_such_a_model_writes(name, speaking, images, records):
     extractor = speaking(WRITERS[name][0])
-    free, guided = extractor.answer(images), extractor.answer(images, constrained=True)
+    free, guided = extractor.generate_texts(images), extractor.generate_texts(images, constrained=True)
     assert list(extractor.extract_many(images, 3)) == records
     assert guided == [record.to_json() for record in records]
     assert item_f1(records, guided) == 1 >= item_f1(records, free, FoodRecord.parse_lenient)
     forced = speaking(WRITERS[name][0])
-    forced._dialects.append(Dialect(" "))  # as if nobody had looked
+    forced._detected = Dialect(" ")  # as if nobody had looked
     if WRITERS[name][1].python or WRITERS[name][1].flags != ("0", "1"):
-        assert item_f1(records, forced.answer(images, constrained=True)) < 0.5
+        assert item_f1(records, forced.generate_texts(images, constrained=True)) < 0.5
 
 
 def test_the_dialect_does_not_depend_on_what_is_asked_first(speaking, images, records):
@@ -278,17 +278,17 @@ def test_a_model_of_canonical_json_and_one_of_prose_are_asked_as_ever(folder, im
     extractor = Extractor.from_pretrained(folder, "cpu")
     assert extractor.dialect == Dialect(extractor._lead)
     never_probed = Extractor(extractor.model, extractor.processor)
-    never_probed._dialects.append(Dialect(" "))
-    assert extractor.answer(images, constrained=True) == never_probed.answer(images, constrained=True)
+    never_probed._detected = Dialect(" ")
+    assert extractor.generate_texts(images, constrained=True) == never_probed.generate_texts(images, constrained=True)
     assert not [record for record in caplog.records if record.name == "foodextract"]
 
 
 def test_looking_costs_a_few_tokens_once(speaking, images):
     for name in ("canonical", "indented"):
         extractor = speaking(WRITERS[name][0])
-        extractor.answer([PROBE], constrained=True)
+        extractor.generate_texts([PROBE], constrained=True)
         spent, extractor.model.forwards = extractor.model.forwards, 0
-        extractor.answer([PROBE], constrained=True)
+        extractor.generate_texts([PROBE], constrained=True)
         assert 5 < spent - extractor.model.forwards <= (20 if name == "canonical" else MAX_PROBE_TOKENS)
     prose = speaking(
         lambda record: (

@@ -54,19 +54,19 @@ def images():
 def test_it_writes_numbers_and_answers_names(folder):
     model = blip.load(folder, "cpu")
     assert isinstance(model, Captioner)
-    read = [model.read(image) for image in images()]
+    read = [model.prepare_image(image) for image in images()]
     written = model.processor.batch_decode(
         model.model.generate(pixel_values=read[0]["pixel_values"], max_new_tokens=16), skip_special_tokens=True
     )
     assert written == [TARGET.format("0")]
-    *answers, nothing = model.answer_read(read)
+    *answers, nothing = model.extract_prepared(read)
     assert answers == [
         (FoodRecord(is_food=1, image_title="grilled salmon", food_items=["grilled salmon"], drink_items=[]), None),
         (FoodRecord(is_food=1, image_title="beignets", food_items=["beignets"], drink_items=[]), None),
         (FoodRecord(is_food=1, image_title="iced tea", food_items=[], drink_items=["iced tea"]), None),
     ]
     assert isinstance(nothing, AnswerError)
-    assert [model.answer_read([one])[0] for one in read[:3]] == answers
+    assert [model.extract_prepared([one])[0] for one in read[:3]] == answers
 
 
 def test_a_number_is_that_of_the_config_whatever_the_classes_are_called(folder, tmp_path):
@@ -76,7 +76,9 @@ def test_a_number_is_that_of_the_config_whatever_the_classes_are_called(folder, 
     config["id2label"]["7"] = "grilled_salmon"
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = blip.load(tmp_path, "cpu")
-    titles = [answer[0].image_title for answer in again.answer_read([again.read(image) for image in images()])]
+    titles = [
+        answer[0].image_title for answer in again.extract_prepared([again.prepare_image(image) for image in images()])
+    ]
     assert titles == ["iced tea", "iced tea", "iced tea", "grilled salmon"]  # said: 0, 1, iced tea, 7
     assert [blip.to_number(said, {2: "beignets", 7: "salmon"}) for said in ("2", "0", "beignet")] == [2, None, 2]
 

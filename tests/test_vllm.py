@@ -143,7 +143,7 @@ def test_vllm_itself_can_be_asked(exported, tuned, image, monkeypatch):
         "9",
     ]
     asked = client["request"](image.read_bytes(), "m")
-    tokens = tuned.read(image)["input_ids"][0].tolist()
+    tokens = tuned.prepare_image(image)["input_ids"][0].tolist()
     params = {"temperature": 0.0, "max_tokens": MAX_NEW_TOKENS, "structured_outputs": {"json": schema.guided_schema()}}
     assert check["differences"](asked, {"token_ids": tokens, "sampling_params": params}, tokens) == []
     wrong = {
