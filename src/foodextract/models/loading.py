@@ -108,6 +108,17 @@ def image_budget(processor: ProcessorMixin) -> int:
     return edge * edge + 1 if edge > 1 else 1
 
 
+def check_image_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Check that the processor writes as many image tokens for a tile as the model has features. Raises ModelError."""
+    vision, tile = model.config.vision_config, processor.image_processor.max_image_size["longest_edge"]
+    features = (tile // vision.patch_size) ** 2 // model.config.scale_factor**2
+    if features != processor.image_seq_len:
+        raise ModelError(
+            f"the processor writes {processor.image_seq_len} tokens a tile, but the model has {features} features: "
+            "use the processor that was saved with the model"
+        )
+
+
 def load_model(
     model_id: str | os.PathLike[str],
     device: torch.device | None = None,

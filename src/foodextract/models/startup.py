@@ -1,8 +1,9 @@
 """Fast start: what transformers imports and extraction never uses is imported on first use.
 
-Importing a model class of transformers also imports scipy, accelerate and PyTorch's compiler (with sympy), which takes longer than PyTorch
-itself. Inside `deferred_imports` these modules are stand-ins. A name taken from one is resolved when it is called or inspected, so training
-or compiling later in the same process works as usual. Modules that are loaded already are left alone.
+Importing a model class of transformers also imports scipy, accelerate and PyTorch's compiler with sympy, which takes
+longer than PyTorch itself. Inside `deferred_imports` these modules are stand-ins. A name taken from one is resolved
+when it is called or inspected, so training or compiling later in the same process works as usual. Modules that are
+already loaded are left alone.
 """
 
 import importlib
@@ -28,7 +29,7 @@ _finders: list["_Finder"] = []  # those at work
 
 
 class _Deferred:
-    """A function or class that is resolved on first use; a call while imports are deferred (a decorator, say) is deferred, too."""
+    """A function or class that is resolved on first use. While imports are deferred, calls (of decorators) are, too."""
 
     def __init__(self, module: str, resolve: Callable[[], Any]) -> None:
         self._module, self._resolve = module, resolve
@@ -67,7 +68,9 @@ class _Finder:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name in self.names and PathFinder.find_spec(name, path):
             return ModuleSpec(name, self, is_package=True)
         if isinstance(sys.modules.get(name.rpartition(".")[0]), _StandIn):
@@ -97,9 +100,11 @@ def deferred_imports(names: Sequence[str] = UNUSED) -> Iterator[None]:
 
 
 class SkipInitialization(torch.overrides.TorchFunctionMode):
-    """Create a model on the meta device without values, of which PyTorch would import its compiler. Loading the weights sets them all."""
+    """Skip initial values on the meta device, where PyTorch would import its compiler. Loading sets every weight."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             tensor = kwargs.get("tensor", args[0] if args else None)
