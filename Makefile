@@ -48,7 +48,7 @@ demo: install  ## The whole story on the offline profile: draw, train in two sta
 		FOODEXTRACT_PUSH_SPACE_TO_HUB=somebody/FoodExtract-demo $(BIN)/python tests/hub_server.py $(BIN)/papermill --no-progress-bar --log-output \
 		01_fine_tune_vlm_v3_smolVLM_500m.ipynb $(OUT)/notebooks/01_fine_tune_vlm_v3_smolVLM_500m.ipynb
 	@$(BIN)/python tools/pages.py
-	@$(BIN)/python -m foodextract.data.scenes $(OUT)/examples --seed 5 --count 3
+	@$(BIN)/foodextract draw $(OUT)/examples --seed 5 --count 3
 	@$(BIN)/foodextract extract $(OUT)/examples
 	@echo "notebooks with outputs: $(OUT)/notebooks   tuned model: $(OUT)/offline/stage2   figures: results/offline.json"
 

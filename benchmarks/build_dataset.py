@@ -25,7 +25,7 @@ import typer
 from PIL import Image
 
 from foodextract.data import dataset
-from foodextract.data.samples import Sample
+from foodextract.data.samples import Rows, Sample
 from foodextract.data.scenes import DRINKS, FOODS
 from foodextract.evaluation.results import make_row, write_results
 
@@ -100,7 +100,7 @@ def main(
 ) -> None:
     """Measure a large build, undisturbed and killed."""
     if build_in:
-        dataset.build(generated(images), build_in, total=images)
+        dataset.build(Rows(generated(images), images), build_in)
         return
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Watched(images, Path(scratch) / "whole"), Watched(images, Path(scratch) / "killed")

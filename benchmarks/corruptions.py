@@ -1,13 +1,17 @@
-"""Planting what the checks must find, into rows that are right by construction: copies of images, and faults of labels.
+"""Corrupt samples on purpose: changed copies of images and faulty labels, to measure how many are found.
 
-The benchmarks count how many are found again; notebook 00 shows them, because drawn scenes have neither copies nor faults of their own.
+Notebook 00 shows the result, because drawn scenes have neither copies nor faults of their own.
 """
 
 import copy
 import io
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,46 +21,41 @@ from foodextract.data import scenes
 from foodextract.data.samples import Reject, Rows, Sample
 from foodextract.images import open_image
 
+COPY = "-copy.png"  # suffix of the name of a copy
 Raw = dict[str, Any]  # the four keys of a record
-
-# ------------------------------------------------------------------------------------------------------------------------------- images
+ImageCorruption = Callable[[Image.Image, np.random.Generator], Image.Image]
+LabelCorruption = Callable[[np.random.Generator, Raw, str], str | None]
 
 
 def resized(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """30 to 90 % of width and height."""
+    """Scale to 30 to 90 % of width and height."""
     share = rng.uniform(0.3, 0.9)
     return image.resize([max(1, round(edge * share)) for edge in image.size], Image.Resampling.BICUBIC)
 
 
 def recompressed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Through a JPEG of quality 20 to 69."""
+    """Save as a JPEG of quality 20 to 69."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=int(rng.integers(20, 70)))
     return open_image(file.getvalue())
 
 
 def mirrored(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Left and right exchanged."""
+    """Exchange left and right."""
     return ImageOps.mirror(image)
 
 
 def cropped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """5 % of width and height gone, from either side."""
+    """Cut 5 % of width and height, from random sides."""
     width, height = (round(0.95 * edge) for edge in image.size)
     left, top = int(rng.integers(0, image.width - width + 1)), int(rng.integers(0, image.height - height + 1))
     return image.crop((left, top, left + width, top + height))
 
 
-CHANGES: tuple[Callable[[Image.Image, np.random.Generator], Image.Image], ...] = (
-    resized,
-    recompressed,
-    mirrored,
-    cropped,
-)
+IMAGE_CORRUPTIONS: tuple[ImageCorruption, ...] = (resized, recompressed, mirrored, cropped)
 
-# --------------------------------------------------------------------------------------------------------------------------------- labels
-# Each function plants one fault into a copy of a label of some class that shows food, and returns the name that the finding must be about
-# ("" for none), or None where this label cannot have the fault.
+# A label corruption changes a label of a class in place. It returns the name that the issue must concern ("" for none),
+# or None for a label that cannot have the fault.
 
 SENTENCES = (
     "This is a plate of {}.",
@@ -66,63 +65,58 @@ SENTENCES = (
     "A close-up of {} with a blurred background",
     "Somebody is about to enjoy {} at home",
 )
-PANTRY = (
-    "flour",
-    "wheat flour",
-    "baking powder",
-    "baking soda",
-    "vanilla extract",
-    "granulated sugar",
-    "yeast",
-    "corn starch",
-    "vegetable oil",
-)
+PANTRY = [
+    "flour", "wheat flour", "baking powder", "baking soda", "vanilla extract", "granulated sugar", "yeast",
+    "corn starch", "vegetable oil",
+]  # fmt: skip
+IRREGULAR = {
+    "potato": "potatoes",
+    "tomato": "tomatoes",
+    "mango": "mangoes",
+    "cherries": "cherry",
+    "blueberries": "blueberry",
+}
 
 
 def _spelling(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    shelf, name = _pick(rng, raw)
-    broken = [name.upper(), name.title(), name.replace(" ", "_"), f" {name}", f"{name}.", f'"{name}"', f"_{name}"][
-        rng.integers(7)
-    ]
-    raw[shelf][raw[shelf].index(name)] = broken
+    field, name = _pick(rng, raw)
+    forms = (name.upper(), name.title(), name.replace(" ", "_"), f" {name}", f"{name}.", f'"{name}"', f"_{name}")
+    broken = forms[rng.integers(7)]
+    raw[field][raw[field].index(name)] = broken
     return broken if broken != name else None
 
 
 def _duplicate(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    shelf, name = _pick(rng, raw)
-    raw[shelf].insert(rng.integers(len(raw[shelf]) + 1), name)
+    field, name = _pick(rng, raw)
+    raw[field].insert(rng.integers(len(raw[field]) + 1), name)
     return name
 
 
 def _plural_twin(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    shelf, name = _pick(rng, raw)
-    twin = (
-        name[:-1] if name.endswith("s") else name.removesuffix("y") + "ies" if name[-2:] in ("ry", "dy") else name + "s"
-    )
-    twin = {
-        "potato": "potatoes",
-        "tomato": "tomatoes",
-        "mango": "mangoes",
-        "cherries": "cherry",
-        "blueberries": "blueberry",
-    }.get(name, twin)
-    twin = (
-        name + "es"
-        if name.endswith(("sh", "ch", "x"))
-        else "fry".join(name.rsplit("fries", 1))
-        if name.endswith("fries")
-        else twin
-    )
+    field, name = _pick(rng, raw)
+    twin = _other_number(name)
     if name.endswith(("ss", "us")) or twin == "strawberrys":
         return None
-    raw[shelf].insert(rng.integers(len(raw[shelf]) + 1), twin)
+    raw[field].insert(rng.integers(len(raw[field]) + 1), twin)
     return twin
 
 
-def _wrong_shelf(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    shelf, name = _pick(rng, raw)
-    raw[shelf].remove(name)
-    raw["drink_items" if shelf == "food_items" else "food_items"].append(name)
+def _other_number(name: str) -> str:
+    if name.endswith(("sh", "ch", "x")):
+        return name + "es"
+    if name.endswith("fries"):
+        return "fry".join(name.rsplit("fries", 1))
+    if name in IRREGULAR:
+        return IRREGULAR[name]
+    if name.endswith("s"):
+        return name[:-1]
+    return name.removesuffix("y") + "ies" if name[-2:] in ("ry", "dy") else name + "s"
+
+
+def _wrong_field(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    field, name = _pick(rng, raw)
+    raw[field].remove(name)
+    raw["drink_items" if field == "food_items" else "food_items"].append(name)
     return name
 
 
@@ -138,10 +132,7 @@ def _pantry(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
 
 
 def _contradiction(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    if rng.random() < 0.5:
-        raw["is_food"] = 0
-    else:
-        raw["food_items"], raw["drink_items"] = [], []
+    raw.update({"is_food": 0} if rng.random() < 0.5 else {"food_items": [], "drink_items": []})
     return ""
 
 
@@ -152,48 +143,72 @@ def _long_list(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
 
 
 def _pick(rng: np.random.Generator, raw: Raw) -> tuple[str, str]:
-    shelf = str(rng.choice([shelf for shelf in ("food_items", "drink_items") if raw[shelf]]))
-    return shelf, str(rng.choice(raw[shelf]))
+    field = str(rng.choice([field for field in ("food_items", "drink_items") if raw[field]]))
+    return field, str(rng.choice(raw[field]))
 
 
-FAULTS: dict[
-    str, tuple[Callable[[np.random.Generator, Raw], str | None], set[str]]
-] = {  # kind: how it is planted, the rules that may find it
+LABEL_CORRUPTIONS: dict[str, tuple[LabelCorruption, set[str]]] = {  # kind: corruption, rules that count as finding it
     "spelling": (_spelling, {"underscore", "casing", "punctuation"}),
     "duplicate": (_duplicate, {"duplicate"}),
     "plural twin": (_plural_twin, {"plural_twin"}),
-    "wrong shelf": (_wrong_shelf, {"wrong_shelf"}),
+    "wrong field": (_wrong_field, {"wrong_field"}),
     "sentence title": (_sentence, {"sentence_title", "photo_of"}),
     "pantry": (_pantry, {"pantry"}),
     "contradiction": (_contradiction, {"contradiction", "empty"}),
     "long list": (_long_list, {"long_list"}),
 }
 
-# -------------------------------------------------------------------------------------------------------------------------------- samples
 
+def corrupted(
+    samples: Rows, every: int = 10, seed: int = 0, log: list[tuple[str, str]] | None = None
+) -> Iterator[Sample | Reject]:
+    """Yield the samples with a changed copy after every `every`-th and a faulty label in another, each kind in turn.
 
-def planted(samples: Rows, every: int = 10, seed: int = 0) -> Iterator[Sample | Reject]:
-    """The samples, with a changed copy beside every `every`-th and a fault in the label of another, each kind in turn.
-
-    A copy is called `NAME-copy.png` and stays on its original's side of the split.
+    A copy is called `NAME-copy.png` and keeps the split of its original. `log` receives the kind of each corruption and
+    the name of its sample; see `count_found`.
     """
-    rng, copies, faults = np.random.default_rng(seed), 0, 0
-    kinds = [plant for plant, _ in FAULTS.values()]
+    rng, log = np.random.default_rng(seed), [] if log is None else log
+    labels, images = cycle(LABEL_CORRUPTIONS), cycle(IMAGE_CORRUPTIONS)
+    label_kind = next(labels)
     for number, sample in enumerate(samples):
         if isinstance(sample, Sample) and number % every == every // 2 and sample.label["is_food"]:
             label = copy.deepcopy(sample.label)
-            if kinds[faults % len(kinds)](rng, label, sample.category) is not None:
-                sample, faults = replace(sample, label=label), faults + 1
+            if LABEL_CORRUPTIONS[label_kind][0](rng, label, sample.category) is not None:
+                sample = replace(sample, label=label)
+                log.append((label_kind, sample.name))
+                label_kind = next(labels)
         yield sample
         if isinstance(sample, Sample) and number % every == 0:
-            change = CHANGES[copies % len(CHANGES)]
-            yield replace(
-                sample, name=f"{sample.name}-copy.png", read=partial(_changed, sample, change, int(rng.integers(2**31)))
-            )
-            copies += 1
+            change = next(images)
+            read = partial(_changed, sample, change, int(rng.integers(2**31)))
+            yield replace(sample, name=f"{sample.name}{COPY}", read=read)
+            log.append((f"{change.__name__} copy", f"{sample.name}{COPY}"))
 
 
-def _changed(sample: Sample, change: Callable[[Image.Image, np.random.Generator], Image.Image], seed: int) -> bytes:
+def count_found(log: list[tuple[str, str]], folder: Path) -> list[tuple[str, int, int]]:
+    """Return kind, number and number found of the corruptions in `log`, for the data set built in `folder`.
+
+    A label corruption is found by an issue of one of its rules. A copy is found in one group with its original, or when
+    it is rejected as a duplicate.
+    """
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+    issues = {(issue["name"], issue["rule"]) for issue in rows("issues")}
+    groups = [set(group["names"]) for group in rows("near_duplicates")]
+    duplicates = {reject["name"] for reject in rows("rejects") if "duplicate" in reject["reason"]}
+    kinds = [*LABEL_CORRUPTIONS, *(f"{change.__name__} copy" for change in IMAGE_CORRUPTIONS)]
+    number, found = Counter(kind for kind, _ in log), Counter[str]()
+    for kind, name in log:
+        if kind in LABEL_CORRUPTIONS:
+            found[kind] += any((name, rule) in issues for rule in LABEL_CORRUPTIONS[kind][1])
+        else:
+            found[kind] += name in duplicates or any({name, name.removesuffix(COPY)} <= group for group in groups)
+    return [(kind, number[kind], found[kind]) for kind in kinds]
+
+
+def _changed(sample: Sample, change: ImageCorruption, seed: int) -> bytes:
     png = io.BytesIO()
     change(open_image(sample.read()), np.random.default_rng(seed)).save(png, "PNG", compress_level=1)
     return png.getvalue()

@@ -1,33 +1,35 @@
-"""How many planted label faults does `foodextract.data.label_rules.cleaning` find, and how often does it complain about clean labels?
+"""Measure how many corrupted labels the label rules find, and how often they report clean ones.
 
-    python benchmarks/dataset_quality.py
+    python benchmarks/dataset_quality.py  # writes results/dataset_quality.json
 
-Two data sets whose labels are right by construction: drawn scenes (no class names, titles that list every item) and food classes, composed
-here as a larger model would label photographs of them. Into copies of their rows go faults of ten kinds, half of each into either data set
-where both can have it. A fault counts as found when a rule made for its kind names the planted item. Clean rows are linted beside the
-faulty ones, with the same statistics, and any finding on them is a false alarm. Nothing is drawn: only the labels are needed.
+The labels of two data sets are right by construction: drawn scenes (no class names, titles that list every item) and
+food classes, composed here as a larger model would label photographs of them. Copies of their rows get faults of ten
+kinds, half of each in either data set where both can have it. A fault counts as found when a rule made for its kind
+names the corrupted item. Clean rows are checked with the same statistics, and any issue in them is a false alarm.
+No image is drawn.
 """
 
+import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 
-from corruptions import FAULTS, Raw
+from corruptions import LABEL_CORRUPTIONS, LabelCorruption, Raw
 from foodextract.data import scenes
-from foodextract.data.label_rules.cleaning import clean, lint
+from foodextract.data.label_rules.cleaning import clean
 from foodextract.data.label_rules.issues import Statistics
 from foodextract.evaluation.evaluate import rate
 from foodextract.evaluation.results import make_row, write_results
-from foodextract.schema import FoodRecord
 
 COMMAND = "python benchmarks/dataset_quality.py"
 OUT = Path(__file__).parents[1] / "results" / "dataset_quality.json"
 
-# class: foods that every image shows; foods that some show, from common to rare | drinks that every image shows; drinks that some show
+# class: foods in every image; foods in some, from common to rare | drinks in every image; drinks in some
 CLASSES = {
     "lasagna": "lasagna; basil leaf, tomato sauce, cheese, side salad | ; red wine",
     "kazandibi": "milk pudding; cinnamon, ice cream, pistachio | ; turkish tea",
@@ -89,7 +91,7 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One label as a source would hand it over. `fault` is the kind of fault planted in it, `item` the name it is about."""
+    """One label as a source yields it. `fault` is the kind of its corruption, `item` the name that it concerns."""
 
     raw: Raw
     category: str
@@ -99,7 +101,7 @@ class Row:
 
 
 def scene_rows(rng: np.random.Generator, count: int) -> list[Row]:
-    """The labels of drawn scenes, with their kinds of objects for a class, in no order."""
+    """Return the labels of drawn scenes in random order, with their kinds of objects as class."""
     rows = []
     for index in rng.choice(100_000, count, replace=False):
         objects, _ = scenes.plan_scene(7, "train", int(index))
@@ -109,12 +111,12 @@ def scene_rows(rng: np.random.Generator, count: int) -> list[Row]:
 
 
 def parts(category: str) -> list[list[str]]:
-    """Foods always and sometimes, drinks always and sometimes seen with a class."""
+    """Return the foods always and sometimes, and the drinks always and sometimes seen with a class."""
     return [[*filter(None, part.strip().split(", "))] for part in CLASSES[category].replace("|", ";").split(";")]
 
 
 def class_rows(rng: np.random.Generator, per_class: int) -> list[Row]:
-    """Labels of food classes: every image shows what its class always shows, and some of the rest; titles in three styles."""
+    """Return labels of food classes with titles in three styles. Each has what its class always shows and some of the rest."""
     rows = []
     for name in CLASSES:
         foods, some_foods, drinks, some_drinks = parts(name)
@@ -123,82 +125,74 @@ def class_rows(rng: np.random.Generator, per_class: int) -> list[Row]:
             drunk = drinks + [item for rank, item in enumerate(some_drinks, 1) if rng.random() < 0.2 / rank]
             items = eaten + drunk
             title = (name, f"{name} with {items[-1]}" if items[1:] else name, " and ".join(items[:2]))[rng.integers(3)]
-            rows.append(
-                Row(
-                    {"is_food": 1, "image_title": title, "food_items": eaten, "drink_items": drunk},
-                    name,
-                    "food classes",
-                )
-            )
+            raw = {"is_food": 1, "image_title": title, "food_items": eaten, "drink_items": drunk}
+            rows.append(Row(raw, name, "food classes"))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- faults
-# Two kinds more than `planted` has: they need to know what belongs to a class.
+# Two more kinds of faults, which need the items of a class.
 
 
-def _stranger(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    """A dish of a class that has nothing in common with this one."""
+def _outlier(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
+    """Add a dish of a class that has nothing in common with this one."""
     own = {item for part in parts(category) for item in part}
-    foreign = [
-        item for other in CLASSES if not any(own & set(part) for part in parts(other)) for item in parts(other)[0]
-    ]
+    unrelated = [other for other in CLASSES if not any(own & set(part) for part in parts(other))]
+    foreign = [item for other in unrelated for item in parts(other)[0]]
     name = str(rng.choice([item for item in foreign if not set(item.split()) & set(category.split())]))
     raw["food_items"].append(name)
     return name
 
 
 def _title_mismatch(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
-    spoken = {
-        word
-        for text in (category, raw["image_title"], *raw["food_items"], *raw["drink_items"])
-        for word in text.split()
-    }
-    titles = [title for title in CLASSES if not any(word[:4] in " ".join(spoken) for word in title.split())]
+    texts = (category, raw["image_title"], *raw["food_items"], *raw["drink_items"])
+    words = " ".join({word for text in texts for word in text.split()})
+    titles = [title for title in CLASSES if not any(word[:4] in words for word in title.split())]
     raw["image_title"] = str(rng.choice(titles))
     return ""
 
 
-KINDS = FAULTS | {"stranger": (_stranger, {"stranger"}), "title mismatch": (_title_mismatch, {"title_mismatch"})}
+KINDS: dict[str, tuple[LabelCorruption, set[str]]] = LABEL_CORRUPTIONS | {
+    "outlier": (_outlier, {"outlier"}),
+    "title mismatch": (_title_mismatch, {"title_mismatch"}),
+}
 
 
-def plant(rng: np.random.Generator, rows: list[Row], per_kind: int) -> list[Row]:
-    """The same rows, of which `per_kind` of each kind have one fault each."""
+def corrupt(rng: np.random.Generator, rows: list[Row], per_kind: int) -> list[Row]:
+    """Return the same rows, of which `per_kind` of each kind have one fault each."""
     rows, free = list(rows), [int(index) for index in rng.permutation(len(rows)) if rows[index].raw["is_food"]]
-    for kind, (sow, _) in KINDS.items():
-        origins = ["food classes"] if kind == "stranger" else ["food classes", "scenes"]
+    for kind, (change, _) in KINDS.items():
+        origins = ["food classes"] if kind == "outlier" else ["food classes", "scenes"]
         for number in range(per_kind):
-            while True:
+            item = None
+            while item is None:
                 index = next(i for i in free if rows[i].origin == origins[number % len(origins)])
                 free.remove(index)
-                raw = json.loads(json.dumps(rows[index].raw))
-                if (item := sow(rng, raw, rows[index].category)) is not None:
-                    rows[index] = Row(raw, rows[index].category, rows[index].origin, kind, item)
-                    break
+                raw = copy.deepcopy(rows[index].raw)
+                item = change(rng, raw, rows[index].category)
+            rows[index] = Row(raw, rows[index].category, rows[index].origin, kind, item)
     return rows
 
 
 def measure(rows: list[Row]) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """(kind, found) of every fault and (origin, alarm) of every clean row."""
+    """Return (kind, found) of every fault and (origin, alarm) of every clean row."""
     statistics = Statistics()
     for row in rows:
         record, _ = clean(row.raw, row.category)
         if record is not None:
-            statistics.add(FoodRecord.parse(record.to_json()), row.category)
+            statistics.add(record, row.category)
     faults, alarms = [], []
     for row in rows:
-        findings = lint(row.raw, row.category, statistics)
+        _, issues = clean(row.raw, row.category, statistics)
         if row.fault:
-            found = any(
-                finding.rule in KINDS[row.fault][1] and repr(row.item)[1:-1] in finding.reason for finding in findings
-            )
+            rules = KINDS[row.fault][1]
+            found = any(issue.rule in rules and repr(row.item)[1:-1] in issue.reason for issue in issues)
             faults.append((row.fault, found))
             if not found:
                 print(f"missed {row.fault}: {row.item!r} in {row.category!r}: {json.dumps(row.raw)}")
         else:
-            alarms.append((row.origin, bool(findings)))
-            for finding in findings:
-                print(f"false alarm: {finding.rule}, {finding.reason}: {row.category!r}: {json.dumps(row.raw)}")
+            alarms.append((row.origin, bool(issues)))
+            for issue in issues:
+                print(f"false alarm: {issue.rule}, {issue.reason}: {row.category!r}: {json.dumps(row.raw)}")
     return faults, alarms
 
 
@@ -208,28 +202,18 @@ def main(
     count: Annotated[int, typer.Option(min=100, help="Drawn scenes; the food classes are about as many.")] = 1100,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = OUT,
 ) -> None:
-    """Plant faults, look for them, write the figures."""
+    """Corrupt labels, look for the faults, write the figures."""
     rng = np.random.default_rng(seed)
-    rows = plant(rng, scene_rows(rng, count) + class_rows(rng, round(count / len(CLASSES))), per_kind)
+    rows = corrupt(rng, scene_rows(rng, count) + class_rows(rng, round(count / len(CLASSES))), per_kind)
     faults, alarms = measure(rows)
-    found = []
+    row = partial(make_row, "dataset_quality", command=COMMAND)
+    figures = []
     for metric, outcomes in (("faults_found_share", faults), ("false_alarm_share", alarms)):
         for subject in ("all", *dict.fromkeys(subject for subject, _ in outcomes)):
             share = rate(metric, [hit for name, hit in outcomes if subject in ("all", name)])
-            found.append(
-                make_row(
-                    "dataset_quality",
-                    subject,
-                    metric,
-                    share.value,
-                    low=share.low,
-                    high=share.high,
-                    n=share.n,
-                    command=COMMAND,
-                )
-            )
+            figures.append(row(subject, metric, share.value, low=share.low, high=share.high, n=share.n))
             print(f"{metric:20} {subject:16} {share.value:7.2%}  [{share.low:.2%}, {share.high:.2%}]  n = {share.n}")
-    write_results(out, found)
+    write_results(out, figures)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from foodextract import schema
 from foodextract.data import scenes
 from foodextract.data.label_rules import vocabulary
-from foodextract.data.label_rules.cleaning import clean, lint
+from foodextract.data.label_rules.cleaning import clean
 from foodextract.data.label_rules.issues import POLICIES, RULES, Statistics
 from foodextract.schema import FoodRecord
 
@@ -16,8 +16,12 @@ def raw(title="", foods=(), drinks=(), is_food=1):
     return {"is_food": is_food, "image_title": title, "food_items": list(foods), "drink_items": list(drinks)}
 
 
-def rules(findings):
-    return {finding.rule for finding in findings}
+def lint(label, category, statistics):
+    return clean(label, category, statistics)[1]
+
+
+def rules(issues):
+    return {issue.rule for issue in issues}
 
 
 def count(rows):
@@ -58,11 +62,11 @@ def count(rows):
         (raw("grapes", ["grape", "grapes"]), "plural_twin", "grapes", ["grapes"], []),
         (raw("french fries", ["french fries", "french fry"]), "plural_twin", "french fries", ["french fries"], []),
         (raw("lunch", [], ["smoothies", "smoothie"]), "plural_twin", "lunch", [], ["smoothies"]),
-        (raw("pizza and beer", ["pizza", "beer"]), "wrong_shelf", "pizza and beer", ["pizza"], ["beer"]),
-        (raw("coffee cake", [], ["coffee cake"]), "wrong_shelf", "coffee cake", ["coffee cake"], []),
+        (raw("pizza and beer", ["pizza", "beer"]), "wrong_field", "pizza and beer", ["pizza"], ["beer"]),
+        (raw("coffee cake", [], ["coffee cake"]), "wrong_field", "coffee cake", ["coffee cake"], []),
         (
             raw("beer bread and tea", [], ["beer bread", "tea"]),
-            "wrong_shelf",
+            "wrong_field",
             "beer bread and tea",
             ["beer bread"],
             ["tea"],
@@ -85,9 +89,9 @@ def count(rows):
     ],
 )
 def test_what_is_mended_and_how(label, rule, title, foods, drinks):
-    record, findings = clean(label)
+    record, issues = clean(label)
     assert record == FoodRecord(is_food=1, image_title=title, food_items=foods, drink_items=drinks)
-    assert (rule, "fix") in {(finding.rule, finding.policy) for finding in findings}
+    assert (rule, "fix") in {(issue.rule, issue.policy) for issue in issues}
     assert clean(record) == (record, [])
 
 
@@ -101,9 +105,9 @@ def test_what_is_mended_and_how(label, rule, title, foods, drinks):
     ],
 )
 def test_what_is_only_flagged(label, rule):
-    record, findings = clean(label)
+    record, issues = clean(label)
     assert record == FoodRecord(**label)
-    assert [(finding.rule, finding.policy) for finding in findings] == [(rule, "flag")]
+    assert [(issue.rule, issue.policy) for issue in issues] == [(rule, "flag")]
 
 
 @pytest.mark.parametrize(
@@ -152,9 +156,9 @@ def test_what_is_left_alone(label):
     ],
 )
 def test_contradictions_of_is_food_are_read_in_favor_of_the_items(label, record):
-    cleaned, findings = clean(label)
+    cleaned, issues = clean(label)
     assert cleaned == FoodRecord(**record)
-    assert "contradiction" in rules(findings)
+    assert "contradiction" in rules(issues)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +177,10 @@ def test_contradictions_of_is_food_are_read_in_favor_of_the_items(label, record)
     ],
 )
 def test_what_is_no_record_is_rejected_with_its_reason(label, reason):
-    record, (*others, finding) = clean(label)
+    record, (*others, issue) = clean(label)
     assert record is None
-    assert (finding.rule, finding.policy) == ("shape", "reject")
-    assert reason in finding.reason
+    assert (issue.rule, issue.policy) == ("shape", "reject")
+    assert reason in issue.reason
     assert rules(others) <= {"type"}
 
 
@@ -213,12 +217,12 @@ def test_what_is_no_record_is_rejected_with_its_reason(label, reason):
 )
 def test_another_type_that_can_be_read_is_mended_and_told(change, record, reasons):
     label = raw("pie", ["pie"]) | change
-    cleaned, findings = clean(label)
+    cleaned, issues = clean(label)
     assert cleaned == FoodRecord(**record)
-    found = [finding for finding in findings if finding.rule == "type"]
-    assert {(finding.severity, finding.policy) for finding in found} == {("medium", "fix")}
-    for finding, reason in zip(found, reasons, strict=True):
-        assert reason in finding.reason
+    found = [issue for issue in issues if issue.rule == "type"]
+    assert {(issue.severity, issue.policy) for issue in found} == {("medium", "fix")}
+    for issue, reason in zip(found, reasons, strict=True):
+        assert reason in issue.reason
     assert clean(label, policies=POLICIES | {"type": "flag"})[0] == cleaned, (
         "a record has the types of the schema, whatever the policy"
     )
@@ -227,9 +231,9 @@ def test_another_type_that_can_be_read_is_mended_and_told(change, record, reason
 def test_a_key_that_is_missing_is_told():
     label = raw("pie", ["pie"])
     del label["drink_items"]
-    cleaned, (finding,) = clean(label)
-    assert (cleaned, finding.rule) == (FoodRecord(**raw("pie", ["pie"])), "type")
-    assert finding.reason == "it lacks drink_items, read as an empty list"
+    cleaned, (issue,) = clean(label)
+    assert (cleaned, issue.rule) == (FoodRecord(**raw("pie", ["pie"])), "type")
+    assert issue.reason == "it lacks drink_items, read as an empty list"
 
 
 def test_further_keys_are_ignored():
@@ -238,20 +242,20 @@ def test_further_keys_are_ignored():
 
 def test_a_list_longer_than_the_schema_allows_is_cut_and_says_what_went():
     foods = [f"dish number {number}" for number in range(25)]
-    record, findings = clean(raw(foods[0], foods))
+    record, issues = clean(raw(foods[0], foods))
     assert record.food_items == foods[: schema.MAX_ITEMS]
-    (finding,) = findings
-    assert (finding.rule, finding.policy) == ("long_list", "fix")
-    assert all(dish in finding.reason for dish in foods[schema.MAX_ITEMS :])
+    (issue,) = issues
+    assert (issue.rule, issue.policy) == ("long_list", "fix")
+    assert all(dish in issue.reason for dish in foods[schema.MAX_ITEMS :])
 
 
-def test_every_finding_names_the_item_and_says_why():
-    _, findings = clean(raw("cake", ["cake", "flour"], ["tea", "tea"]))
-    assert {(finding.rule, finding.item, finding.severity) for finding in findings} == {
+def test_every_issue_names_the_item_and_says_why():
+    _, issues = clean(raw("cake", ["cake", "flour"], ["tea", "tea"]))
+    assert {(issue.rule, issue.item, issue.severity) for issue in issues} == {
         ("pantry", "flour", "high"),
         ("duplicate", "tea", "medium"),
     }
-    assert all(repr(finding.item) in finding.reason for finding in findings)
+    assert all(repr(issue.item) in issue.reason for issue in issues)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- policy
@@ -259,10 +263,10 @@ def test_every_finding_names_the_item_and_says_why():
 
 def test_policies_decide_and_the_label_stays_where_they_say_flag():
     label = raw("Cake.", ["cake", "flour", "flours", "cola"])
-    record, findings = clean(label, policies=dict.fromkeys(POLICIES, "flag"))
+    record, issues = clean(label, policies=dict.fromkeys(POLICIES, "flag"))
     assert record == FoodRecord(**label)
-    assert rules(findings) == {"casing", "punctuation", "pantry", "plural_twin", "wrong_shelf"}
-    assert {finding.policy for finding in findings} == {"flag"}
+    assert rules(issues) == {"casing", "punctuation", "pantry", "plural_twin", "wrong_field"}
+    assert {issue.policy for issue in issues} == {"flag"}
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -278,28 +282,28 @@ def test_any_rule_can_reject_a_row(rule):
         "long_name": raw("pie", ["pie " * 20]),
         "duplicate": raw("pie", ["pie", "pie"]),
         "plural_twin": raw("pie", ["pie", "pies"]),
-        "wrong_shelf": raw("pie", [], ["pie"]),
+        "wrong_field": raw("pie", [], ["pie"]),
         "pantry": raw("pie", ["pie", "flour"]),
         "long_list": raw("pie", [f"pie {number}" for number in range(9)]),
         "photo_of": raw("photo of pie", ["pie"]),
         "sentence_title": raw("here is pie", ["pie"]),
         "untitled": raw("", ["pie"]),
         "title_mismatch": raw("sushi", ["pie"]),
-        "stranger": raw("pie", ["pie", "sushi"]),
+        "outlier": raw("pie", ["pie", "sushi"]),
         "class_contradiction": raw(is_food=0),
         "rare_form": raw("pie", ["pies"]),
     }
     statistics = count([(raw("pie", ["pie"]), "apple pie")] * 20)
     statistics.add(FoodRecord(**raw("pie", ["pie"])), "apple pie")
-    record, findings = clean(faults[rule], "apple pie", statistics, POLICIES | {rule: "reject"})
+    record, issues = clean(faults[rule], "apple pie", statistics, POLICIES | {rule: "reject"})
     assert record is None
-    assert (rule, "reject") in {(finding.rule, finding.policy) for finding in findings}
+    assert (rule, "reject") in {(issue.rule, issue.policy) for issue in issues}
 
 
 def test_what_the_schema_forbids_is_mended_even_where_the_policy_says_flag():
-    record, findings = clean(raw("pie", ["pie", "pie"], is_food=0), policies=dict.fromkeys(POLICIES, "flag"))
+    record, issues = clean(raw("pie", ["pie", "pie"], is_food=0), policies=dict.fromkeys(POLICIES, "flag"))
     assert record == FoodRecord(**raw("pie", ["pie"]))
-    assert {(finding.rule, finding.policy) for finding in findings} == {("duplicate", "fix"), ("contradiction", "fix")}
+    assert {(issue.rule, issue.policy) for issue in issues} == {("duplicate", "fix"), ("contradiction", "fix")}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ whole sets
@@ -332,8 +336,8 @@ PIZZA, ODD_PIZZA = (raw("pizza", ["pizza"]), "pizza"), (raw("pizza", ["pizza", "
 def test_an_item_at_home_in_unlike_classes_is_a_stranger():
     faulty = (raw("kazandibi", ["milk pudding", "eggplant"]), "kazandibi")
     statistics = count([*desserts(), *MOUSSAKA, faulty])
-    (finding,) = lint(*faulty, statistics)
-    assert (finding.rule, finding.item, finding.policy) == ("stranger", "eggplant", "flag")
+    (issue,) = lint(*faulty, statistics)
+    assert (issue.rule, issue.item, issue.policy) == ("outlier", "eggplant", "flag")
     assert not any(lint(*row, statistics) for row in desserts())
 
 
@@ -350,17 +354,17 @@ def test_a_newcomer_is_no_stranger_where_many_rows_bring_one():
 
 def test_a_row_that_shares_nothing_with_its_class_is_strange():
     faulty = (raw("kazandibi", ["octopus", "licorice"]), "kazandibi")
-    assert [finding.item for finding in lint(*faulty, count([*desserts(), faulty]))] == ["octopus", "licorice"]
+    assert [issue.item for issue in lint(*faulty, count([*desserts(), faulty]))] == ["octopus", "licorice"]
 
 
 def test_any_newcomer_is_strange_where_hardly_any_row_brings_one():
-    assert rules(lint(*ODD_PIZZA, count([PIZZA] * 30 + [ODD_PIZZA]))) == {"stranger"}
+    assert rules(lint(*ODD_PIZZA, count([PIZZA] * 30 + [ODD_PIZZA]))) == {"outlier"}
 
 
 def test_a_class_of_few_rows_is_judged_with_the_whole_data_set_and_a_large_one_by_itself():
     varied = [row for number in range(20) for row in desserts(f"kazandibi {number}")]
     assert lint(*ODD_PIZZA, count([*varied, *[PIZZA] * 10, ODD_PIZZA])) == []
-    assert rules(lint(*ODD_PIZZA, count([*varied, *[PIZZA] * 400, ODD_PIZZA]))) == {"stranger"}
+    assert rules(lint(*ODD_PIZZA, count([*varied, *[PIZZA] * 400, ODD_PIZZA]))) == {"outlier"}
 
 
 def test_nothing_is_strange_without_support_nor_when_it_belongs_to_the_class_name():
@@ -371,24 +375,24 @@ def test_nothing_is_strange_without_support_nor_when_it_belongs_to_the_class_nam
 
 
 def test_a_stranger_can_be_dropped():
-    record, _ = clean(*ODD_PIZZA, count([PIZZA] * 30 + [ODD_PIZZA]), POLICIES | {"stranger": "fix"})
+    record, _ = clean(*ODD_PIZZA, count([PIZZA] * 30 + [ODD_PIZZA]), POLICIES | {"outlier": "fix"})
     assert record.food_items == ["pizza"]
 
 
 def test_the_commoner_form_of_a_name_wins():
     rows = [(raw("egg", ["egg"]), "")] * 10 + [(raw("eggs", ["eggs"]), "")]
-    record, findings = clean(*rows[-1], count(rows))
-    assert (record.food_items, rules(findings)) == (["egg"], {"rare_form"})
+    record, issues = clean(*rows[-1], count(rows))
+    assert (record.food_items, rules(issues)) == (["egg"], {"rare_form"})
     assert lint(*rows[0], count(rows)) == []
     assert lint(*rows[-1], count(rows[7:])) == []
 
 
-def test_the_other_rows_know_the_shelf_of_names_that_the_lists_do_not_know():
+def test_the_other_rows_know_the_field_of_names_that_the_lists_do_not_know():
     rows = [(raw("californication", [], ["californication"]), "")] * 6 + [
         (raw("californication", ["californication"]), "")
     ]
-    record, findings = clean(*rows[-1], count(rows))
-    assert (record.drink_items, rules(findings)) == (["californication"], {"wrong_shelf"})
+    record, issues = clean(*rows[-1], count(rows))
+    assert (record.drink_items, rules(issues)) == (["californication"], {"wrong_field"})
     assert lint(*rows[-1], count(rows[4:])) == []
 
 
@@ -437,20 +441,20 @@ def test_no_label_of_a_drawn_scene_is_changed_or_complained_about(scene_labels):
 
 def test_scene_labels_raise_few_false_alarms_as_a_data_set(scene_labels):
     statistics = count(scene_labels)
-    alarms = [findings for label, category in scene_labels if (findings := lint(label, category, statistics))]
+    alarms = [issues for label, category in scene_labels if (issues := lint(label, category, statistics))]
     assert len(alarms) <= 0.02 * len(scene_labels)
 
 
-def test_everything_that_can_be_drawn_stands_on_its_shelf():
-    assert [name for name in scenes.FOODS if vocabulary.shelf_of(name) == "drink_items"] == []
-    assert [name for name in scenes.DRINKS if vocabulary.shelf_of(name) != "drink_items"] == []
+def test_everything_that_can_be_drawn_stands_on_its_field():
+    assert [name for name in scenes.FOODS if vocabulary.field_of(name) == "drink_items"] == []
+    assert [name for name in scenes.DRINKS if vocabulary.field_of(name) != "drink_items"] == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- words
 
 
 @pytest.mark.parametrize(
-    ("name", "shelf"),
+    ("name", "field"),
     [
         *(
             (name, "drink_items")
@@ -511,8 +515,8 @@ def test_everything_that_can_be_drawn_stands_on_its_shelf():
         ),
     ],
 )
-def test_shelves(name, shelf):
-    assert vocabulary.shelf_of(name) == shelf
+def test_field_of(name, field):
+    assert vocabulary.field_of(name) == field
 
 
 def test_no_name_is_listed_as_a_drink_and_as_a_food():
@@ -638,16 +642,16 @@ KNOWN = count([(raw("pie", ["pie", "egg"]), "pie")] * 20 + [(raw("tea", [], ["te
 @given(labels, st.sampled_from(["", "pie", "tea"]), st.sampled_from(["fix", "flag"]))
 def test_whatever_comes_in_a_valid_record_comes_out_and_cleaning_it_again_changes_nothing(label, category, policy):
     policies = dict.fromkeys(POLICIES, policy)
-    for statistics in (None, KNOWN):
-        record, findings = clean(label, category, statistics, policies)
+    for statistics in (Statistics(), KNOWN):
+        record, issues = clean(label, category, statistics, policies)
         assert FoodRecord.parse(record.to_json()) == record
-        assert findings or record == FoodRecord(**label)
+        assert issues or record == FoodRecord(**label)
         assert clean(record, category, statistics, policies)[0] == record
 
 
 @given(labels)
 @settings(max_examples=50, deadline=None)
-def test_nothing_changes_without_a_finding_that_says_fix(label):
-    record, findings = clean(label)
-    if not any(finding.policy == "fix" for finding in findings):
+def test_nothing_changes_without_a_issue_that_says_fix(label):
+    record, issues = clean(label)
+    if not any(issue.policy == "fix" for issue in issues):
         assert record.model_dump() == label

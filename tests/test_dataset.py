@@ -160,13 +160,13 @@ def test_labels_are_cleaned_and_what_was_found_is_kept(tmp_path):
     [row] = [row for split in dataset.load(tmp_path / "out").values() for row in split if row["is_food"]]
     assert row["image_title"] == "turkish coffee"
     assert (row["food_items"], row["drink_items"]) == (["cake"], ["coffee"])
-    found = lines(tmp_path / "out" / "findings.jsonl")
-    assert {finding["name"] for finding in found} == {"030.png"}
-    assert all(finding["reason"] and finding["policy"] in ("fix", "flag", "reject") for finding in found)
+    found = lines(tmp_path / "out" / "issues.jsonl")
+    assert {issue["name"] for issue in found} == {"030.png"}
+    assert all(issue["reason"] and issue["policy"] in ("fix", "flag", "reject") for issue in found)
 
 
 def test_drawn_labels_are_left_alone(drawn, rows):
-    assert not (drawn / "findings.jsonl").read_text()
+    assert not (drawn / "issues.jsonl").read_text()
     for row in rows["train"]:
         _, seed, split, index = Path(row["name"]).stem.split("-")
         assert dataset.record_of(row) == scenes.draw_scene(int(seed), split, int(index)).record

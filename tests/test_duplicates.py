@@ -148,8 +148,7 @@ def test_pairs_name_what_is_grouped_and_how_far_apart(textures):
     pairs = near_pairs(fingerprints)
     assert list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == [(0, 2), (0, 4), (1, 3), (2, 4)]
     assert pairs.distance[2] == 0 < pairs.distance[0] < pairs.distance[1] <= NEAR
-    assert group_near(fingerprints, pairs) == group_near(fingerprints) == [0, 1, 0, 1, 0]
-    assert group_near(fingerprints, pairs[:1]) == [0, 1, 0, 1, 4]  # equal fingerprints need no pair to be together
+    assert group_near(fingerprints) == [0, 1, 0, 1, 0]
 
 
 def test_a_chain_of_small_steps_does_not_join_its_ends(textures):
@@ -158,7 +157,7 @@ def test_a_chain_of_small_steps_does_not_join_its_ends(textures):
     assert {(at, at + 1) for at in range(40)} <= set(
         zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
     )  # every link of the chain is there
-    groups = group_near(steps, pairs)
+    groups = group_near(steps)
     assert len(set(groups)) < 20  # neighbors are together …
     assert max(len(part) for part in parts(groups)) < 20  # … but never half the chain
     assert groups[0] != groups[-1]

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from foodextract.__main__ import app
-from foodextract.data import dataset, hub_source, ingest, sources
+from foodextract.data import build, dataset, hub_source, ingest, sources
 from foodextract.data.samples import DatasetError
 from foodextract.evaluation import provenance
 from foodextract.hub import publish
@@ -91,7 +91,7 @@ def test_a_published_data_set_is_used_as_it_is(published, rows, tmp_path):
     assert provenance.origin({"test": opened["test"].select(range(3))}) == ID
     report = json.loads((tmp_path / "built" / "report.json").read_text())
     assert report["sources"] == [[ID, 56]]
-    assert (report["train"], report["test"], report["findings"]) == (40, 16, [])
+    assert (report["train"], report["test"], report["issues"]) == (40, 16, [])
 
 
 def test_its_labels_are_not_judged_again(online, tmp_path, rows):
@@ -280,7 +280,7 @@ def test_every_fault_of_a_label_is_found(online, tmp_path, written):
     ]
     put(online, {"data/train.parquet": parquet(faulty + clean)})
     dataset.open_dataset(ID, tmp_path / "built")
-    lines = (tmp_path / "built" / "findings.jsonl").read_text().splitlines()
+    lines = (tmp_path / "built" / "issues.jsonl").read_text().splitlines()
     found = {(int(line["name"][:6]), line["rule"], line["policy"]) for line in map(json.loads, lines)}
     planted = {(n, rule, policy) for n, (_, rule, policy) in enumerate(FAULTY.values())}
     assert planted <= found
@@ -339,7 +339,7 @@ def test_it_is_fetched_once_for_a_revision(online, request, tmp_path, kind, caps
     dataset.open_dataset(ID, tmp_path / "built", seed=1)
     told = capsys.readouterr().err
     revision = json.loads((tmp_path / "built" / "origin.json").read_text())["revision"]
-    assert f"holds revision {revision[:12]} of {ID}: this is used now" in told
+    assert f"using revision {revision[:12]} of {ID}" in told
     with pytest.raises(DatasetError, match="cannot read 'somebody/other' from the Hub"):
         dataset.open_dataset("somebody/other", tmp_path / "built", seed=1)
     assert unchanged(tmp_path / "built") == before
@@ -362,9 +362,8 @@ def test_a_labeled_folder_is_built_once_as_long_as_it_is_the_same(tmp_path, monk
     for number in range(30):
         (folder / "pie").mkdir(parents=True, exist_ok=True)
         textured(number).save(folder / "pie" / f"{number}.png")
-    builds = []
-    read = dataset.ingest
-    monkeypatch.setattr(dataset, "ingest", lambda *args: builds.append(1) or read(*args))
+    builds, original_build = [], dataset.build
+    monkeypatch.setattr(dataset, "build", lambda *args, **options: builds.append(1) or original_build(*args, **options))
 
     def count(seed=42):
         opened = dataset.open_dataset(folder, tmp_path / "built", seed=seed)
@@ -399,8 +398,8 @@ def test_a_hub_that_gives_out_in_the_middle_is_named_and_the_next_start_goes_on(
         dataset.open_dataset(ID, tmp_path / "built")
     ledger = tmp_path / "built.partial" / ingest.LEDGER
     assert len(ledger.read_text().splitlines()) == 12
-    online.faults, entry, decoded = [], ingest._entry, []
-    monkeypatch.setattr(ingest, "_entry", lambda sample, folder: decoded.append(sample.name) or entry(sample, folder))
+    online.faults, read, decoded = [], ingest.open_image, []
+    monkeypatch.setattr(ingest, "open_image", lambda data: decoded.append(1) or read(data))
     opened = dataset.open_dataset(ID, tmp_path / "built")
     assert (len(opened["train"]) + len(opened["test"]), len(decoded)) == (30, 18)
 
@@ -430,7 +429,7 @@ def test_what_another_build_goes_on_with_is_not_taken_for_the_data_set_of_the_hu
     with pytest.raises(DatasetError, match="failed after 15 rows"):
         dataset.open_dataset(ID, tmp_path / "built")
     dataset.build(sources.scenes(seed=1, train=10, test=5), tmp_path / "built")
-    assert not (tmp_path / "built" / dataset.ORIGIN).exists()
+    assert not (tmp_path / "built" / build.ORIGIN).exists()
 
 
 def test_the_command_says_that_it_goes_on(online, tmp_path):
@@ -553,4 +552,4 @@ def test_figures_from_before_the_split_was_noted_can_be_read(tmp_path):
     told = json.loads((TINY_TUNED / provenance.EVALUATION).read_text())
     told.pop("held_out", None)
     (tmp_path / "evaluation.json").write_text(json.dumps(told))
-    assert provenance.Evidence.read(tmp_path / "evaluation.json").held_out == ""
+    assert provenance.Provenance.read(tmp_path / "evaluation.json").held_out == ""

@@ -90,7 +90,7 @@ def lines(folder: Path, name: str) -> list[dict]:
 
 def every_fault_of_the_original_is_noticed(story):
     _, home, _ = story
-    found = {(finding["name"].split("-")[0], finding["rule"]) for finding in lines(home / "00", "findings.jsonl")}
+    found = {(issue["name"].split("-")[0], issue["rule"]) for issue in lines(home / "00", "issues.jsonl")}
     rejects = {reject["name"].split("-")[0]: reject["reason"] for reject in lines(home / "00", "rejects.jsonl")}
     for number in DIRT:
         name = f"{number:06d}"

@@ -192,6 +192,64 @@ def train(
 
 
 @app.command()
+def label(
+    folder: Annotated[Path, typer.Argument(help="Folder of images; subfolders count too.")],
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="The API, as http://host:8000/v1; OPENAI_API_KEY holds its key.")
+    ],
+    model: Annotated[str, typer.Option(help="The model's name at that endpoint.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File of the labels. Default: FOLDER/metadata.jsonl.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Label at most this many images; rerun to continue.")] = None,
+    max_edge: Annotated[int, typer.Option(min=32, help="Longest edge of the images sent, in pixels.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; raise it where rejects say `length`.")] = 1024,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for data from the server.")] = 120.0,
+    retries: Annotated[int, typer.Option(min=0, help="How often a failed request is repeated.")] = 5,
+    retry_rejected: Annotated[
+        bool, typer.Option("--retry-rejected", help="Ask again about images that earlier runs rejected.")
+    ] = False,
+    license: Annotated[str | None, typer.Option(help="License of the images, written beside every label.")] = None,
+) -> None:
+    """Label a folder of images with a larger model at an OpenAI-compatible endpoint. Rerun the command to resume.
+
+    Exit status: 0 when every image has a label, 1 when some have none (see the rejects file), 2 when it had to stop.
+    """
+    import asyncio
+
+    with _extra("data"):
+        from foodextract.data.labeling import label_folder
+        from foodextract.data.teacher import Teacher, TeacherError
+
+    teacher = Teacher(endpoint.rstrip("/"), model, concurrency, max_edge, max_tokens, timeout, retries)
+    with _stop_on(TeacherError):
+        summary = asyncio.run(
+            label_folder(teacher, folder, output, limit=limit, license=license, retry_rejected=retry_rejected)
+        )
+    print(summary)
+    raise typer.Exit(int(summary.labeled < summary.asked))
+
+
+@app.command()
+def draw(
+    out: Annotated[Path, typer.Argument(help="Folder for the images.")],
+    seed: Annotated[int, typer.Option(help="The same seed draws the same images.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 3,
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which non-food objects may appear.")] = "test",
+) -> None:
+    """Draw scenes as PNG files, to try a model on."""
+    with _extra("data"):
+        from foodextract.data.scenes import draw_scenes
+
+    out.mkdir(parents=True, exist_ok=True)
+    for index, scene in enumerate(draw_scenes(seed, split, count)):
+        path = out / f"scene-{seed}-{split}-{index:05d}.png"
+        scene.image.save(path)
+        print(f"{path}: {scene.record.image_title or 'no food or drink'}")
+
+
+@app.command()
 def publish(
     kind: Annotated[Literal["model", "dataset", "space"], typer.Argument(help="What to publish.")],
     source: Annotated[

@@ -1,4 +1,4 @@
-"""Labeled folders of images, one `Sample` at a time: `metadata.jsonl`, `metadata.csv`, or one subfolder a class."""
+"""Labeled folders of images: `metadata.jsonl`, `metadata.csv`, or one subfolder per class."""
 
 import csv
 import json
@@ -6,146 +6,114 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from foodextract.data.samples import METADATA, NOTHING, PRIMARY, DatasetError, Reject, Rows, Sample, split_named
-from foodextract.images import SUFFIXES
-from foodextract.schema import EXHAUSTIVE, FoodRecord
+from foodextract.data.samples import NOTHING, PRIMARY, DatasetError, Reject, Rows, Sample, label_of, normalize_split
+from foodextract.images import find_images
+from foodextract.schema import EXHAUSTIVE, FIELDS, FoodRecord
 
-NOT_FOOD_CLASSES = frozenset(
-    {"not food", "non food", "no food", "other"}
-)  # names of class folders that hold neither food nor drink
+METADATA = ("metadata.jsonl", "metadata.csv")
+NOT_FOOD_CLASSES = frozenset({"not food", "non food", "no food", "other"})
+CSV_FLAGS = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0}
+NOT_STATED = "not stated"
 
 
 def labeled_folder(folder: str | Path) -> Rows:
-    """A folder of images with labels, found in one of three ways:
+    """Read a folder of labeled images. The labels are in one of:
 
-    - `metadata.jsonl`, one object a line: `file_name`, the four keys of a record (without `image_title`, the items make the title), and
-      optionally `category`, `group` (images to keep on one side of the split), `label_scope` ("exhaustive", or anything else where
-      more than what is listed may be seen), `source`, `license`, `split`
-    - `metadata.csv` with the same columns; lists are JSON, or items between semicolons
-    - neither, but one subfolder a class, named after what its images show (`not_food` for neither food nor drink). A class name
-      says the main item only, so the `label_scope` of what shows food is "primary".
+    - `metadata.jsonl`, one object per line: `file_name`, the four keys of a record (without `image_title`, the items
+      make the title), and optionally `category`, `group` (images that stay in one split), `label_scope` ("exhaustive",
+      or another word where more than the listed items may be visible), `source`, `license` and `split`
+    - `metadata.csv` with the same columns; lists are JSON, or items separated by semicolons
+    - one subfolder per class, named after the food that its images show (`not_food` for neither food nor drink); the
+      class is the main item, so the `label_scope` of food is "primary"
 
-    A split other than "train" is held out, whatever it is called. Values go to the label rules as they are.
-
-    Raises DatasetError for a folder that has none of the three.
+    Any split other than "train" is held out. Values are not converted; the label rules do that.
+    Raises DatasetError for a folder without labels.
     """
     folder = Path(folder)
-    for name, read in zip(METADATA, (_jsonl, _csv), strict=True):
-        if (folder / name).is_file():
-            return Rows(_metadata_rows(folder, read(folder / name)), total=sum(1 for _ in read(folder / name)))
+    for name, read in zip(METADATA, (_read_jsonl, _read_csv), strict=True):
+        if (path := folder / name).is_file():
+            rows = (_metadata_row(folder, f"{name} line {number}", row) for number, row in read(path))
+            return Rows(rows, total=sum(1 for _ in read(path)))
     classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if images := [(path, image) for path in classes for image in _images(path)]:
-        return Rows(_class_rows(folder, images), total=len(images))
+    if images := [(path.name, image) for path in classes for image in find_images([path])]:
+        return Rows((_class_row(folder, name, image) for name, image in images), total=len(images))
     raise DatasetError(
-        f"{folder} has neither {' nor '.join(METADATA)} nor class-named subfolders with images: write one line of JSON an image, "
-        "for example\n"
-        '{"file_name": "a.jpg", "is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}'
+        f"{folder} has neither {' nor '.join(METADATA)} nor class-named subfolders with images: write one line of JSON "
+        'per image, for example\n{"file_name": "a.jpg", "is_food": 1, "image_title": "beer", "food_items": [], '
+        '"drink_items": ["beer"]}'
     )
 
 
 def not_food_folder(folder: str | Path) -> Rows:
-    """A folder of images that show neither food nor drink. Raises DatasetError for one without images."""
+    """Read a folder of images that show neither food nor drink. Raises DatasetError for a folder without images."""
     folder = Path(folder)
-    images = _images(folder)
+    images = list(find_images([folder])) if folder.is_dir() else []
     if not images:
-        raise DatasetError(f"{folder} has no images: name a folder that holds .jpg, .png, .webp … files")
-    samples = (
-        Sample(_name(folder, path), path.read_bytes, dict(NOTHING), folder.name, "not stated", category="not food")
-        for path in images
-    )
-    return Rows(samples, total=len(images))
+        raise DatasetError(f"{folder} has no images: name a folder with .jpg, .png, .webp … files")
+    return Rows((_class_row(folder, "not_food", image) for image in images), total=len(images))
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+def class_label(name: str) -> dict[str, Any]:
+    """Return the label of an image whose class of food is all that is known."""
+    return {"is_food": 1, "image_title": name, "food_items": [name], "drink_items": []}
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield line numbers with rows, or with the reason why a line is no row."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            where = f"{path.name} line {number}"
             try:
                 row = json.loads(line)
-                yield (
-                    where,
-                    row if isinstance(row, dict) else Reject(where, "not a JSON object: write one object a line"),
-                )
+                yield number, row if isinstance(row, dict) else "not a JSON object: write one object per line"
             except json.JSONDecodeError as error:
-                yield where, Reject(where, f"not JSON ({error}): write one JSON object a line")
+                yield number, f"not JSON ({error}): write one JSON object per line"
 
 
-def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), 2):
-            where = f"{path.name} line {number}"
             try:
-                flag = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0}[row["is_food"].strip().lower()]
-                lists = {key: _csv_list(row[key] or "") for key in ("food_items", "drink_items")}
-                yield where, {**row, "is_food": flag, **lists}
+                flag = CSV_FLAGS[row["is_food"].strip().lower()]
+                yield number, {**row, "is_food": flag} | {field: _csv_list(row[field] or "") for field in FIELDS}
             except KeyError as error:
-                yield where, Reject(where, f"lacks {error}, or is_food is none of 1, 0, true, false, yes, no")
+                yield number, f"lacks {error}, or is_food is none of {', '.join(CSV_FLAGS)}"
             except (AttributeError, json.JSONDecodeError) as error:
-                yield where, Reject(where, f"not a row of the header's columns ({error})")
+                yield number, f"does not match the header's columns ({error})"
 
 
 def _csv_list(cell: str) -> list[str]:
-    return (
-        json.loads(cell)
-        if cell.lstrip().startswith("[")
-        else [item.strip() for item in cell.split(";") if item.strip()]
+    if cell.lstrip().startswith("["):
+        return json.loads(cell)
+    return [item.strip() for item in cell.split(";") if item.strip()]
+
+
+def _metadata_row(folder: Path, where: str, row: dict[str, Any] | str) -> Sample | Reject:
+    if isinstance(row, str):
+        return Reject(where, row)
+    name, row = str(row.get("file_name")), {"image_title": ""} | row
+    where = f"{where} ({name})"
+    if missing := [key for key in ("file_name", *FoodRecord.model_fields) if key not in row]:
+        return Reject(where, f"lacks {', '.join(missing)}: add file_name, is_food, food_items and drink_items")
+    if Path(name).is_absolute() or ".." in Path(name).parts:  # symbolic links below the folder are allowed
+        return Reject(where, "file_name leads out of the folder: keep images below it")
+    if not (folder / name).is_file():
+        return Reject(where, f"there is no such file: put it into {folder.name} or remove the line")
+    defaults = {"source": folder.name, "license": row.get("licence") or NOT_STATED, "label_scope": EXHAUSTIVE}
+    texts = {key: str(row.get(key) or default) for key, default in (defaults | {"category": "", "group": ""}).items()}
+    return Sample(name, (folder / name).read_bytes, label_of(row), split=normalize_split(row.get("split")), **texts)
+
+
+def _class_row(folder: Path, name: str, image: Path) -> Sample:
+    name = " ".join(name.replace("_", " ").replace("-", " ").lower().split())
+    food = name not in NOT_FOOD_CLASSES
+    return Sample(
+        image.relative_to(folder).as_posix(),
+        image.read_bytes,
+        class_label(name) if food else dict(NOTHING),
+        folder.name,
+        NOT_STATED,
+        category=name,
+        label_scope=PRIMARY if food else EXHAUSTIVE,
     )
-
-
-def _metadata_rows(folder: Path, rows: Iterator[tuple[str, dict[str, Any] | Reject]]) -> Iterator[Sample | Reject]:
-    for where, row in rows:
-        if isinstance(row, Reject):
-            yield row
-            continue
-        name = str(row.get("file_name"))
-        where = f"{where} ({name})"
-        row = {"image_title": ""} | row
-        missing = ["file_name"] * (row.get("file_name") is None) + [
-            key for key in FoodRecord.model_fields if key not in row
-        ]
-        if missing:
-            yield Reject(
-                where, f"lacks {', '.join(missing)}: every row needs file_name, is_food, food_items and drink_items"
-            )
-        elif (
-            Path(name).is_absolute() or ".." in Path(name).parts
-        ):  # links that its owner put into the folder are welcome
-            yield Reject(where, "file_name leads out of the folder: keep images below it")
-        elif not (folder / name).is_file():
-            yield Reject(where, f"there is no such file: put it into {folder.name} or remove the line")
-        else:
-            yield Sample(
-                name=name,
-                read=(folder / name).read_bytes,
-                label={key: row[key] for key in FoodRecord.model_fields},
-                source=str(row.get("source") or folder.name),
-                license=str(row.get("license") or "not stated"),
-                category=str(row.get("category") or ""),
-                group=str(row.get("group") or ""),
-                split=split_named(row.get("split")),
-                label_scope=str(row.get("label_scope") or EXHAUSTIVE),
-            )
-
-
-def _class_rows(folder: Path, images: list[tuple[Path, Path]]) -> Iterator[Sample]:
-    for path, image in images:
-        name = " ".join(path.name.replace("_", " ").replace("-", " ").lower().split())
-        label, scope = (dict(NOTHING), EXHAUSTIVE) if name in NOT_FOOD_CLASSES else (labeled_as(name), PRIMARY)
-        yield Sample(
-            _name(folder, image), image.read_bytes, label, folder.name, "not stated", category=name, label_scope=scope
-        )
-
-
-def labeled_as(name: str) -> dict[str, Any]:
-    """The label of an image of which only a class of food is known."""
-    return {"is_food": 1, "image_title": name, "food_items": [name], "drink_items": []}
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
-def _name(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()

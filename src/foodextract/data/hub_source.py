@@ -1,7 +1,7 @@
-"""A data set on the Hub at one revision: whose columns it has, how many rows, and its rows as samples.
+"""Read a labeled data set on the Hub at one revision.
 
-Three kinds are known by their columns: what this project publishes, another author's records, and the original project's `output_json`.
-A Hub that gives out raises a DatasetError at once or after a few attempts, each of which is logged.
+The columns tell three kinds apart: data sets that this project published, other records, and the original project's
+`output_json`. Failed requests are retried a few times and then raise a DatasetError.
 """
 
 import re
@@ -12,85 +12,69 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import fsspec
 import pyarrow.parquet
-from datasets.utils.file_utils import xopen
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
-from foodextract.data.columns import FEATURES, LATER
-from foodextract.data.samples import DatasetError, Reject, Sample, split_named
-from foodextract.data.scenes import Split
+from foodextract.data.samples import FEATURES, DatasetError, Reject, Sample, label_of, normalize_split
 from foodextract.schema import EXHAUSTIVE, AnswerError, FoodRecord, label_in
 
 Kind = Literal["published", "records", "original"]
 NEEDED: dict[Kind, frozenset[str]] = {
-    "published": frozenset(FEATURES) - LATER,
+    "published": frozenset(FEATURES) - {"label_scope"},  # older published data sets lack this column
     "records": frozenset({"image", *FoodRecord.model_fields}),
     "original": frozenset({"image", "output_json"}),
 }
-FAULTS = (OSError, HTTPError)  # of the network or the Hub
-SECONDS = 10  # to wait for the Hub to say which revision is the newest
+NAMES = ("image_name", "image_id", "file_name", "name")  # columns that may name an image
+HUB_ERRORS = (OSError, HTTPError)
+TIMEOUT = 10  # seconds, for the newest revision
 
-# datasets tries 20 times at intervals of up to a minute. huggingface_hub has tried each of them for half a minute before.
+# datasets retries 20 times at up to a minute, and huggingface_hub spends half a minute on each of these attempts.
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 3
-datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = (
-    datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL
-) = 10
+datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 10
+datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 10
 
 
 class HubUnreachableError(DatasetError):
-    """The Hub did not answer, or it had a fault. What is here already can still be used."""
+    """The Hub does not answer or has a fault. What was built before can still be used."""
 
 
 def newest_revision(repo_id: str) -> str:
-    """The commit that is the newest of a data set. Raises DatasetError, and HubUnreachableError when the Hub gives no answer."""
+    """Return the newest commit of a data set. Raises DatasetError; HubUnreachableError without an answer."""
     try:
-        return HfApi().dataset_info(repo_id, timeout=SECONDS).sha
-    except (*FAULTS, ValueError) as error:
-        raise _unread(repo_id, error) from error
+        return HfApi().dataset_info(repo_id, timeout=TIMEOUT).sha or "main"
+    except (*HUB_ERRORS, ValueError) as error:
+        raise _unreadable(repo_id, error) from error
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set on the Hub at one revision. `streams` are its splits, the train split first, with images as bytes."""
+    """A data set on the Hub at one revision. `streams` holds its splits, train first, with images as bytes."""
 
     repo_id: str
     revision: str
     streams: dict[str, datasets.IterableDataset]
-    files: Mapping[str, list[str]]  # of each split
+    files: Mapping[str, list[str]]  # split → data files
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None) -> "HubDataset":
-        """The data set as it is now, or at a commit. No row is read. Raises DatasetError."""
+        """Open the newest or a given revision without reading a row. Raises DatasetError."""
         revision = revision or newest_revision(repo_id)
         try:
             builder = datasets.load_dataset_builder(repo_id, revision=revision)
             if hasattr(builder.config, "decode_num_threads"):
-                builder.config.decode_num_threads = (
-                    0  # threads would decode images before it can be said that nothing is to be decoded
-                )
-            streams = {str(name): stream for name, stream in builder.as_streaming_dataset().items()}
-            for name in streams:
-                if "image" in (streams[name].features or ()):
-                    streams[name] = streams[name].cast_column("image", datasets.Image(decode=False))
-        except (
-            *FAULTS,
-            ValueError,
-            RuntimeError,
-            datasets.exceptions.DatasetsError,
-        ) as error:  # a RuntimeError for loading scripts
-            raise _unread(repo_id, error) from error
+                builder.config.decode_num_threads = 0  # its threads would decode images before the cast below
+            streams = {str(name): _uniform(stream) for name, stream in builder.as_streaming_dataset().items()}
+        except (*HUB_ERRORS, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise _unreadable(repo_id, error) from error  # a RuntimeError for loading scripts
         files = {str(name): list(paths) for name, paths in (getattr(builder.config, "data_files", None) or {}).items()}
-        return cls(
-            repo_id,
-            revision,
-            dict(sorted(streams.items(), key=lambda stream: split_named(stream[0]) != "train")),
-            files,
-        )
+        train_first = sorted(streams.items(), key=lambda stream: normalize_split(stream[0]) != "train")
+        return cls(repo_id, revision, dict(train_first), files)
 
     @property
     def kind(self) -> Kind:
-        """Whose columns it has. Raises DatasetError for columns that cannot be read as labeled images."""
+        """The kind of its columns. Raises DatasetError for columns that hold no labeled images."""
         found = {column for stream in self.streams.values() for column in stream.features or ()}
         for kind, needed in NEEDED.items():
             if needed <= found:
@@ -101,104 +85,98 @@ class HubDataset:
         )
 
     def total(self, *names: str) -> int | None:
-        """How many rows these splits have, all of them by default: from the data set's card or its parquet files, None if neither tells."""
+        """Count the rows of these splits (default: all) by the card or the parquet footers; None if neither tells."""
         counts = [self._count(name) for name in names or self.streams]
-        return sum(counts) if None not in counts else None
+        return None if None in counts else sum(filter(None, counts))
 
     def rows(self, *names: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Split and row, for these splits or all. Raises DatasetError where the Hub or a file fails."""
+        """Yield (split, row) of these splits (default: all). Raises DatasetError where the Hub or a file fails."""
         count = 0
         try:
             for name in names or self.streams:
                 for row in self.streams[name]:
                     yield name, row
                     count += 1
-        except (*FAULTS, ValueError, datasets.exceptions.DatasetsError) as error:
-            if (
-                isinstance(error, FAULTS) and type(error) is not OSError
-            ):  # a bare OSError is how Arrow reports a damaged file
-                raise _broke_off(self.repo_id, f"after {count:,} rows", error) from error
-            raise DatasetError(
-                f"row {count:,} of {self.repo_id!r} cannot be read ({_first_line(error)}): report it to the data set's author"
-            ) from error
+        except (*HUB_ERRORS, ValueError, datasets.exceptions.DatasetsError) as error:
+            if isinstance(error, HUB_ERRORS) and type(error) is not OSError:  # Arrow raises OSError for damaged files
+                raise _interrupted(self.repo_id, f"after {count:,} rows", error) from error
+            reason = f"row {count:,} of {self.repo_id!r} cannot be read ({_first_line(error)})"
+            raise DatasetError(f"{reason}: report it to the data set's author") from error
 
     def samples(self) -> Iterator[Sample | Reject]:
-        """All rows, with their values as they are. A split that it states is kept, unless it has a train split and no other."""
-        kind, stated = self.kind, len(self.streams) > 1 or split_named(next(iter(self.streams), "train")) != "train"
-        for index, (name, row) in enumerate(self.rows()):
-            side = split_named(name) if stated else None
+        """Yield all rows with their values as found. Splits are kept, except a train split that stands alone."""
+        kind, stated = self.kind, [normalize_split(name) for name in self.streams] != ["train"]
+        for index, (split, row) in enumerate(self.rows()):
+            name = f"{index:06d}"
             if kind == "published":
-                yield self._published(index, row, side)
+                name = row["name"] or name
             else:
-                yield self._sample(index, row, side, kind)
-
-    def _published(self, index: int, row: dict[str, Any], side: Split | None) -> Sample:
-        return Sample(
-            name=row["name"] or f"{index:06d}",
-            read=partial(self._bytes, row["image"]),
-            label={key: row[key] for key in FoodRecord.model_fields},
-            split=side,
-            label_scope=row.get("label_scope") or EXHAUSTIVE,
-            **{key: row[key] or "" for key in ("source", "license", "category", "group")},
-        )
-
-    def _sample(self, index: int, row: dict[str, Any], side: Split | None, kind: Kind) -> Sample | Reject:
-        named = next((str(row[key]) for key in ("image_name", "image_id", "file_name", "name") if row.get(key)), "row")
-        name = f"{index:06d}-{Path(named).stem}"
-        try:
-            label = (
-                label_in(row["output_json"])
-                if kind == "original"
-                else {key: row[key] for key in FoodRecord.model_fields}
+                name += f"-{Path(next((str(row[key]) for key in NAMES if row.get(key)), 'row')).stem}"
+            try:
+                label = label_in(row["output_json"]) if kind == "original" else label_of(row)
+            except AnswerError as error:
+                yield Reject(name, f"output_json holds no record: {error}")
+                continue
+            yield Sample(
+                name if kind == "published" else name + suffix_of(row["image"]),
+                partial(image_bytes, self.repo_id, row["image"]),
+                label,
+                split=normalize_split(split) if stated else None,
+                **self._texts(kind, row),
             )
-        except AnswerError as error:
-            return Reject(name, f"output_json is no record: {error}")
-        return Sample(
-            name=name + suffix_of(row["image"]),
-            read=partial(self._bytes, row["image"]),
-            label=label,
-            source=str((row.get("image_source") if kind == "original" else None) or self.repo_id),
-            license=str((row.get("license") if kind == "records" else None) or f"see {self.repo_id}"),
-            category=str((row.get("food270_class_name") if kind == "original" else None) or row.get("category") or ""),
-            group=str((row.get("group") if kind == "records" else None) or ""),
-            split=side,
-            label_scope=str((row.get("label_scope") if kind == "records" else None) or EXHAUSTIVE),
-        )
 
-    def _bytes(self, image: dict[str, Any] | None) -> bytes:
-        return image_bytes(self.repo_id, image)
+    def _texts(self, kind: Kind, row: dict[str, Any]) -> dict[str, str]:
+        defaults = {"source": "", "license": "", "category": "", "group": "", "label_scope": EXHAUSTIVE}
+        if kind != "published":
+            defaults |= {"source": self.repo_id, "license": f"see {self.repo_id}"}
+            row = row | {"source": None}
+        if kind == "original":
+            category = row.get("food270_class_name") or row.get("category")
+            row = {"source": row.get("image_source"), "category": category}
+        return {key: str(row.get(key) or default) for key, default in defaults.items()}
 
     def _count(self, name: str) -> int | None:
-        told = self.streams[name].info.splits
-        if told and name in told and told[name].num_examples:
-            return told[name].num_examples
+        splits = self.streams[name].info.splits
+        if splits and name in splits and splits[name].num_examples:
+            return splits[name].num_examples
         files = self.files.get(name, [])
         if not files or not all(file.endswith(".parquet") for file in files):
             return None
         try:
             return sum(_parquet_rows(file) for file in files)
-        except (*FAULTS, ValueError):
-            return None  # a bar without a total is no reason to stop
+        except (*HUB_ERRORS, ValueError):
+            return None  # the progress bar does without
 
 
 def image_bytes(repo_id: str, image: dict[str, Any] | None) -> bytes:
-    """The encoded image of a row. Raises OSError for a row without one, and DatasetError where the Hub fails."""
+    """Return the image file of a row. Raises OSError for a row without one, and DatasetError where the Hub fails.
+
+    Only paths into the same data set are opened, so that a row cannot name a local file or another address.
+    """
     if image and image["bytes"] is not None:
         return image["bytes"]
     path = (image or {}).get("path") or ""
-    member, _, file = path.rpartition("::")  # of an archive, where there is one
+    member, _, file = path.rpartition("::")  # "zip://a.png" for a file in an archive
     if not file.startswith(f"hf://datasets/{repo_id}@") or not re.fullmatch(r"(zip://[^:]*)?", member):
-        raise OSError("the row has no image")  # a row does not choose a file of this machine or of another place
+        raise OSError("the row has no image")
     try:
-        with xopen(path, "rb") as file:
-            return file.read()
-    except FAULTS as error:
-        raise _broke_off(repo_id, f"at {path.rpartition('/')[2]}", error) from error
+        with fsspec.open(path, "rb") as opened:
+            return opened.read()
+    except HUB_ERRORS as error:
+        raise _interrupted(repo_id, f"at {path.rpartition('/')[2]}", error) from error
 
 
 def suffix_of(image: dict[str, Any] | None) -> str:
-    """The suffix of the file that a row's image comes from, .jpg where it is unknown."""
+    """Return the suffix of a row's image file, .jpg where it is unknown."""
     return Path((image or {}).get("path") or "").suffix.lower() or ".jpg"
+
+
+def _uniform(stream: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Keep images as bytes, and rename a column that earlier releases spelled otherwise."""
+    columns = stream.features or {}
+    if "image" in columns:
+        stream = stream.cast_column("image", datasets.Image(decode=False))
+    return stream.rename_column("licence", "license") if "licence" in columns and "license" not in columns else stream
 
 
 def _parquet_rows(file: str) -> int:
@@ -206,18 +184,18 @@ def _parquet_rows(file: str) -> int:
         return pyarrow.parquet.ParquetFile(opened).metadata.num_rows
 
 
-def _unread(repo_id: str, error: Exception) -> DatasetError:
+def _unreadable(repo_id: str, error: Exception) -> DatasetError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    missing = isinstance(error, FileNotFoundError | ValueError | RuntimeError) and not isinstance(
-        error, LocalEntryNotFoundError
-    )
-    missing = missing or (status is not None and status < 500 and status != 429)
-    return (DatasetError if missing else HubUnreachableError)(
-        f"cannot read {repo_id!r} from the Hub ({_first_line(error)}): check the name and the connection, or use drawn scenes or a folder"
+    local = isinstance(error, FileNotFoundError | ValueError | RuntimeError)
+    missing = local and not isinstance(error, LocalEntryNotFoundError)
+    refused = status is not None and status < 500 and status != 429
+    return (DatasetError if missing or refused else HubUnreachableError)(
+        f"cannot read {repo_id!r} from the Hub ({_first_line(error)}): check the name and the connection, "
+        "or use drawn scenes or a folder"
     )
 
 
-def _broke_off(repo_id: str, where: str, error: Exception) -> HubUnreachableError:
+def _interrupted(repo_id: str, where: str, error: Exception) -> HubUnreachableError:
     return HubUnreachableError(
         f"the connection to the Hub failed {where} of {repo_id!r} ({_first_line(error)}): rerun the command to resume"
     )

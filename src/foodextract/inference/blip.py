@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rapidfuzz import fuzz, process
 from transformers import BatchFeature, BlipForConditionalGeneration, BlipProcessor, PretrainedConfig
 
-from foodextract.data.label_rules.vocabulary import shelf_of
+from foodextract.data.label_rules.vocabulary import field_of
 from foodextract.images import ImageSource, open_image
 from foodextract.inference.extractor import Extractor
 from foodextract.models.loading import PRECISIONS, ModelError, choose_device, choose_precision
@@ -127,5 +127,5 @@ def to_number(text: str, names: Mapping[int, str]) -> int | None:
 
 
 def _record(name: str) -> FoodRecord:
-    food, drink = ([], [name]) if shelf_of(name) == "drink_items" else ([name], [])
+    food, drink = ([], [name]) if field_of(name) == "drink_items" else ([name], [])
     return FoodRecord(is_food=1, image_title=name, food_items=food, drink_items=drink)

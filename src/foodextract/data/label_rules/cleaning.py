@@ -1,21 +1,15 @@
-"""Cleaning labels and looking for faults in them: every fault becomes a `Finding` that says which item, why, and what was done about it.
+"""Clean labels and report every fault as an `Issue`.
 
-`clean` mends one label and says what it found; given the `Statistics` of the whole data set it also judges what one row alone cannot show.
-`lint` returns the findings alone. Two passes over a data set need memory for its vocabulary only, never for its rows:
+`clean` fixes one label. With the `Statistics` of the data set it also finds faults that one row alone does not show:
 
-    statistics = Statistics()
-    for raw, category in rows: ...          # first pass:  statistics.add(record, category) for every record that clean(raw, category) gives
-    for raw, category in rows: ...          # second pass: record, findings = clean(raw, category, statistics)
+    1. statistics.add(record, category)  # for the record of clean(label, category) of every row
+    2. record, issues = clean(label, category, statistics)  # for every row again
 
-What to do about a fault is a dict, rule → `fix`, `flag` or `reject`: pass `POLICIES | {"pantry": "flag"}`. A row is rejected as a whole
-(None comes back, with all its findings), `flag` leaves the label as it is. Two limits: what the schema does not allow is mended even where
-the policy says `flag`, and what nobody can mend is flagged where it says `fix`; the finding names what really happened.
-
-The word lists in `words/` are meant to be edited: which names are drinks, which are foods, and which ingredients no image shows.
+A policy maps a rule to `fix`, `flag` or `reject`, for example `POLICIES | {"pantry": "flag"}`. A rejected row gives
+None and all its issues; `flag` keeps the label. Faults that break the schema are fixed even where the policy says
+`flag`, and faults without a known fix are flagged where it says `fix`. The issue states what was done.
 """
 
-import ast
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -23,321 +17,217 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from foodextract.data.label_rules import vocabulary
-from foodextract.data.label_rules.issues import (
-    AGREED,
-    LONG_LIST,
-    MIN_SUPPORT,
-    POLICIES,
-    RARE,
-    RULES,
-    SHELVES,
-    Finding,
-    Policy,
-    Statistics,
-)
-from foodextract.data.label_rules.vocabulary import Shelf, key
-from foodextract.schema import MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
+from foodextract.data.label_rules.conversion import convert, shape_fault
+from foodextract.data.label_rules.issues import LONG_LIST, MIN_SUPPORT, POLICIES, RULES, Issue, Policy, Statistics
+from foodextract.data.label_rules.vocabulary import key
+from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
 
-NOTHING_KNOWN = Statistics()
-ABSENT = frozenset({"", "-", "n/a", "na", "nan", "nil", "none", "null", "nothing"})  # words for an empty list
+RARE = 5  # how many times as common the other form or field must be to overrule one row
+AGREED = 0.95  # share of a class's other rows that must agree on is_food to contradict one row
+NO_STATISTICS = Statistics()
 
 
 def clean(
-    raw: Mapping[str, Any] | FoodRecord,
+    label: Mapping[str, Any] | FoodRecord,
     category: str = "",
-    statistics: Statistics | None = None,
+    statistics: Statistics = NO_STATISTICS,
     policies: Mapping[str, Policy] = POLICIES,
-) -> tuple[FoodRecord | None, list[Finding]]:
-    """Mend one label: the record (None where a rule rejects it) and everything that was found, in the order of the rules.
+) -> tuple[FoodRecord | None, list[Issue]]:
+    """Fix one label. Return the record, or None where a rule rejects it, and all issues in the order of the rules.
 
-    `raw` is a label as it was found: it may lack keys, have values of other types and break the schema in any way; further keys are
-    ignored. Cleaning a cleaned record again changes nothing. Raises KeyError when `policies` lacks a rule.
+    `label` may lack keys, hold values of other types and break the schema in any way; other keys are ignored. Cleaning
+    a cleaned record again changes nothing. Raises KeyError when `policies` lacks a rule.
     """
-    raw = raw.model_dump() if isinstance(raw, FoodRecord) else raw
-    typed, reasons = _typed(raw)
-    draft = _Draft(
-        category,
-        statistics or NOTHING_KNOWN,
-        policies,
-        typed["is_food"],
-        typed["image_title"],
-        {s: typed[s] for s in SHELVES},
-    )
-    for reason in reasons if "is_food" in raw else ():
-        draft.found("type", "", reason, "must")
-    if reason := _misshapen(typed, raw):
-        return None, [*draft.findings, Finding("shape", RULES["shape"][0], "", reason, "reject")]
-    for rule in (_spelling, _shelves, _twins, _forms, _long_list, _pantry, _strangers, _is_food, _title):
+    raw = label.model_dump() if isinstance(label, FoodRecord) else label
+    values, conversions = convert(raw)
+    lists = {name: values[name] for name in FIELDS}
+    draft = _Draft(category, statistics, policies, values["is_food"], values["image_title"], lists)
+    for reason in conversions if "is_food" in raw else ():
+        draft.report("type", "", reason, "must")
+    if reason := shape_fault(values, raw):
+        return None, [*draft.issues, Issue("shape", RULES["shape"][0], "", reason, "reject")]
+    for rule in (_spelling, _fields, _duplicates, _rare_forms, _long_list, _pantry, _outliers, _is_food, _title):
         rule(draft)
     if draft.rejected:
-        return None, draft.findings
-    record = FoodRecord(is_food=draft.is_food, image_title=draft.title, **draft.shelves)
-    if any(
-        value != typed[name] for name, value in record.model_dump().items()
-    ):  # what one rule mended may be news to another
+        return None, draft.issues
+    record: FoodRecord | None = FoodRecord(is_food=draft.is_food, image_title=draft.title, **draft.lists)
+    if record.model_dump() != {name: values[name] for name in FoodRecord.model_fields}:  # a fix may expose a fault
         record, more = clean(record, category, statistics, policies)
-        known = {(finding.rule, finding.item) for finding in draft.findings}
-        draft.findings += [finding for finding in more if (finding.rule, finding.item) not in known]
-    return record, draft.findings
-
-
-def lint(
-    raw: Mapping[str, Any] | FoodRecord,
-    category: str,
-    statistics: Statistics,
-    policies: Mapping[str, Policy] = POLICIES,
-) -> list[Finding]:
-    """All faults of one label, those of `clean` and those that only the rest of the data set shows."""
-    return clean(raw, category, statistics, policies)[1]
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------- rules
+        known = {(issue.rule, issue.item) for issue in draft.issues}
+        draft.issues += [issue for issue in more if (issue.rule, issue.item) not in known]
+    return record, draft.issues
 
 
 @dataclass
 class _Draft:
-    """A label while the rules work on it, and what they found."""
+    """A label while the rules change it, and the issues so far."""
 
     category: str
     statistics: Statistics
     policies: Mapping[str, Policy]
     is_food: int
     title: str
-    shelves: dict[Shelf, list[str]]
-    findings: list[Finding] = field(default_factory=list)
+    lists: dict[str, list[str]]
+    issues: list[Issue] = field(default_factory=list)
     rejected: bool = False
 
-    def found(self, rule: str, item: str, reason: str, mend: Literal["can", "must", "cannot"] = "can") -> bool:
-        """Note a fault; True where the rule is to mend it."""
+    def report(self, rule: str, item: str, reason: str, fix: Literal["can", "must", "cannot"] = "can") -> bool:
+        """Record an issue. Return True when the rule is to fix it."""
         policy = self.policies[rule]
-        if policy != "reject" and mend != "can":
-            policy = "fix" if mend == "must" else "flag"
-        self.findings.append(Finding(rule, RULES[rule][0], item, reason, policy))
+        if policy != "reject" and fix != "can":
+            policy = "fix" if fix == "must" else "flag"
+        self.issues.append(Issue(rule, RULES[rule][0], item, reason, policy))
         self.rejected |= policy == "reject"
         return policy == "fix"
 
     @property
     def items(self) -> list[str]:
-        return self.shelves["food_items"] + self.shelves["drink_items"]
+        return [item for names in self.lists.values() for item in names]
 
-    def speaks_of(self, item: str) -> bool:
-        """Whether title or class name the item, word for word."""
+    def mentions(self, item: str) -> bool:
+        """Tell whether title or class contain every word of the item."""
         return set(vocabulary.stems(item)) <= {*vocabulary.stems(self.title), *vocabulary.stems(self.category)}
 
     def drop(self, item: str) -> None:
-        for names in self.shelves.values():
+        for names in self.lists.values():
             names[:] = [name for name in names if name != item]
-
-
-FLAGS = {"1": 1, "1.0": 1, "true": 1, "yes": 1, "0": 0, "0.0": 0, "false": 0, "no": 0}
-
-
-def _typed(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The four values in the types of a record, where they can be read so, and what was changed. Anything else stays as it is."""
-    typed, reasons = {"is_food": raw.get("is_food"), "image_title": raw.get("image_title")}, []
-    if (
-        type(typed["is_food"]) in (bool, float, str)
-        and (flag := FLAGS.get(str(typed["is_food"]).strip().lower())) is not None
-    ):
-        reasons.append(f"is_food is {typed['is_food']!r}, read as {flag}")
-        typed["is_food"] = flag
-    if typed["image_title"] is None:
-        reasons.append(
-            f"{'image_title is None' if 'image_title' in raw else 'it lacks image_title'}, read as an empty title"
-        )
-        typed["image_title"] = ""
-    for shelf in SHELVES:
-        items = raw.get(shelf)
-        if items is None:
-            reasons.append(f"{f'{shelf} is None' if shelf in raw else f'it lacks {shelf}'}, read as an empty list")
-            items = []
-        elif isinstance(items, str):
-            reasons.append(f"{shelf} is {items!r}, a text, read as a list")
-            items = _split(items)
-        if isinstance(items, list | tuple):
-            if None in items:
-                reasons.append(f"{shelf} has an item that is None, left out")
-            items = [item for item in items if item is not None]
-        typed[shelf] = items
-    return typed, reasons
-
-
-def _split(text: str) -> Any:
-    """The items of a list that was written as a text: as JSON or a Python repr, else between commas, semicolons or lines."""
-    for read in (json.loads, ast.literal_eval) if text.lstrip().startswith("[") else ():
-        try:
-            return read(text.strip())
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-    items = (item.strip() for item in re.split(r"[,;\n]", text))
-    return [item for item in items if item.lower().strip(".") not in ABSENT]
-
-
-def _misshapen(typed: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
-    if "is_food" not in raw:
-        return f"it lacks {', '.join(key for key in FoodRecord.model_fields if key not in raw)}"
-    if type(typed["is_food"]) is not int or typed["is_food"] not in (0, 1):
-        return f"is_food is {typed['is_food']!r}, neither 0 nor 1"
-    if not isinstance(typed["image_title"], str):
-        return f"image_title is {typed['image_title']!r}, not a text"
-    for shelf in SHELVES:
-        if not isinstance(typed[shelf], list) or not all(isinstance(item, str) for item in typed[shelf]):
-            return f"{shelf} is {raw[shelf]!r}, not a list of texts"
-    return ""
 
 
 def _spelling(draft: _Draft) -> None:
     draft.title = _spelled(draft, draft.title)
-    for shelf, names in draft.shelves.items():
-        spelled = [_spelled(draft, name) for name in names]
+    for name, items in draft.lists.items():
+        spelled = [_spelled(draft, item) for item in items]
         if "" in spelled:
-            draft.found("punctuation", "", f"{shelf} has an item without a name", "must")
-        draft.shelves[shelf] = [_shortened(draft, name) for name in spelled if name]
+            draft.report("punctuation", "", f"{name} has an item without a name", "must")
+        draft.lists[name] = [_shortened(draft, item) for item in spelled if item]
 
 
 def _spelled(draft: _Draft, name: str) -> str:
     for rule, step, reason in (
         ("underscore", lambda text: re.sub(r"[_\s]*_[_\s]*", " ", text).strip(), "has underscores for spaces"),
         ("casing", str.lower, "has capital letters"),
-        (
-            "punctuation",
-            vocabulary.trimmed,
-            "has marks or spaces that do not belong to it, or accents written as separate characters",
-        ),
+        ("punctuation", vocabulary.trimmed, "has stray marks or spaces, or accents written as separate characters"),
     ):
-        if (better := step(name)) != name and draft.found(rule, name, f"{name!r} {reason}"):
+        if (better := step(name)) != name and draft.report(rule, name, f"{name!r} {reason}"):
             name = better
     return name
 
 
 def _shortened(draft: _Draft, name: str) -> str:
-    if len(name) > MAX_ITEM and draft.found(
-        "long_name", name, f"{name!r} is longer than {MAX_ITEM} characters", "must"
-    ):
-        head = re.split(r"[,;:(]| (?:with|in|on|and|topped|served) ", name)[0]
-        return vocabulary.trimmed((head if len(head) <= MAX_ITEM else name)[:MAX_ITEM]) or name[:MAX_ITEM]
-    return name
+    too_long = f"{name!r} is longer than {MAX_ITEM} characters"
+    if len(name) <= MAX_ITEM or not draft.report("long_name", name, too_long, "must"):
+        return name
+    head = re.split(r"[,;:(]| (?:with|in|on|and|topped|served) ", name)[0]
+    return vocabulary.trimmed((head if len(head) <= MAX_ITEM else name)[:MAX_ITEM]) or name[:MAX_ITEM]
 
 
-def _shelves(draft: _Draft) -> None:
+def _fields(draft: _Draft) -> None:
+    """Move items to the field where they belong, by the word lists or else by the other rows."""
     hidden = _hidden(draft)
-    for shelf, other in (SHELVES, SHELVES[::-1]):
-        for item in [
-            name for name in dict.fromkeys(draft.shelves[shelf]) if shelf == "drink_items" or name not in hidden
-        ]:
-            counts = draft.statistics.shelves.get(key(item), Counter())
-            if known := vocabulary.shelf_of(item):
-                reason = f"{item!r} is a {'drink' if known == 'drink_items' else 'food'}, and stands in {shelf}"
-            elif counts[other] >= RARE * max(counts[shelf], 1):
-                known, reason = other, f"{item!r} stands in {other} in {counts[other]} other rows, and in {shelf} here"
+    for name, other in (FIELDS, FIELDS[::-1]):
+        for item in [item for item in dict.fromkeys(draft.lists[name]) if name == "drink_items" or item not in hidden]:
+            counts = draft.statistics.fields.get(key(item), Counter())
+            if known := vocabulary.field_of(item):
+                reason = f"{item!r} is a {'drink' if known == 'drink_items' else 'food'}, listed in {name}"
+            elif counts[other] >= RARE * max(counts[name], 1):
+                known, reason = other, f"{item!r} is in {other} in {counts[other]} other rows, and in {name} here"
             if known != other:
                 continue
-            dishes = [name for name in draft.shelves["food_items"] if not vocabulary.is_cooking_liquid(name)]
-            liquid = shelf == "food_items" and vocabulary.is_cooking_liquid(item) and item not in draft.shelves[other]
-            if draft.found("wrong_shelf", item, reason):
-                draft.shelves[other] += [name for name in draft.shelves[shelf] if name == item]
-                draft.shelves[shelf] = [name for name in draft.shelves[shelf] if name != item]
-            cooked = liquid and dishes and not draft.speaks_of(item)
-            if cooked and draft.found(
-                "pantry", item, f"{item!r} is listed as a food beside {dishes[0]!r}: it is in it, not in a glass"
-            ):
-                draft.drop(item)
+            dishes = [food for food in draft.lists["food_items"] if not vocabulary.is_cooking_liquid(food)]
+            liquid = name == "food_items" and vocabulary.is_cooking_liquid(item) and item not in draft.lists[other]
+            if draft.report("wrong_field", item, reason):
+                draft.lists[other] += [found for found in draft.lists[name] if found == item]
+                draft.lists[name] = [found for found in draft.lists[name] if found != item]
+            if liquid and dishes and not draft.mentions(item):
+                reason = f"{item!r} is listed as a food beside {dishes[0]!r}: it is in the dish, not in a glass"
+                if draft.report("pantry", item, reason):
+                    draft.drop(item)
 
 
-def _twins(draft: _Draft) -> None:
-    kept: dict[str, tuple[Shelf, str]] = {}
-    for shelf, names in draft.shelves.items():
+def _duplicates(draft: _Draft) -> None:
+    kept: dict[str, tuple[str, str]] = {}  # key → field and form of the item that stays
+    for field_name, items in draft.lists.items():
         left: list[str] = []
-        for name in names:
-            home, twin = kept.setdefault(key(name), (shelf, name))
-            if name in left:
-                draft.found("duplicate", name, f"{name!r} is listed twice", "must")
-            elif (
-                home != shelf
-                and name == twin
-                and draft.found("duplicate", name, f"{name!r} is listed as a food and as a drink")
-            ):
+        for item in items:
+            home, twin = kept.setdefault(key(item), (field_name, item))
+            in_both = home != field_name and item == twin
+            if item in left:
+                draft.report("duplicate", item, f"{item!r} is listed twice", "must")
+            elif in_both and draft.report("duplicate", item, f"{item!r} is listed as a food and as a drink"):
                 continue
-            elif name == twin:
-                left.append(name)
+            elif item == twin:
+                left.append(item)
             else:
-                better = (
-                    home == shelf and vocabulary.holds(draft.title, name) and not vocabulary.holds(draft.title, twin)
-                )
-                worse, stays = (twin, name) if better else (name, twin)
-                if not draft.found("plural_twin", worse, f"{worse!r} is listed beside {stays!r}"):
-                    left.append(name)
+                titled, twin_titled = vocabulary.contains(draft.title, item), vocabulary.contains(draft.title, twin)
+                better = home == field_name and titled and not twin_titled
+                worse, stays = (twin, item) if better else (item, twin)
+                if not draft.report("plural_twin", worse, f"{worse!r} is listed beside {stays!r}"):
+                    left.append(item)
                 elif better:
-                    left[left.index(twin)], kept[key(name)] = name, (shelf, name)
-        draft.shelves[shelf] = left
+                    left[left.index(twin)], kept[key(item)] = item, (field_name, item)
+        draft.lists[field_name] = left
 
 
-def _forms(draft: _Draft) -> None:
-    for names in draft.shelves.values():
-        for position, name in enumerate(names):
-            forms = draft.statistics.forms.get(key(name), Counter())
-            common, count = forms.most_common(1)[0] if forms else (name, 0)
-            rare = common != name and common not in names and count >= RARE * max(forms[name], 1)
-            if rare and draft.found("rare_form", name, f"{name!r} is {common!r} in {count} other rows"):
-                names[position] = common
+def _rare_forms(draft: _Draft) -> None:
+    for items in draft.lists.values():
+        for position, item in enumerate(items):
+            forms = draft.statistics.forms.get(key(item), Counter())
+            common, count = forms.most_common(1)[0] if forms else (item, 0)
+            rare = common != item and common not in items and count >= RARE * max(forms[item], 1)
+            if rare and draft.report("rare_form", item, f"{item!r} is {common!r} in {count} other rows"):
+                items[position] = common
 
 
 def _long_list(draft: _Draft) -> None:
-    if len(draft.items) > LONG_LIST:
-        too_long = any(len(names) > MAX_ITEMS for names in draft.shelves.values())
-        dropped = [name for names in draft.shelves.values() for name in names[MAX_ITEMS:]]
-        reason = f"{len(draft.items)} items are more than anybody checks" + (
-            f"; dropped: {', '.join(dropped)}" if too_long else ""
-        )
-        draft.found("long_list", "", reason, "must" if too_long else "cannot")
-        draft.shelves = {shelf: names[:MAX_ITEMS] for shelf, names in draft.shelves.items()}
+    if len(draft.items) <= LONG_LIST:
+        return
+    dropped = [item for items in draft.lists.values() for item in items[MAX_ITEMS:]]
+    reason = f"{len(draft.items)} items are too many to check" + (f"; dropped: {', '.join(dropped)}" if dropped else "")
+    draft.report("long_list", "", reason, "must" if dropped else "cannot")
+    draft.lists = {name: items[:MAX_ITEMS] for name, items in draft.lists.items()}
 
 
 def _hidden(draft: _Draft) -> list[str]:
-    """Foods that cannot be seen, unless title or class name them or there is nothing else."""
-    foods, items = draft.shelves["food_items"], draft.items
-    about = [draft.title, draft.category]
+    """Return the foods that cannot be seen, unless title or class mention them or nothing else is listed."""
+    items, about = draft.items, [draft.title, draft.category]
     hidden = [
         food
-        for food in foods
-        if not draft.speaks_of(food) and vocabulary.is_hidden(food, [*about, *(i for i in items if i != food)])
+        for food in draft.lists["food_items"]
+        if not draft.mentions(food) and vocabulary.is_hidden(food, [*about, *(item for item in items if item != food)])
     ]
     return hidden if len(hidden) < len(items) else []
 
 
 def _pantry(draft: _Draft) -> None:
     for item in _hidden(draft):
-        if draft.found(
-            "pantry", item, f"{item!r} is an ingredient that cannot be seen, and no title or class is about it"
-        ):
+        reason = f"{item!r} is an ingredient that cannot be seen, and neither title nor class mention it"
+        if draft.report("pantry", item, reason):
             draft.drop(item)
 
 
-def _strangers(draft: _Draft) -> None:
+def _outliers(draft: _Draft) -> None:
     category, statistics = draft.category, draft.statistics
-    alone = not any(statistics.items.get(category, Counter())[key(item)] > 1 for item in draft.items)
+    counts = statistics.items.get(category, Counter())
+    alone = not any(counts[key(item)] > 1 for item in draft.items)
     for item in draft.items:
-        strange = not vocabulary.content(item) & vocabulary.content(category) and statistics.is_strange(
-            key(item), category, alone
-        )
-        if strange and draft.found(
-            "stranger", item, f"no other of the {statistics.rows[category]} rows of {category!r} has {item!r}"
-        ):
+        if vocabulary.content(item) & vocabulary.content(category):
+            continue
+        reason = f"no other of the {statistics.rows[category]} rows of {category!r} has {item!r}"
+        if statistics.is_outlier(key(item), category, alone) and draft.report("outlier", item, reason):
             draft.drop(item)
 
 
 def _is_food(draft: _Draft) -> None:
     beside = repr(draft.items[0]) if draft.items else f"the title {draft.title!r}" if draft.title else ""
     if draft.is_food and not draft.items:
-        draft.found("empty", "", "is_food is 1 and nothing is listed", "cannot")
-    elif not draft.is_food and beside and draft.found("contradiction", "", f"is_food is 0 beside {beside}", "must"):
+        draft.report("empty", "", "is_food is 1 and nothing is listed", "cannot")
+    elif not draft.is_food and beside and draft.report("contradiction", "", f"is_food is 0 beside {beside}", "must"):
         draft.is_food, draft.title = int(bool(draft.items)), draft.title if draft.items else ""
     others = draft.statistics.rows[draft.category] - 1
     share = (draft.statistics.foods[draft.category] - draft.is_food) / max(others, 1)
     if draft.category and others + 1 >= MIN_SUPPORT and abs(share - draft.is_food) >= AGREED:
-        draft.found(
-            "class_contradiction", "", f"is_food is {draft.is_food}, unlike other rows of {draft.category!r}", "cannot"
-        )
+        reason = f"is_food is {draft.is_food}, unlike other rows of {draft.category!r}"
+        draft.report("class_contradiction", "", reason, "cannot")
 
 
 def _title(draft: _Draft) -> None:
@@ -345,25 +235,25 @@ def _title(draft: _Draft) -> None:
     if not draft.is_food or draft.title == listing:
         return
     if not draft.title:
-        if draft.found("untitled", "", "the title is empty", "can" if listing else "cannot"):
+        if draft.report("untitled", "", "the title is empty", "can" if listing else "cannot"):
             draft.title = listing
         return
     subject = vocabulary.without_photo_of(draft.title)
-    if subject != draft.title and draft.found("photo_of", draft.title, f"{draft.title!r} speaks of the image"):
+    if subject != draft.title and draft.report("photo_of", draft.title, f"{draft.title!r} describes the image"):
         draft.title = subject
     title, names = draft.title, [*draft.items, draft.category]
     too_long = len(title) > MAX_TITLE
     reason = f"the title {title!r} shares no word with {listing!r}, nor with the class"
-    if listing and not vocabulary.share_a_word(title, names) and draft.found("title_mismatch", title, reason):
+    if listing and not vocabulary.share_a_word(title, names) and draft.report("title_mismatch", title, reason):
         draft.title = listing
-    mend = "must" if too_long else "can" if listing else "cannot"
+    fix: Literal["can", "must", "cannot"] = "must" if too_long else "can" if listing else "cannot"
     reason = f"{title!r} is a sentence, or too long for a title"
-    if (too_long or vocabulary.is_sentence(title, names)) and draft.found("sentence_title", title, reason, mend):
+    if (too_long or vocabulary.is_sentence(title, names)) and draft.report("sentence_title", title, reason, fix):
         draft.title = listing or vocabulary.trimmed(title[:MAX_TITLE].rpartition(" ")[0])
 
 
 def _listing(items: list[str]) -> str:
-    """A title made of the items, as many as the schema has room for: "egg, pie and tea"."""
+    """Join the items to a title, as many as the schema allows: "egg, pie and tea"."""
     while True:
         *start, last = items or [""]
         title = f"{', '.join(start)} and {last}" if start else last

@@ -1,6 +1,6 @@
-"""What names and titles mean: which are the same but for number or spelling, which are drinks, which no image shows, which are sentences.
+"""Compare and classify names: same name, food or drink, hidden ingredient, sentence.
 
-The knowledge is in the text files beside this one; they are meant to be edited, and each says at its top how it is read.
+The word lists in `words/` hold the knowledge. Each file explains its format at the top; edit them to change the rules.
 """
 
 import re
@@ -9,11 +9,9 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Shelf = Literal["food_items", "drink_items"]
-
-# what follows is no part of the name
+# A name ends before any of these.
 CUT = re.compile(r"[,;:]| (?:with|without|in|on|from|over|for|al|alla|au|a la|en|topped|served|made) ")
 AND = re.compile(r" (?:and|&|n|plus) ")
 CONTAINERS = frozenset(("bottle", "box", "can", "carton", "cup", "glass", "jug", "mug", "pint", "pitcher", "pot"))
@@ -22,40 +20,43 @@ PHOTO_OF = re.compile(
     r" (?:of|showing)(?: an?| the| some)?\b(?=.)"
 )
 SENTENCE = re.compile(
-    r"^(?:this|these|that|those|there|here|it|its|i|we|he|she|you (?:can|see)|my|our|someone|people|what|look|the (?:image|picture))\b"
+    r"^(?:this|these|that|those|there|here|it|its|i|we|he|she|you (?:can|see)|my|our|someone|people|what|look"
+    r"|the (?:image|picture))\b"
     r"|\b(?:is|are|was|were|has|have|had|will|would|should|could|shows?|depicts?|contains?|consists?|displays?|appears?|looks?|tastes?)\b"
-    r"|\b(?:sits?|lies|rests|stands|goes|comes|makes|serves|shown|seen|placed|arranged|featured|sitting|resting|lying|holding|eating)\b"
+    r"|\b(?:sits?|lies|rests|stands|goes|comes|makes|serves|shown|seen|placed|arranged|featured|sitting|resting|lying"
+    r"|holding|eating)\b"
     r"|\b(?:featuring|enjoy\w*|they|we)\b"
-    r"|\b(?:on|in|at|from|against|beside|near|over|under|with|to|of) (?:an?|the|my|some|top of an?|top of the)\b(?: [\w-]+)?"
+    r"|\b(?:on|in|at|from|against|beside|near|over|under|with|to|of) (?:an?|the|my|some|top of an?|top of the)\b"
+    r"(?: [\w-]+)?"
     r" (?:table\w*|plate|platter|background|counter\w*|tray|board|surface|kitchen|restaurant|napkin|cloth)\b"
 )
 ARTICLES = frozenset(("a", "an", "the", "this", "my", "our", "his", "her", "their", "your"))
-MAX_EXTRA, MAX_EXTRA_WITH_ARTICLE = 8, 5  # title words that name no item: more make a sentence
-ALIKE = 0.75  # of two spellings of one word, as difflib measures it: idli and idly
-ENDS = " \t.,;:!?\"'`´*•·-–—_/\\|~#+=<>[]{}“”‘’«»…"  # no name begins or ends with them
-CACHE = 65536  # names; a vocabulary, not a data set
+MAX_EXTRA, MAX_EXTRA_WITH_ARTICLE = 8, 5  # a title with more words than this beside its items is a sentence
+ALIKE = 0.75  # difflib ratio from which two spellings are the same word: idli and idly
+ENDS = " \t.,;:!?\"'`´*•·-–—_/\\|~#+=<>[]{}“”‘’«»…"  # stripped from both ends of a name
+CACHE = 65536  # names
 
 
 @lru_cache(CACHE)
 def plain(text: str) -> str:
-    """Lower case without accents, hyphens, underscores, brackets and what is inside them: for comparing, never for writing."""
+    """Normalize a text for comparison: lower case, without accents, hyphens, underscores and bracketed parts."""
     text = "".join(mark for mark in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(mark))
     return " ".join(re.sub(r"[^\w\s&',;:%]|_", " ", re.sub(r"\([^)]*\)", " ", text)).split())
 
 
 @lru_cache(CACHE)
 def stems(text: str) -> tuple[str, ...]:
-    """The words of a text, each in the singular."""
+    """Return the words of a text, each in the singular."""
     return tuple(_singular(word) for word in re.sub("[,;:]", " ", plain(text)).split())
 
 
 def key(name: str) -> str:
-    """The same text for all names that differ in number or spelling only: "Fried eggs" and "fried-egg"."""
+    """Return one text for all names that differ only in number or spelling: "Fried eggs" and "fried-egg"."""
     return " ".join(stems(name)) or name
 
 
 def trimmed(text: str) -> str:
-    """NFC, single spaces, no invisible characters, and no marks at the ends."""
+    """Normalize a text for writing: NFC, single spaces, no invisible characters, no marks at the ends."""
     text = unicodedata.normalize("NFC", "".join(mark for mark in text if mark.isprintable() or mark.isspace()))
     if text.count("(") != text.count(")"):
         text = text.replace("(", " ").replace(")", " ")
@@ -63,69 +64,64 @@ def trimmed(text: str) -> str:
 
 
 @lru_cache(CACHE)
-def shelf_of(name: str) -> Shelf | None:
-    """Which list an item belongs to; None for names that the word lists do not know, or that are both ("cookies and milk").
+def field_of(name: str) -> str | None:
+    """Return "food_items" or "drink_items", or None for unknown names and for names of both ("cookies and milk").
 
-    The last words of a name say what it is, but not of a proper name: "The Swedish Tart" is a drink.
+    The last words of a name decide, except in proper names: "The Swedish Tart" is a drink.
     """
-    if shelf := _shelf_by_end(key(name), whole=True):
-        return shelf
+    if field := _field_by_ending(key(name), whole=True):
+        return field
     if plain(name).startswith("the "):
         return None
-    shelves = {_shelf_by_end(key(part)) for part in AND.split(CUT.split(plain(name))[0])}
-    return shelves.pop() if len(shelves) == 1 else None
+    fields = {_field_by_ending(key(part)) for part in AND.split(CUT.split(plain(name))[0])}
+    return fields.pop() if len(fields) == 1 else None
 
 
 def is_hidden(item: str, beside: Iterable[str]) -> bool:
-    """Whether a food is an ingredient that cannot be seen in a dish; `beside` are the other names of the image, title and class too."""
+    """Tell whether a food is an invisible ingredient. `beside` holds the other items, the title and the class."""
     name = plain(item)
-    always = _end(name, entries("pantry", "always"))
-    if always and always >= max(
-        _end(key(item), entries("foods")), _end(key(item), entries("drinks"))
-    ):  # "bell pepper", "dr pepper"
+    always = _ending_length(name, entries("pantry", "always"))
+    longest = max(_ending_length(key(item), entries(file)) for file in ("foods", "drinks"))
+    if always and always >= longest:  # "bell pepper" and "dr pepper" have longer entries of their own
         return True
-    if name in entries("pantry", "in bakes") and _speak_of(beside, entries("pantry", "bakes")):
+    if name in entries("pantry", "in bakes") and _mention(beside, entries("pantry", "bakes")):
         return True
-    return name in entries("pantry", "off bread") and not _speak_of(beside, entries("pantry", "bread"))
+    return name in entries("pantry", "off bread") and not _mention(beside, entries("pantry", "bread"))
 
 
 def is_cooking_liquid(item: str) -> bool:
-    """Whether it is a drink that dishes are cooked with."""
+    """Tell whether an item is a drink that dishes are cooked with."""
     return plain(item) in entries("pantry", "liquids")
 
 
 @lru_cache(CACHE)
 def content(text: str) -> frozenset[str]:
-    """The words that say which food it is, each in the singular: without "fresh", "plate" and the like."""
+    """Return the words that identify a food, each in the singular, without "fresh", "plate" and the like."""
     return frozenset(stems(text)) - entries("generic")
 
 
-def holds(title: str, name: str) -> bool:
-    """Whether the title has this name as it is written: no plural for a singular."""
+def contains(title: str, name: str) -> bool:
+    """Tell whether the title contains exactly this name, in the same number."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", title) is not None
 
 
 def share_a_word(title: str, names: list[str]) -> bool:
-    """Whether a title speaks of any of these names; true also for one that says nothing in particular, such as "breakfast"."""
+    """Tell whether a title mentions any of the names. True for a title without content, such as "breakfast"."""
     known = frozenset().union(*map(content, names)) | {"".join(stems(name)) for name in names}  # "hotdog" is "hot dog"
-    return not content(title) or any(
-        _alike(one, other) for one in {*content(title), "".join(stems(title))} for other in known
-    )
+    words = {*content(title), "".join(stems(title))}
+    return not content(title) or any(_alike(one, other) for one in words for other in known)
 
 
 def is_sentence(title: str, names: list[str]) -> bool:
-    """Whether a title tells a story. The words of `names` do not count: a list of four items is no sentence."""
+    """Tell whether a title is a sentence. The words of `names` do not count: a list of four items is not a sentence."""
     known = set(stems(" ".join(names)))
     extra = [word for word in stems(title) if word not in known]
-    return (
-        bool(SENTENCE.search(title))
-        or len(extra) > MAX_EXTRA
-        or (len(extra) > MAX_EXTRA_WITH_ARTICLE and not ARTICLES.isdisjoint(extra))
-    )
+    limit = MAX_EXTRA if ARTICLES.isdisjoint(extra) else MAX_EXTRA_WITH_ARTICLE
+    return bool(SENTENCE.search(title)) or len(extra) > limit
 
 
 def without_photo_of(title: str) -> str:
-    """The title without a beginning such as "a photo of"; a title that is nothing else stays."""
+    """Strip an opening such as "a photo of" from a title, unless nothing would be left."""
     opening = PHOTO_OF.match(title)
     subject = trimmed(title[opening.end() :]) if opening else ""
     return without_photo_of(subject) if subject else title
@@ -133,7 +129,7 @@ def without_photo_of(title: str) -> str:
 
 @cache
 def entries(file: str, section: str = "") -> frozenset[str]:
-    """A section of a word list, ready to compare with `key` (the sections of the pantry that name ingredients: with `plain`)."""
+    """Return a section of a word list, to be compared with `key`, or with `plain` for the ingredients of the pantry."""
     ready = plain if section in ("always", "in bakes", "off bread", "liquids") else key
     found, current = set(), ""
     for line in _lines(file):
@@ -149,41 +145,34 @@ def _lines(file: str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith("#")]
 
 
-def _shelf_by_end(name: str, whole: bool = False) -> Shelf | None:
+def _field_by_ending(name: str, whole: bool = False) -> str | None:
+    """Return the field of the longest entry that the name ends with; with `whole`, the entry must be the whole name."""
     words = name.split()
-    drink, food = _end(name, entries("drinks")), _end(name, entries("foods"))
+    drink, food = _ending_length(name, entries("drinks")), _ending_length(name, entries("foods"))
     if drink != food and (not whole or max(drink, food) == len(words)):
         return "drink_items" if drink > food else "food_items"
-    if (
-        not whole
-        and len(words) > 1
-        and words[-1] in CONTAINERS
-        and _shelf_by_end(" ".join(words[:-1])) == "drink_items"
-    ):
-        return "drink_items"
-    return None
+    contained = " ".join(words[:-1]) if not whole and words[1:] and words[-1] in CONTAINERS else ""
+    return "drink_items" if contained and _field_by_ending(contained) == "drink_items" else None
 
 
-def _end(name: str, known: frozenset[str]) -> int:
-    """How many words the longest entry has that the name ends with, 0 for none."""
+def _ending_length(name: str, known: frozenset[str]) -> int:
+    """Return the number of words of the longest entry that the name ends with, 0 for none."""
     words = name.split()
     return next((len(words) - start for start in range(len(words)) if " ".join(words[start:]) in known), 0)
 
 
-def _speak_of(texts: Iterable[str], known: frozenset[str]) -> bool:
+def _mention(texts: Iterable[str], known: frozenset[str]) -> bool:
     return any(f" {entry} " in f" {key(text)} " for text in texts for entry in known)
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether two words mean the same thing: burger and cheeseburger, yoghurt and yogurt."""
+    """Tell whether two words mean the same: burger and cheeseburger, yoghurt and yogurt."""
     short, long = sorted((one, other), key=len)
     if len(short) < 4:
         return one == other
-    return (
-        long.startswith(short)
-        or long.endswith(short)
-        or (one[0] == other[0] and SequenceMatcher(None, one, other).ratio() >= ALIKE)
-    )
+    if long.startswith(short) or long.endswith(short):
+        return True
+    return one[0] == other[0] and SequenceMatcher(None, one, other).ratio() >= ALIKE
 
 
 @lru_cache(CACHE)
@@ -204,6 +193,6 @@ def _plurals() -> dict[str, str]:
 
 @cache
 def _inflect() -> Any:
-    import inflect  # here and not above, for importing it takes more than a second
+    import inflect  # imported here because it takes more than a second
 
     return inflect.engine()
