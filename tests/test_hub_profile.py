@@ -20,7 +20,7 @@ from original import BROKEN, DIRT, EXACT_COPY, SPECIAL, parquet, rows_of_the_ori
 ROOT = Path(__file__).parents[1]
 ZERO, ONE = "00_create_vlm_dataset.ipynb", "01_fine_tune_vlm_v3_smolVLM_500m.ipynb"
 IMAGES, MODEL, SPACE = "somebody/food-images", "somebody/food-500m", "somebody/food-demo"
-QUICK = {"epochs": 1, "batch_size": 4, "accumulation": 2}
+QUICK = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
 pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(1800)]
 

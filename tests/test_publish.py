@@ -36,7 +36,7 @@ from foodextract.names import HUB_BASE
 from foodextract.reporting import cards
 from foodextract.reporting.tables import NAMES
 from foodextract.schema import FoodRecord
-from foodextract.training import presets
+from foodextract.training import config as presets
 from hub_server import LARGE, TOKEN, Fault, Repository, environment, running_hub
 
 ROOT = Path(__file__).parents[1]

@@ -141,7 +141,7 @@ def train(
     profile: Annotated[str, typer.Option(help="Base model and settings: hub or offline.")] = "hub",
     base: Annotated[str | None, typer.Option(help="Hub id or folder of another base model.")] = None,
     stage1: Annotated[
-        str, typer.Option(help='What differs in stage 1, as JSON: {"epochs": 1, "learning_rate": 1e-4}')
+        str, typer.Option(help='What differs in stage 1, as JSON: {"num_train_epochs": 1, "learning_rate": 1e-4}')
     ] = "{}",
     stage2: Annotated[str, typer.Option(help="The same for stage 2.")] = "{}",
     seed: Annotated[int, typer.Option(help="Order of the images.")] = 42,
@@ -164,8 +164,7 @@ def train(
         from foodextract.data.dataset import open_dataset
         from foodextract.data.samples import DatasetError
         from foodextract.models.loading import ModelError, choose_device, load_model, load_processor
-        from foodextract.training.config import changed, is_sharded
-        from foodextract.training.presets import PROFILES
+        from foodextract.training.config import PROFILES, changed, is_sharded
         from foodextract.training.run import train_stage
 
     if profile not in PROFILES:
@@ -174,7 +173,7 @@ def train(
     try:
         stages = [changed(settings.stage1, json.loads(stage1)), changed(settings.stage2, json.loads(stage2))]
     except (TypeError, ModelError, json.JSONDecodeError) as error:
-        _stop(f"--stage1 and --stage2 take JSON with values of a stage, such as '{{\"epochs\": 1}}' ({error})")
+        _stop(f"--stage1 and --stage2 take JSON settings, such as '{{\"num_train_epochs\": 1}}' ({error})")
     processes = PartialState()
     with _stop_on(ModelError, DatasetError):
         with processes.main_process_first():
