@@ -173,10 +173,10 @@ import os, sys
 sys.path.insert(0, {str(ROOT / "demos" / "FoodExtract-Vision")!r})
 from PIL import Image
 Image.new("RGB", (80, 60), "white").save("white.png")
-import app, asking
+import app, predict
 print(app.extract("white.png"))
-budgets = [model.processor.image_processor.size["longest_edge"] for model in (asking.TUNED, asking.UNTUNED)]
-print(budgets, app.asking.BASE)
+budgets = [model.processor.image_processor.size["longest_edge"] for model in (predict.TUNED, predict.UNTUNED)]
+print(budgets, app.predict.BASE)
 """
     record, told = in_a_new_process(hub, home, script, FOODEXTRACT_MODEL=MODEL).strip().splitlines()[-2:]
     FoodRecord.parse(record)
