@@ -109,19 +109,6 @@ def outcome_table(rows: Sequence[Row]) -> str:
     return markdown_table(["experiment", "subject", "training loss, first and last step", *names.values()], lines)
 
 
-def one_stage(rows: Sequence[Row]) -> str:
-    """Say what the ablation measured for spending all images on stage 1."""
-    cells = {row.metric: row for row in rows if row.subject == "one stage minus reference"}
-    items, form = cells["item_f1_micro_lenient_difference"], cells["strict_json_rate_difference"]
-    verdict = "better" if items.low > 0 else "worse" if items.high < 0 else "no measurable difference"
-    return (
-        f"In the [ablation](experiments/README.md#what-each-choice-is-worth) ({items.n} seeds, equally many images), "
-        f"stage 1 alone changes item F1 (lenient parser) by {_change(items)}, {verdict}, and strict JSON by "
-        f"{_change(form)}. Two stages stay the default because they are the original project's recipe; neither is "
-        "measured at 500M parameters on photographs."
-    )
-
-
 def offline_in_full(rows: Sequence[Row]) -> str:
     """The metrics that README leaves out, and the items after stage 2."""
     names = {"schema_valid_rate": NAMES["schema_valid_rate"]} | MORE_NAMES

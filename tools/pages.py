@@ -51,11 +51,6 @@ def offline_table(root: Path) -> str:
     return metric_table([row for row in rows if row.low is not None], HEADLINES)
 
 
-def _stages(root: Path) -> str:
-    offline, ablation = (read_results(root / "results" / name) for name in ("offline.json", "ablation.json"))
-    return f"{stage_comparison(offline)} {page_tables.one_stage(ablation)}"
-
-
 def _rendered(file: str, command: str, render: Callable[[list[Row]], str]) -> Render:
     """Render a results file, or say how to measure it while it does not exist."""
 
@@ -81,7 +76,7 @@ PYTHON = ".venv/bin/python"
 ABLATION = "ablation.json", f"{PYTHON} experiments/ablation.py"
 BASELINES = "baselines.json", f"{PYTHON} benchmarks/baselines.py"
 PAGES: dict[str, dict[str, Render]] = {
-    "README.md": {BEFORE_AFTER: offline_table, "stages": _stages},
+    "README.md": {BEFORE_AFTER: offline_table, "stages": _rendered("offline.json", "make demo", stage_comparison)},
     "experiments/README.md": {
         "experiments": _rendered("experiments.json", "make experiments", page_tables.outcome_table),
         "why": _rendered(*ABLATION, page_tables.effect_sentences),
