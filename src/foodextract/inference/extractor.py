@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Self
 
@@ -18,7 +19,14 @@ from foodextract.inference.confidence import Confidence, confidence_of
 from foodextract.inference.decoding import ALWAYS, Answer, Decoder, Guide, Wanted
 from foodextract.inference.grammar import Dialect, recognize, undecided
 from foodextract.inference.onnx import GraphModel, is_exported
-from foodextract.models.loading import ModelError, choose_device, image_budget, load_model, load_processor
+from foodextract.models.loading import (
+    ModelError,
+    check_image_tokens,
+    choose_device,
+    image_budget,
+    load_model,
+    load_processor,
+)
 from foodextract.schema import AnswerError, FoodRecord
 
 LOG = logging.getLogger("foodextract")
@@ -82,9 +90,10 @@ class Extractor:
         else:
             model = load_model(model_id, choose_device(device), precision=precision).requires_grad_(False)
             processor = load_processor(model_id, tiles)
+            check_image_tokens(model, processor)
         extractor = cls(model, processor, constrained)
         if tiles is None and extractor.tiles > 1:
-            most, one = extractor.tiles, processor.image_seq_len
+            most, one = extractor.tiles, processor.image_seq_len  # type: ignore[attr-defined]
             LOG.warning(
                 f"{model_id} cuts an image into up to {most} tiles ({most * one:,} image tokens; one tile has {one}), "
                 "and each counts towards the batch size: --tiles 1 (in Python tiles=1) costs far less, but may change "
@@ -157,7 +166,7 @@ class Extractor:
         results: dict[int, Result] = {}
         for batch in batches:
             inputs = BatchFeature({name: torch.cat([images[number][name] for number in batch]) for name in images[0]})
-            found = self._results(inputs, lambda row, _, batch=batch: wanted(batch[row]))
+            found = self._results(inputs, partial(_wanted_row, wanted, batch))
             results |= zip(batch, found, strict=True)
         return [results[number] for number in range(len(images))]
 
@@ -253,6 +262,10 @@ class Extractor:
         answers = self._decoder.generate(inputs.to(self.model.device, self.model.dtype), limit, guide, wanted)
         self.model.train(training)
         return answers
+
+
+def _wanted_row(wanted: Callable[[int], bool], batch: list[int], row: int, answer: Answer) -> bool:
+    return wanted(batch[row])
 
 
 def _parsed(text: str) -> Result:
