@@ -17,7 +17,7 @@ export TQDM_MININTERVAL ?= 5
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/.installed  ## Create .venv with everything pinned (once; a second time takes no time).
+install: $(VENV)/.installed  ## Create .venv from the lock in requirements.txt (once).
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
@@ -66,8 +66,8 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 test: lint $(VENV)/checkov/.installed  ## Lint, unit tests and notebooks in small, spread over the cores.
 	$(PYTEST)
 
-FLOOR_TESTS := $(foreach name,cache captioner checkpoints cleaning cli collate dataset decoding dialects duplicates evaluation extractor hub_data models \
-	images publish reports scenes schema sources tiles training,tests/test_$(name).py)
+FLOOR_TESTS := $(foreach name,blip cache checkpoints cleaning cli collate dataset decoding duplicates evaluation extractor grammar hub_data \
+	images models publish reports scenes schema sources startup tiles training,tests/test_$(name).py)
 
 test-floors: $(VENV)/floors/.installed  ## The fast tests against the oldest supported versions, which are those that Colab has.
 	$(VENV)/floors/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(FLOOR_TESTS)

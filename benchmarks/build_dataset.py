@@ -1,9 +1,9 @@
 """How building a data set scales: memory and throughput over 100,000 small images, and what a SIGKILL half-way costs.
 
-    python benchmarks/build_dataset.py                  # about five minutes on 2 cores; writes results/dataset_build.json and curves
+    python benchmarks/build_dataset.py      # five minutes on 2 cores; writes results/dataset_build.json and curves
 
-Two builds of the same generated images run side by side in processes of their own: one undisturbed, one killed with SIGKILL
-half-way and started again. Both must leave the same files, byte for byte.
+Two builds of the same generated images run side by side in their own processes. One is killed with SIGKILL half-way and
+started again. Both must write the same files, byte for byte.
 """
 
 import hashlib

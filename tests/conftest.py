@@ -99,7 +99,7 @@ def tuned():
 
 @pytest.fixture
 def online(monkeypatch, tmp_path):
-    """A Hub on this machine that this very process reaches by ids, as it would reach the real one; no wait between attempts."""
+    """A Hub on this machine that this process reaches by ids, like the real one, without waits between attempts."""
     http = sys.modules["huggingface_hub.utils._http"]
     monkeypatch.setattr(http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
     constants, config = huggingface_hub.constants, hf_datasets.config

@@ -1,8 +1,8 @@
-"""A model hub on this machine: as much of the Hub's HTTP API as the official client needs, with faults that can be switched on.
+"""A model hub on this machine: the part of the Hub's HTTP API that the official client needs, with optional faults.
 
-Written from what `huggingface_hub` sends: whoami, repositories, commits of regular and large (LFS) files, trees, files by revision and
-range, Space variables; and what `datasets` asks for when it loads a data set by its id. Files of more than LARGE bytes are large;
-everything is kept in memory.
+Written from what `huggingface_hub` sends: whoami, repositories, commits of regular and large (LFS) files, trees, files
+by revision and range, Space variables; and what `datasets` asks for when it loads a data set by its id. Files of more
+than LARGE bytes are large; everything is kept in memory.
 
 `python tests/hub_server.py COMMAND…` runs a command with a Hub of its own, a notebook that publishes for example.
 """
@@ -30,8 +30,8 @@ LARGE = 50_000
 class Fault:
     """What goes wrong with requests of `method` whose path matches `path`, `times` times (endlessly when negative).
 
-    `status` answers with that error, which `says` something; 0 reads half of the body and closes the connection; `seconds` only makes the
-    answer wait.
+    `status` answers with that error, which `says` something; 0 reads half of the body and closes the connection;
+    `seconds` only makes the answer wait.
     """
 
     method: str
@@ -66,7 +66,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server knows. `requests` are the (method, path) of everything it was asked, `sent` the bytes of all its answers."""
+    """State of the server. `requests` holds the (method, path) of every request, `sent` the bytes of all answers."""
 
     url: str = ""
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         return found
 
-    # ------------------------------------------------------------------------------------------------------------------------ doors
+    # ------------------------------------------------------------------------------------------------------------ doors
 
     def whoami(self, _):
         self._send(200, {"name": "somebody", "type": "user", "orgs": [], "auth": {"type": "access_token"}})

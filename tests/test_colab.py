@@ -1,4 +1,4 @@
-"""What a Colab badge starts: the set-up cell of every notebook, in a kernel that has loaded Pillow as `google.colab` does."""
+"""The set-up cell of every notebook, in a kernel that has loaded Pillow as `google.colab` does."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_a_profile_that_needs_a_gpu_stops_without_one_and_says_how_to_get_one(mo
 
 
 class Kernel:
-    """One kernel with a stand-in `google.colab`, a `pip` that only notes what it is asked, and no other foodextract than the clone's."""
+    """A kernel with a stand-in `google.colab`, a `pip` that records its arguments, and the clone's foodextract."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, folder / "asked.txt"

@@ -249,7 +249,7 @@ def test_the_image_starts_the_command_that_is_there_and_keeps_no_root():
 
 
 def test_the_image_s_own_steps_give_a_server_that_answers(tmp_path):
-    """What the build stage runs, run here: from the files that it copies, by uv from its cache, into a folder in place of /app."""
+    """Run the build stage here: the files it copies, uv from its cache, and a folder instead of /app."""
     context, app, tuned = tmp_path / "src", tmp_path / "app", loading.TINY_TUNED
     build = (DEPLOY / "Dockerfile").read_text().split("FROM ")[1]
     for names, to in re.findall(r"^COPY (.+) (\S+)$", build, re.M):

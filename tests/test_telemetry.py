@@ -16,7 +16,8 @@ from foodextract.training import config as presets
 from foodextract.training import run as training
 
 stage = presets.PROFILES["offline"].stage1
-model, processor = loading.load_model(loading.TINY_BASE, loading.choose_device("cpu"), training=True), loading.load_processor(loading.TINY_BASE)
+model = loading.load_model(loading.TINY_BASE, loading.choose_device("cpu"), training=True)
+processor = loading.load_processor(loading.TINY_BASE)
 training.train_stage(model, processor, stage, dataset.load({rows!r})["train"], {out!r}, max_steps=1)
 
 from huggingface_hub.utils import _telemetry
