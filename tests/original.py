@@ -94,7 +94,8 @@ def _save_tokenizer(folder: Path) -> None:
     more = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     settings = {
         "tokenizer_class": "GPT2Tokenizer", "processor_class": "SmolVLMProcessor", "model_max_length": 8192,
-        "add_prefix_space": False, "additional_special_tokens": more, "clean_up_tokenization_spaces": False, "truncation_side": "left",
+        "add_prefix_space": False, "additional_special_tokens": more, "clean_up_tokenization_spaces": False,
+        "truncation_side": "left",
         **names,
         "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>", "image_token": "<image>",
     }  # fmt: skip
