@@ -1,8 +1,7 @@
-"""Two models on the same images: the difference of their figures, how sure it is, and whether chance would do.
+"""Compare two models on the same images: paired differences of metrics, with interval and p value.
 
-The interval is a paired bootstrap's: both models are resampled with the same images. The p value is of a paired permutation test
-(Noreen 1989; Yeh 2000 for F1 of labeled items): were the models equal, each pair of answers could as well have come the other way round.
-For a share of images that is McNemar's test (1947).
+The interval is a paired bootstrap's: both models are resampled with the same images. The p value comes from a paired
+permutation test (Noreen 1989; Yeh 2000 for F1 of labeled items), which for a share of images is McNemar's test (1947).
 """
 
 from collections.abc import Sequence
@@ -11,24 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import permutation_test
 
-from foodextract.evaluation.evaluate import Metric, Table, judge_all, middle, to_rows
-from foodextract.evaluation.metrics import MEASURES, Measure
-from foodextract.evaluation.results import Row
+from foodextract.evaluation.evaluate import Metric, ScoreTable, percentile_interval, score_answers
+from foodextract.evaluation.metrics import METRICS, Formula
+from foodextract.evaluation.results import Row, make_row
 from foodextract.evaluation.scoring import Reader
 from foodextract.schema import FoodRecord
 
 PERMUTATIONS = (
-    9999  # the smallest p is 2 / (PERMUTATIONS + 1) = 0.0002, unless all permutations of few images can be tried
+    9999  # the smallest p is 2 / (PERMUTATIONS + 1), unless there are few enough images to try all permutations
 )
 COMPARED = (
-    "strict_json_rate", "is_food_accuracy", "is_food_mcc", "item_f1_micro", "item_f1_micro_soft", "item_f1_macro", "title_similarity",
-    "hallucination_rate",
+    "strict_json_rate", "is_food_accuracy", "is_food_mcc", "item_f1_micro", "item_f1_micro_soft", "item_f1_macro",
+    "title_similarity", "hallucination_rate",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Ours minus theirs, over the images that the metric is about. `p` is two-sided."""
+    """Ours minus theirs, over the images that the metric covers. `p` is two-sided."""
 
     metric: Metric
     p: float
@@ -42,32 +41,32 @@ def compare(
     read: Reader = FoodRecord.parse,
     metrics: Sequence[str] = COMPARED,
 ) -> list[Difference]:
-    """One difference a metric; metrics that no image here is about are left out. Raises ValueError for lists of different lengths."""
-    our, their = (Table(judge_all(labels, answers, scopes, read)) for answers in (ours, theirs))
-    return [_difference(name, MEASURES[name], our, their) for name in metrics if our.n(MEASURES[name])]
+    """Return one difference per metric that covers an image. Raises ValueError for lists of different lengths."""
+    our, their = (ScoreTable(score_answers(labels, answers, scopes, read)) for answers in (ours, theirs))
+    return [_difference(name, METRICS[name], our, their) for name in metrics if our.n(METRICS[name])]
 
 
-def _difference(name: str, measure: Measure, our: Table, their: Table) -> Difference:
-    low, high = middle(our.samples(measure) - their.samples(measure))
-    value = our.value(measure) - their.value(measure)
-    return Difference(
-        Metric(name, value, float(low), float(high), our.n(measure), measure.unit), _p_value(measure, our, their)
-    )
+def _difference(name: str, formula: Formula, our: ScoreTable, their: ScoreTable) -> Difference:
+    low, high = percentile_interval(our.samples(formula) - their.samples(formula))
+    value = our.value(formula) - their.value(formula)
+    metric = Metric(name, value, low, high, our.n(formula), formula.unit)
+    return Difference(metric, _p_value(formula, our, their))
 
 
-def _p_value(measure: Measure, our: Table, their: Table) -> float:
-    about = our.values[:, our.place[measure.images]] > 0
-    rows = np.concatenate([table.values[about][:, table.places(measure)] for table in (our, their)])  # (2 n, columns)
+def _p_value(formula: Formula, our: ScoreTable, their: ScoreTable) -> float:
+    covered = our.values[:, our.index[formula.images]] > 0
+    rows = np.concatenate([table.values[covered][:, table.select(formula)] for table in (our, their)])  # (2 n, columns)
+
+    def value(positions: np.ndarray) -> np.ndarray:
+        return formula.of(*np.moveaxis(rows[positions].sum(-2), -1, 0))
 
     def difference(mine: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
-        """Both (…, n): which rows are ours, and which theirs."""
-        return measure.of(*np.moveaxis(rows[mine].sum(-2), -1, 0)) - measure.of(
-            *np.moveaxis(rows[others].sum(-2), -1, 0)
-        )
+        """Both (…, n): the positions of our rows, and of theirs."""
+        return value(mine) - value(others)
 
     pairs = np.arange(len(rows)).reshape(2, -1)
     if len(pairs[0]) < 2 or np.array_equal(*rows[pairs]):
-        return 1.0  # nothing to exchange
+        return 1.0  # nothing to permute
     found = permutation_test(
         pairs, difference, permutation_type="samples", n_resamples=PERMUTATIONS, batch=200, vectorized=True, rng=0
     )
@@ -75,10 +74,16 @@ def _p_value(measure: Measure, our: Table, their: Table) -> float:
 
 
 def difference_rows(benchmark: str, subject: str, differences: Sequence[Difference], command: str) -> list[Row]:
-    """Two rows a difference: `<metric>_difference` with its interval, and `<metric>_p`. `subject` says who minus whom."""
-    figures = []
+    """Return two rows per difference, `<metric>_difference` and `<metric>_p`. `subject` has the form `a minus b`."""
+    rows = []
     for difference in differences:
         m = difference.metric
-        figures.append(Metric(f"{m.name}_difference", m.value, m.low, m.high, m.n, m.unit))
-        figures.append(Metric(f"{m.name}_p", difference.p, None, None, m.n, "probability"))
-    return to_rows(benchmark, subject, figures, command)
+        for suffix, value, low, high, unit in (
+            ("difference", m.value, m.low, m.high, m.unit),
+            ("p", difference.p, None, None, "probability"),
+        ):
+            name = f"{m.name}_{suffix}"
+            rows.append(
+                make_row(benchmark, subject, name, value, unit=unit, low=low, high=high, n=m.n, command=command)
+            )
+    return rows

@@ -182,7 +182,7 @@ def corrupted(
             change = next(images)
             read = partial(_changed, sample, change, int(rng.integers(2**31)))
             yield replace(sample, name=f"{sample.name}{COPY}", read=read)
-            log.append((change.__name__, f"{sample.name}{COPY}"))
+            log.append((f"{change.__name__} copy", f"{sample.name}{COPY}"))
 
 
 def count_found(log: list[tuple[str, str]], folder: Path) -> list[tuple[str, int, int]]:
@@ -198,13 +198,14 @@ def count_found(log: list[tuple[str, str]], folder: Path) -> list[tuple[str, int
     issues = {(issue["name"], issue["rule"]) for issue in rows("issues")}
     groups = [set(group["names"]) for group in rows("near_duplicates")]
     duplicates = {reject["name"] for reject in rows("rejects") if "duplicate" in reject["reason"]}
+    kinds = [*LABEL_CORRUPTIONS, *(f"{change.__name__} copy" for change in IMAGE_CORRUPTIONS)]
     number, found = Counter(kind for kind, _ in log), Counter[str]()
     for kind, name in log:
         if kind in LABEL_CORRUPTIONS:
             found[kind] += any((name, rule) in issues for rule in LABEL_CORRUPTIONS[kind][1])
         else:
             found[kind] += name in duplicates or any({name, name.removesuffix(COPY)} <= group for group in groups)
-    return [(kind, number[kind], found[kind]) for kind in sorted(number)]
+    return [(kind, number[kind], found[kind]) for kind in kinds]
 
 
 def _changed(sample: Sample, change: ImageCorruption, seed: int) -> bytes:

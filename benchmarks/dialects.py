@@ -1,11 +1,11 @@
-"""Does `extract` lose what a checkpoint knows when it writes another form than canonical JSON?
+"""Measure whether `extract` keeps the accuracy of a checkpoint that writes another form than canonical JSON.
 
-    python benchmarks/dialects.py                                  # some ten minutes on one core; writes results/dialects.json
-    python benchmarks/dialects.py --repr owner/name --json ""      # a checkpoint of somebody else's instead, and no other
+    python benchmarks/dialects.py                                # ten minutes on one core; writes results/dialects.json
+    python benchmarks/dialects.py --repr owner/name --json ""    # another checkpoint of that form, and no JSON one
 
-The bundled tuned model is trained on with each target text (`Stage.target`) on the same drawings. Each model is then asked three times:
-free, its answers read by `FoodRecord.parse_lenient`; by `extract`; and under the grammar of canonical JSON, which `extract` used for every
-checkpoint before it knew dialects.
+The bundled tuned model is trained further with each target text (`Stage.target`) on the same drawings. Each model then
+answers in three ways: free, parsed by `FoodRecord.parse_lenient`; as `extract` answers; and under the grammar of
+canonical JSON, whatever form it writes.
 """
 
 import sys
@@ -31,11 +31,11 @@ from foodextract.training.run import train_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("strict_json_rate", "is_food_accuracy", "item_f1_micro")
-LENIENT = "item_f1_micro_lenient"  # items of whatever can be read as a record
+LENIENT = "item_f1_micro_lenient"  # with the lenient parser
 
 
 def trained(target: str, rows: DatasetDict, work: Path, rate: float, seed: int) -> Path:
-    """The folder of the bundled tuned model after one more epoch with another target text."""
+    """Train the bundled tuned model for one more epoch with another target text; return its folder."""
     model = loading.load_model(loading.TINY_TUNED, loading.choose_device("cpu"), training=True)
     processor = loading.load_processor(loading.TINY_TUNED)
     stage = Stage(target, freeze=(VISION,), learning_rate=rate, epochs=1, **SMALL_STEPS, target=target)
@@ -44,7 +44,7 @@ def trained(target: str, rows: DatasetDict, work: Path, rate: float, seed: int) 
 
 
 def under_json(extractor: Extractor) -> Extractor:
-    """The same model under the grammar of canonical JSON, whatever its dialect."""
+    """Return the same model under the grammar of canonical JSON."""
     forced = Extractor(extractor.model, extractor.processor)
     forced._detected = Dialect(forced._lead)
     return forced
@@ -53,28 +53,28 @@ def under_json(extractor: Extractor) -> Extractor:
 def measure(
     name: str, folder: str | Path, images: list[Image.Image], labels: list[FoodRecord], command: str
 ) -> list[Row]:
-    """Rows of one checkpoint."""
+    """Return the rows of one checkpoint."""
     extractor = Extractor.from_pretrained(folder, "cpu")
     print(f"{name}: writes {extractor.dialect}")
-    ways = {
+    modes = {
         "free": extractor.generate_texts,
         "extract": partial(extractor.generate_texts, constrained=True),
         "JSON grammar": partial(under_json(extractor).generate_texts, constrained=True),
     }
     rows = []
-    for way, answer in ways.items():
-        texts = evaluate.ask(answer, images, 25, f"{name} {way}")
+    for mode, answer in modes.items():
+        texts = evaluate.predict(answer, images, 25, f"{name} {mode}")
         kept = [metric for metric in evaluate.score(labels, texts) if metric.name in METRICS]
-        if way == "free":
+        if mode == "free":
             lenient = evaluate.score(labels, texts, read=FoodRecord.parse_lenient)
             kept += [replace(metric, name=LENIENT) for metric in lenient if metric.name == "item_f1_micro"]
-        rows += evaluate.to_rows("dialects", f"{name} {way}", kept, command)
+        rows += evaluate.to_rows("dialects", f"{name} {mode}", kept, command)
     return rows
 
 
 def main(
     json_model: Annotated[
-        str, typer.Option("--json", help="A model that was trained on JSON; `train`: make one; empty: none.")
+        str, typer.Option("--json", help="A model trained on JSON; `train` makes one; empty skips it.")
     ] = "train",
     repr_model: Annotated[str, typer.Option("--repr", help="The same for Python reprs.")] = "train",
     train: Annotated[int, typer.Option(min=16, help="Drawings to train on.")] = 3600,
@@ -82,9 +82,9 @@ def main(
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 7e-4,
     seed: Annotated[int, typer.Option(help="Of the drawings and their order.")] = 5,
     work: Annotated[Path, typer.Option(help="Where models and drawings are kept.")] = ROOT / "outputs" / "dialects",
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "dialects.json",
+    out: Annotated[Path, typer.Option(help="The results file.")] = ROOT / "results" / "dialects.json",
 ) -> None:
-    """Train, ask, score, print and write down."""
+    """Train, predict, score, print and write."""
     if not (work / "dataset").exists():
         dataset.build(sources.scenes(seed=seed, train=train, test=test), work / "dataset")
     drawn = dataset.load(work / "dataset")

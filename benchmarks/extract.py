@@ -26,7 +26,7 @@ import typer
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, pipeline
 
-from extract_report import OURS, PHASES, SEED, render
+from extract_report import OURS, PHASES, SEED, save_plot
 from foodextract import prompts
 from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.results import Row, make_row, write_results
@@ -259,7 +259,7 @@ def main(
         rows += measure(one, files, batch or [1, 2, 4, 8], processor, command)
         write_results(results, rows)
         gc.collect()
-    render(results)
+    save_plot(results)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import torch
 import typer
 
 from extract import Dictation, Subject, alternately, cost_rows
-from extract_report import render
 from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.evaluate import rate
 from foodextract.evaluation.results import Row, make_row, write_results
@@ -117,7 +116,6 @@ def main(
         rows += latency(one, files, model, command)
         gc.collect()
     write_results(results, rows)
-    render(results)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What `extract.py`, `extract_onnx.py`, `valid.py` and `memory.py` measured: tables and plots for benchmarks/README.md.
+"""Tables and plots of what `extract.py`, `extract_onnx.py`, `valid.py` and `memory.py` measured; `tools/pages.py` shows
+them.
 
-python benchmarks/extract_report.py         # once more, from what is in results/
+python benchmarks/extract_report.py         # draw the plot again from results/extract_cpu.json
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,15 +13,14 @@ from matplotlib.figure import Figure
 
 from foodextract.evaluation.results import Row, read_results
 from foodextract.reporting.tables import markdown_table
-from pages import fill_in
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("open", "preprocess", "vision", "prefill", "tokens")
-SEED, OURS = "seed: pipeline, 17 tiles", "ours int8"  # behind the seed stands its number format
+SEED, OURS = "seed: pipeline, 17 tiles", "ours int8"  # the seed's subject goes on with its number format
 COLORS = ("#b0b0b0", "#f2b134", "#4c78a8", "#72b7b2", "#e45756")
 NAMES = {
     "schema_valid_rate": "answers that are records",
-    "same_answer_rate": "same answer, letter by letter",
+    "same_answer_rate": "identical answer",
     "same_is_food_rate": "same `is_food`",
 }
 
@@ -27,7 +28,7 @@ Figures = dict[str, dict[str, Row]]  # by subject and metric
 
 
 def by_size(rows: list[Row]) -> dict[str, Figures]:
-    """Figures by size of the model, in the order they were measured; subjects lose its name."""
+    """Group rows by model size, in the order of measurement; the size is stripped from the subjects."""
     sizes: dict[str, Figures] = {}
     for row in rows:
         size, subject = row.subject.split(", ", 1)
@@ -35,11 +36,11 @@ def by_size(rows: list[Row]) -> dict[str, Figures]:
     return sizes
 
 
-def costs(rows: list[Row], speedup: str, told: str) -> str:
-    """Markdown: CPU-seconds an image by phase, one table a size; `told` is the head of the column of `speedup`."""
+def costs(rows: list[Row], speedup: str, title: str) -> str:
+    """Return tables of CPU-seconds per image by phase, one per size; `title` heads the column of `speedup`."""
     tables = []
     for size, subjects in by_size(rows).items():
-        head = [size.upper(), "CPU-s an image", told, *PHASES, "n"]
+        head = [size.upper(), "CPU-s per image", title, *PHASES, "n"]
         lines = [
             [
                 name,
@@ -56,22 +57,26 @@ def costs(rows: list[Row], speedup: str, told: str) -> str:
 
 
 def batches(rows: list[Row]) -> str:
-    """Markdown: what forced tokens and batches are worth, a sentence a size."""
+    """Return one paragraph per size on what forced tokens and batches gain."""
     parts = []
     for size, subjects in by_size(rows).items():
         tokens, forced = subjects["answer"]["answer_tokens"], subjects["forced tokens alone"]["decode_speedup"]
-        part = f"{size.upper()}: forced tokens alone make the decode phase, {tokens.value:.0f} tokens, {_interval(forced)} times shorter."
+        part = (
+            f"{size.upper()}: forced tokens make decoding {_interval(forced)} times faster ({tokens.value:.0f} tokens)."
+        )
         for name, of in subjects.items():
             if "batch_decode_speedup" in of:
                 decode, whole = of["batch_decode_speedup"], of["batch_image_speedup"]
-                part += f" {name[0].upper()}{name[1:]}: {_interval(decode)} times the tokens a CPU-second of an image alone, and "
-                part += f"{_interval(whole)} times the images."
+                part += (
+                    f" {name[0].upper()}{name[1:]}: {_interval(decode)} times the tokens per CPU-second of a single "
+                )
+                part += f"image, and {_interval(whole)} times the images."
         parts.append(part)
     return "\n\n".join(parts)
 
 
 def plot(rows: list[Row]) -> Figure:
-    """CPU-seconds an image by phase, and tokens a CPU-second by batch; one line of panels a size."""
+    """Plot CPU-seconds per image by phase and tokens per CPU-second by batch size, one row of panels per model size."""
     sizes = by_size(rows)
     figure, axes = plt.subplots(
         len(sizes),
@@ -82,24 +87,24 @@ def plot(rows: list[Row]) -> Figure:
         gridspec_kw={"width_ratios": [2, 1]},
     )
     for (left, right), (size, subjects) in zip(axes, sizes.items(), strict=True):
-        told = {name: of for name, of in subjects.items() if "cpu_seconds_per_image" in of}
-        start = np.zeros(len(told))
+        whole = {name: of for name, of in subjects.items() if "cpu_seconds_per_image" in of}
+        start = np.zeros(len(whole))
         for phase, color in zip(PHASES, COLORS, strict=True):
-            values = np.array([of[f"{phase}_cpu_seconds"].value for of in told.values()])
-            bars = left.barh(list(told), values, 0.7, start, color=color, label=phase)
+            values = np.array([of[f"{phase}_cpu_seconds"].value for of in whole.values()])
+            bars = left.barh(list(whole), values, 0.7, start, color=color, label=phase)
             start += values
         left.bar_label(bars, [f"{total:.3g}" for total in start], padding=3, fontsize=8)
         left.invert_yaxis()
         left.margins(x=0.1)
-        left.set(xlabel="CPU-seconds an image", title=size.upper())
+        left.set(xlabel="CPU-seconds per image", title=size.upper())
         curves: dict[str, list[tuple[int, float]]] = {}
         for name, of in subjects.items():
             if "decoded_tokens_per_cpu_second" in of:
-                who, batch = name.rsplit(", batch ", 1)
-                curves.setdefault(who, []).append((int(batch), of["decoded_tokens_per_cpu_second"].value))
-        for who, curve in curves.items():
-            right.plot(*zip(*sorted(curve), strict=True), marker="o", label=who)
-        right.set(xlabel="images in a batch", ylabel="tokens a CPU-second", ylim=(0, None), title="decode")
+                subject, batch = name.rsplit(", batch ", 1)
+                curves.setdefault(subject, []).append((int(batch), of["decoded_tokens_per_cpu_second"].value))
+        for subject, curve in curves.items():
+            right.plot(*zip(*sorted(curve), strict=True), marker="o", label=subject)
+        right.set(xlabel="batch size", ylabel="tokens per CPU-second", ylim=(0, None), title="decode")
         right.legend(frameon=False, fontsize=7)
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
@@ -108,95 +113,89 @@ def plot(rows: list[Row]) -> Figure:
 
 
 def rates(rows: list[Row]) -> str:
-    """Markdown: shares with their intervals."""
+    """Return a table of shares with their intervals."""
     lines = [
         [row.subject, NAMES[row.metric], f"{100 * row.value:.2f} % ({100 * row.low:.2f}–{100 * row.high:.2f})", row.n]
         for row in rows
         if row.metric in NAMES
     ]
-    return markdown_table(["what", "share", "95 % interval", "n"], lines)
+    return markdown_table(["subject", "share", "95 % interval", "n"], lines)
 
 
 def memory(rows: list[Row]) -> str:
-    """A sentence: how much, and how much more at the end."""
+    """Say how much memory was used, and how much it grew."""
     of = {row.metric: row for row in rows}
     peak, growth = of["peak_memory_gib"], of["memory_growth_share"]
-    told = f"{peak.n:,} images of many sizes through `extract_many`: at most {peak.value:.2f} GiB resident"
-    return f"{told}, and {100 * growth.value:+.1f} % from the second tenth of the images to the last."
+    return (
+        f"{peak.n:,} images of many sizes through `extract_many`: at most {peak.value:.2f} GiB resident, "
+        f"and {100 * growth.value:+.1f} % from the second tenth of the images to the last."
+    )
+
+
+def headline(rows: list[Row]) -> str:
+    """Say what an image costs here and in the seed project, by model size."""
+    parts = []
+    for size, subjects in by_size(rows).items():
+        seed, ours = (next(of for name, of in subjects.items() if name.startswith(start)) for start in (SEED, OURS))
+        seconds, before = (of["cpu_seconds_per_image"].value for of in (ours, seed))
+        times = _interval(ours["speedup_vs_seed"])
+        at = f"at the size of SmolVLM2-{size.upper()}"
+        parts.append(f"{seconds:.2g} CPU-seconds instead of {before:.3g} {at}, {times} times fewer")
+    comparison = "The comparison is `transformers.pipeline` with 17 tiles, as in the original."
+    return f"An answer takes {'; '.join(parts)}. {comparison}"
+
+
+def _cost_parts(rows: list[Row]) -> list[str]:
+    image = _image("extract_cpu", "CPU-seconds per image by phase, and tokens per CPU-second by batch size")
+    return [headline(rows), image, costs(rows, "speedup_vs_seed", "seed ÷ this"), batches(rows)]
+
+
+def _onnx_parts(rows: list[Row]) -> list[str]:
+    timed = [row for row in rows if row.metric not in NAMES]
+    return [rates(rows), costs(timed, "speedup_vs_torch", "torch fp32 ÷ this")]
+
+
+def _memory_parts(rows: list[Row]) -> list[str]:
+    return [_image("extract_memory", "Memory by images answered"), memory(rows)]
+
+
+PARTS: dict[str, tuple[str, str, Callable[[list[Row]], list[str]]]] = {  # results file → title, script, what it shows
+    "extract_cpu": ("Cost per image", "extract.py", _cost_parts),
+    "extract_onnx": ("ONNX Runtime", "extract_onnx.py", _onnx_parts),
+    "extract_valid": ("Validity for any image and any weights", "valid.py", lambda rows: [rates(rows)]),
+    "extract_memory": ("Memory", "memory.py", _memory_parts),
+}
 
 
 def text(root: Path) -> str:
-    """What stands between the marks of benchmarks/README.md."""
+    """Return the section of benchmarks/README.md."""
     parts = []
-    for name, title, command, tell in (
-        (
-            "extract_cpu",
-            "Cost per image",
-            "extract.py",
-            lambda rows: [
-                headline(rows),
-                _image("extract_cpu"),
-                costs(rows, "speedup_vs_seed", "seed ÷ this"),
-                batches(rows),
-            ],
-        ),
-        (
-            "extract_onnx",
-            "ONNX Runtime",
-            "extract_onnx.py",
-            lambda rows: [
-                rates(rows),
-                costs([row for row in rows if row.metric not in NAMES], "speedup_vs_torch", "torch fp32 ÷ this"),
-            ],
-        ),
-        ("extract_valid", "Validity for any image and any weights", "valid.py", lambda rows: [rates(rows)]),
-        ("extract_memory", "Memory", "memory.py", lambda rows: [_image("extract_memory"), memory(rows)]),
-    ):
+    for name, (title, script, render) in PARTS.items():
         file = root / "results" / f"{name}.json"
         parts.append(f"### {title}")
         if file.exists():
             rows = read_results(file)
-            where = f"[`results/{file.name}`](../results/{file.name})"
-            parts += [*tell(rows), f"Source: {where}, `{rows[0].command}`, commit {rows[0].commit}, {rows[0].device}."]
+            link = f"[`results/{file.name}`](../results/{file.name})"
+            parts += [*render(rows), f"Source: {link}, `{rows[0].command}`, commit {rows[0].commit}, {rows[0].device}."]
         else:
-            parts.append(f"Not measured yet: `.venv/bin/python benchmarks/{command}` does it.")
+            parts.append(f"Not measured yet: `.venv/bin/python benchmarks/{script}` does it.")
     return "\n\n".join(parts)
 
 
-def headline(rows: list[Row]) -> str:
-    """CPU-seconds per image before and after, by model size."""
-    parts = []
-    for size, subjects in by_size(rows).items():
-        seed, ours = (next(of for name, of in subjects.items() if name.startswith(who)) for who in (SEED, OURS))
-        parts.append(
-            f"{ours['cpu_seconds_per_image'].value:.2g} CPU-seconds instead of {seed['cpu_seconds_per_image'].value:.3g} "
-            f"at the size of SmolVLM2-{size.upper()}, {_interval(ours['speedup_vs_seed'])} times fewer"
-        )
-    return f"An answer takes {'; '.join(parts)}. The comparison is `transformers.pipeline` with 17 tiles, as in the original."
-
-
-def render(results: Path) -> None:
-    """Draw the plot beside what `extract.py` wrote; update benchmarks/README.md if `results` is the repository's."""
-    rows = read_results(results) if results.exists() else []
-    if any(row.benchmark == "extract_cpu" for row in rows):
-        figure = plot(rows)
-        figure.savefig(results.with_suffix(".png"), dpi=110)
-        plt.close(figure)
-    if results.resolve().parent == ROOT / "results":
-        fill_in(ROOT / "benchmarks" / "README.md", "extract", text(ROOT))
+def save_plot(results: Path) -> None:
+    """Draw the plot of `extract.py` beside its results."""
+    figure = plot(read_results(results))
+    figure.savefig(results.with_suffix(".png"), dpi=110)
+    plt.close(figure)
 
 
 def _interval(row: Row) -> str:
     return f"{row.value:.3g}" + (f" ({row.low:.3g}–{row.high:.3g})" if row.low is not None else "")
 
 
-def _image(stem: str) -> str:
-    told = {
-        "extract_cpu": "CPU-seconds an image by phase, and tokens a CPU-second by batch",
-        "extract_memory": "Memory by images answered",
-    }
-    return f"![{told[stem]}](../results/{stem}.png)"
+def _image(stem: str, description: str) -> str:
+    return f"![{description}](../results/{stem}.png)"
 
 
 if __name__ == "__main__":
-    render(ROOT / "results" / "extract_cpu.json")
+    save_plot(ROOT / "results" / "extract_cpu.json")

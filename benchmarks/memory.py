@@ -14,13 +14,12 @@ from typing import Annotated
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
-from odd_images import odd_images
 from tqdm import tqdm
 
-from extract_report import render
 from foodextract.evaluation.results import make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
+from odd_images import odd_images
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +51,6 @@ def main(
     axis.set(xlabel="images answered", ylabel="resident memory, GiB", ylim=(0, None))
     axis.grid(alpha=0.3)
     figure.savefig(results.with_suffix(".png"), dpi=120)
-    render(results)
     print(f"peak {memory.max():.2f} GiB, growth {growth:+.1%}: {'flat' if growth <= 0.02 else 'NOT FLAT'}")
 
 

@@ -1,10 +1,10 @@
-"""How well does the tuned tiny model answer scenes on which nothing was ever chosen?
+"""Score the tuned tiny model on fresh scenes, on which no choice was made.
 
-    python benchmarks/other_scenes.py                                   # 3,000 of them; writes results/other_scenes.json
+    python benchmarks/other_scenes.py                                   # 3,000 scenes; writes results/other_scenes.json
     python benchmarks/other_scenes.py --tuned outputs/offline/stage2    # the model that `make demo` has just made
 
-The scenes of `make demo` were looked at while its recipe was made. Those of this seed were not, though their non-food objects are the same
-ones, which no training shows.
+The recipe was chosen with the scenes of `make demo` in view. These have another seed; their non-food objects are the
+same, which no training scene shows.
 """
 
 import sys
@@ -25,21 +25,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(
-    seed: Annotated[
-        int, typer.Option(help="Which scenes. A seed that helped to choose something is no longer one to report.")
-    ] = 90210,
-    count: Annotated[int, typer.Option(min=2, help="How many.")] = 3000,
+    seed: Annotated[int, typer.Option(help="Of the scenes. Report only a seed that helped to choose nothing.")] = 90210,
+    count: Annotated[int, typer.Option(min=2, help="Number of scenes.")] = 3000,
     tuned: Annotated[str, typer.Option(help="The model.")] = str(loading.TINY_TUNED),
-    batch: Annotated[int, typer.Option(min=1, help="Images the model sees at once.")] = 50,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "other_scenes.json",
+    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 50,
+    out: Annotated[Path, typer.Option(help="The results file.")] = ROOT / "results" / "other_scenes.json",
 ) -> None:
-    """Ask, score, print and write down."""
+    """Predict, score, print and write."""
     extractor = Extractor.from_pretrained(tuned)
     scenes = list(draw_scenes(seed, "test", count))
     labels, images = [scene.record for scene in scenes], [scene.image for scene in scenes]
+    command = " ".join(["python benchmarks/other_scenes.py", *sys.argv[1:]])
     rows = []
     for subject, constrained in (("tuned", False), ("tuned constrained", True)):
-        texts = evaluate.ask(partial(extractor.generate_texts, constrained=constrained), images, batch, subject)
+        texts = evaluate.predict(partial(extractor.generate_texts, constrained=constrained), images, batch, subject)
         command = " ".join(["python benchmarks/other_scenes.py", *sys.argv[1:]])
         rows += evaluate.to_rows("other_scenes", subject, evaluate.score(labels, texts), command)
     write_results(out, rows)

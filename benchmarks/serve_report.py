@@ -1,89 +1,73 @@
-"""What the serving benchmarks measured: from results/serving.json and results/space.json to this folder's README.md.
-
-python benchmarks/serve_report.py      # after the benchmarks have run elsewhere
-"""
+"""Tables of what the serving benchmarks measured (results/serving.json and space.json); `tools/pages.py` shows them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from foodextract.evaluation.results import Row, read_results
 from foodextract.reporting.tables import markdown_table
-from pages import fill_in
 
 Figures = dict[tuple[str, str], Row]  # by subject and metric
 
 
 def serving(root: Path) -> str:
-    """What stands between the marks: a part for each benchmark that has run."""
-    results = root / "results" / "serving.json"
-    rows = read_results(results) if results.exists() else []
+    """Return the section on the server: a part for each benchmark that has run."""
+    path = root / "results" / "serving.json"
+    rows = read_results(path) if path.exists() else []
     parts = []
-    for name, part in PARTS.items():
+    for name, render in PARTS.items():
         own = [row for row in rows if row.benchmark == name]
-        how = (
-            f"`{own[0].command}`, {own[0].device}, commit {own[0].commit}"
-            if own
-            else f"`.venv/bin/python benchmarks/{name}.py` does it"
-        )
-        parts.append(
-            f"{part({(row.subject, row.metric): row for row in own})}\n\n{how}."
-            if own
-            else f"`{name}` is not measured yet: {how}."
-        )
+        if own:
+            parts += [render({(row.subject, row.metric): row for row in own}), _source(own[0])]
+        else:
+            parts.append(f"Not measured yet: `.venv/bin/python benchmarks/{name}.py` does it.")
     return "\n\n".join(parts)
 
 
 def space(root: Path) -> str:
-    """The same for the Space's page."""
-    results = root / "results" / "space.json"
-    if not results.exists():
+    """Return the section on the Space's page."""
+    path = root / "results" / "space.json"
+    if not path.exists():
         return "Not measured yet: `.venv/bin/python benchmarks/space_page.py` does it."
-    rows = read_results(results)
+    rows = read_results(path)
     of = {row.subject: row for row in rows}
+    users = of["ten at once"]
     lines = [
-        ["from starting the process to its first answer", f"{of['start'].value:.1f}"],
-        [f"from asking for the page until it can be used, mean of {of['page'].n}", _with_interval(of["page"], 2)],
+        ["from process start to the first answer", f"{of['start'].value:.1f}"],
+        [f"from requesting the page until it is usable, mean of {of['page'].n}", _with_interval(of["page"], 2)],
         ["the same, slowest", f"{of['page, slowest'].value:.2f}"],
         [
-            f"{of['ten at once'].value:.0f} of {of['ten at once'].n} people at once answered, the last after",
+            f"{users.value:.0f} of {users.n} simultaneous users answered, the last after",
             f"{of['ten at once, slowest'].value:.1f}",
         ],
     ]
-    return f"{markdown_table(['what', 'seconds'], lines)}\n\n`{rows[0].command}`, {rows[0].device}, commit {rows[0].commit}."
+    return f"{markdown_table(['what', 'seconds'], lines)}\n\n{_source(rows[0])}"
 
 
-PLACES: dict[str, Callable[[Path], str]] = {"serving": serving, "space": space}  # in benchmarks/README.md
-
-
-def render(root: Path) -> None:
-    """Bring benchmarks/README.md up to date."""
-    for name, of in PLACES.items():
-        fill_in(root / "benchmarks" / "README.md", name, of(root))
+def _source(row: Row) -> str:
+    return f"`{row.command}`, {row.device}, commit {row.commit}."
 
 
 def _load(of: Figures) -> str:
     ours, flask = (of[name, "images_per_second"] for name in ("ours", "flask, one at a time"))
     faster = of["ours", "speedup_vs_flask"]
-    told = (
-        f"**{_with_interval(faster, 2)} times the throughput** of the Flask server in {faster.n} rounds in which the two took turns: "
-        f"{_with_interval(ours, 1)} against {_with_interval(flask, 1)} images a second, {ours.n:,} and {flask.n:,} images."
+    throughput = (
+        f"**{_with_interval(faster, 2)} times the throughput** of the Flask server in {faster.n} alternating rounds: "
+        f"{_with_interval(ours, 1)} against {_with_interval(flask, 1)} images per second, "
+        f"{ours.n:,} and {flask.n:,} images."
     )
     lines = []
     for subject in dict.fromkeys(subject for subject, metric in of if metric == "lost_or_unexpected"):
         shares = [f"{100 * of[subject, f'status_{code}_share'].value:.1f} %" for code in (200, 429, 504)]
-        lost, times = (
-            of[subject, "lost_or_unexpected"],
-            [_with_interval(of[subject, f"p{p}_seconds"], 2) for p in (50, 95, 99)],
-        )
-        lines.append(
-            [subject.removeprefix("ours, ").removesuffix(" load"), f"{lost.n:,}", *shares, f"{lost.value:.0f}", *times]
-        )
-    head = ["load", "requests", "200", "429", "504", "lost, or another status", "p50, s", "p95, s", "p99, s"]
+        lost = of[subject, "lost_or_unexpected"]
+        times = [_with_interval(of[subject, f"p{p}_seconds"], 2) for p in (50, 95, 99)]
+        load = subject.removeprefix("ours, ").removesuffix(" load")
+        lines.append([load, f"{lost.n:,}", *shares, f"{lost.value:.0f}", *times])
+    header = ["load", "requests", "200", "429", "504", "lost or other status", "p50, s", "p95, s", "p99, s"]
     memory, grown = (of["ours, 2 x load", metric] for metric in ("peak_memory_gib", "memory_growth_share"))
-    change = f"{100 * grown.value:+.1f} % from the second tenth of the time to the last"
-    under = f"Memory under twice the load: {memory.value:.2f} GiB at most, {change}."
+    peak = f"Memory at 2 x load: at most {memory.value:.2f} GiB, "
+    peak += f"{100 * grown.value:+.1f} % from the second tenth of the run to the last."
     plot = "![Seconds to an answer, and statuses, by load](../results/serving.png)"
-    return "\n\n".join([told, markdown_table(head, lines), plot, under])
+    return "\n\n".join([throughput, markdown_table(header, lines), plot, peak])
 
 
 def _faults(of: Figures) -> str:
@@ -91,33 +75,28 @@ def _faults(of: Figures) -> str:
         row = of[subject, metric]
         return f"{row.value:,.0f} of {row.n:,}"
 
-    spoilt, grown = of["honest among them", "spoilt"], of["hostile uploads", "memory_growth_share"]
+    changed, grown = of["honest among them", "spoilt"], of["hostile uploads", "memory_growth_share"]
     refused, back = of["hostile uploads", "refused_share"], of["SIGKILL", "seconds"]
     lines = [
         ["SIGTERM under load", "accepted requests lost", count("SIGTERM", "lost")],
-        ["", "other answers than 200 and 503", count("SIGTERM", "unexpected")],
-        ["", "ended with another status than 0", count("SIGTERM", "ended_badly")],
-        ["SIGKILL", f"back and ready after, longest of {back.n}", f"{back.value:.1f} s"],
+        ["", "statuses other than 200 and 503", count("SIGTERM", "unexpected")],
+        ["", "exit statuses other than 0", count("SIGTERM", "ended_badly")],
+        ["SIGKILL", f"ready again after, longest of {back.n}", f"{back.value:.1f} s"],
         ["", "answers that differ from before", count("SIGKILL", "answers_changed")],
-        ["hostile uploads", "told 4xx", f"{100 * refused.value:.1f} % of {refused.n:,}"],
+        ["hostile uploads", "refused with 4xx", f"{100 * refused.value:.1f} % of {refused.n:,}"],
         ["", "crashes", f"{of['hostile uploads', 'crashes'].value:.0f}"],
-        ["", "growth of memory", f"{100 * grown.value:+.1f} %"],
-        ["", "honest images among them with another answer than before", f"{spoilt.value:.0f} of {spoilt.n}"],
-        ["schemathesis", "findings, by requests made", count("schemathesis", "findings")],
+        ["", "memory growth", f"{100 * grown.value:+.1f} %"],
+        ["", "valid images among them whose answer changed", f"{changed.value:.0f} of {changed.n}"],
+        ["schemathesis", "failures, by requests made", count("schemathesis", "findings")],
     ]
     return markdown_table(["", "what", "measured"], lines)
 
 
 def _start(of: Figures) -> str:
     sizes = dict.fromkeys(subject for subject, _ in of)
-    lines = [
-        [size, *(f"{of[size, metric].value:.{digits}f}" for metric, digits in (("seconds", 1), ("peak_memory_gib", 2)))]
-        for size in sizes
-    ]
-    n = max(row.n for row in of.values())
-    return markdown_table(
-        [f"size (longest and most of {n} starts)", "start to ready, s", "most memory until one answer, GiB"], lines
-    )
+    lines = [[s, f"{of[s, 'seconds'].value:.1f}", f"{of[s, 'peak_memory_gib'].value:.2f}"] for s in sizes]
+    most = f"size (maximum of {max(row.n for row in of.values())} starts)"
+    return markdown_table([most, "start to ready, s", "peak memory until the first answer, GiB"], lines)
 
 
 def _with_interval(row: Row, digits: int) -> str:
@@ -126,7 +105,3 @@ def _with_interval(row: Row, digits: int) -> str:
 
 
 PARTS: dict[str, Callable[[Figures], str]] = {"serve_load": _load, "serve_faults": _faults, "serve_start": _start}
-
-
-if __name__ == "__main__":
-    render(Path(__file__).resolve().parents[1])

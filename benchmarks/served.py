@@ -1,4 +1,4 @@
-"""A `foodextract serve` in a process of its own, as the load and fault benchmarks start it; it listens on the loopback only."""
+"""Start `foodextract serve` in its own process on the loopback, for the load and fault benchmarks."""
 
 import io
 import json
@@ -18,7 +18,6 @@ import psutil
 
 from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.results import Row, read_results, write_results
-from serve_report import render
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "serving.json"
@@ -59,7 +58,7 @@ class Served:
 
 @contextmanager
 def serving(model: Path, *options: str, port: int | None = None) -> Iterator[Served]:
-    """Start, wait until it is ready, and kill it at the end if nobody has stopped it. Raises RuntimeError with its last words."""
+    """Start a server, wait until it is ready, and kill it at the end. Raises RuntimeError with its last output."""
     port = port or free_port()
     with started(
         [sys.executable, "-m", "foodextract", "serve", "--model", str(model), "--port", str(port), *options], port
@@ -114,8 +113,6 @@ def growth(memory: list[float]) -> float:
 
 
 def write_part(path: Path, rows: list[Row]) -> None:
-    """Put the rows of one benchmark into a file that several share, in place of its earlier ones; the README's tables follow."""
+    """Replace the rows of one benchmark in a results file that several share."""
     others = [row for row in (read_results(path) if path.exists() else []) if row.benchmark != rows[0].benchmark]
     write_results(path, others + rows)
-    if path.resolve() == RESULTS:
-        render(ROOT)

@@ -3,9 +3,10 @@
     python benchmarks/space_page.py                # a minute; needs Chromium; writes results/space.json and space.png
     python benchmarks/space_page.py --only-image
 
-The app is started as `make space` does, with the bundled model. Then a headless Chromium without a cache opens it again and again: the time
-is from asking for the address until heading, drawings and button are there. After that ten pages ask about a drawing each, at once; those
-that show what the extractor itself says of their drawing are counted as answered. The image shows a drawing that is answered rightly.
+The app is started as `make space` does, with the bundled model. Then a headless Chromium without a cache opens it again
+and again: the time is from asking for the address until heading, drawings and button are there. After that ten pages
+ask about a drawing each, at once; those that show what the extractor itself says of their drawing are counted as
+answered. The image shows a drawing that is answered rightly.
 """
 
 import asyncio
@@ -31,7 +32,6 @@ from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.results import make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
-from serve_report import render
 from true_size import interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,7 @@ async def asked(page: Page, file: Path) -> tuple[float, str]:
 async def visit(
     address: str, loads: int, users: int, folder: Path, screenshot: Path
 ) -> tuple[list[float], list[tuple[float, str]]]:
-    """Seconds of each load, and what `asked` says of each of several answers asked for at once; the image is taken in between."""
+    """Return the seconds of each page load, and what `asked` returns for each of several simultaneous users."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
@@ -139,9 +139,7 @@ def main(
     expected = [record.model_dump() for record in extractor.extract_many(drawings)]
     right = sum(json.loads(text) == record for (_, text), record in zip(answers, expected, strict=True))
     waited = [spent for spent, _ in answers]
-    print(
-        f"first answer of the process {start:.1f} s after its start; page usable after {max(seconds):.2f} s at worst of {loads}"
-    )
+    print(f"first answer {start:.1f} s after start; page usable after at most {max(seconds):.2f} s in {loads} loads")
     print(f"{USERS} at once: {right} answered rightly, after {min(waited):.1f} to {max(waited):.1f} s")
     write_results(
         results,
@@ -153,8 +151,6 @@ def main(
             row("ten at once, slowest", "seconds", max(waited), unit="s", n=USERS),
         ],
     )
-    if results.resolve() == RESULTS:
-        render(ROOT)
 
 
 if __name__ == "__main__":

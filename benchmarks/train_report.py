@@ -1,4 +1,4 @@
-"""What `train_step.py` measured: rows for results/, and from these a table and a plot for this folder's README.md."""
+"""What `train_step.py` measured: rows for results/, and tables and a plot made from them."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,16 +10,15 @@ from matplotlib.figure import Figure
 
 from foodextract.evaluation.results import Row, make_row, read_results
 from foodextract.reporting.tables import markdown_table
-from pages import fill_in
 from train_recipes import CACHED, SHARED, STAGES
 from true_size import interval, ratio
 
-EPOCHS = 2  # of each stage, likewise
+EPOCHS = 2  # of each stage, as in the seed project
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one recipe cost in one round. Seconds and operations are of one image."""
+    """The cost of one recipe in one round. Seconds and operations are per image."""
 
     size: str
     stage: str
@@ -33,16 +32,16 @@ class Cell:
     once: float = 0.0  # before the first epoch
     memory: int = 0  # bytes: weights, gradients, optimizer and activations
     flops: float = 0.0
-    rate: float = 0.0  # operations a second of a matrix product
+    rate: float = 0.0  # operations per second of a matrix product
 
     @property
     def key(self) -> tuple:
-        """What makes it worth measuring again."""
+        """Cells with the same key need not be measured again."""
         return self.size, self.stage, self.recipe, self.round, self.commit, self.device, self.batch
 
 
 def summarize(cells: list[Cell], benchmark: str, command: str) -> list[Row]:
-    """All rounds of a recipe in one subject, `size, stage, recipe`, beside the seed's."""
+    """Return rows with the subject `size, stage, recipe`, pooled over rounds and compared with the seed's recipe."""
     groups: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.size, cell.stage, cell.recipe), []).append(cell)
@@ -67,26 +66,24 @@ def summarize(cells: list[Cell], benchmark: str, command: str) -> list[Row]:
     for size in dict.fromkeys(cell.size for cell in cells):
         total = {}
         for recipe in ("seed_recipe", "ours"):
-            once = max(
-                np.mean([cell.once for cell in groups[size, stage, recipe]]) for stage in STAGES
-            )  # stage 2 takes stage 1's rows
+            # Preparation is paid once: stage 2 reuses the rows of stage 1.
+            once = max(np.mean([cell.once for cell in groups[size, stage, recipe]]) for stage in STAGES)
             total[recipe] = once + EPOCHS * sum(float(np.mean(whole[size, stage, recipe])) for stage in STAGES)
             rows.append(row(f"{size}, whole training, {recipe}", "seconds_per_image", total[recipe], unit="s", n=1))
-        rows.append(
-            row(f"{size}, whole training, ours", "speedup_vs_seed", total["seed_recipe"] / total["ours"], unit="x", n=1)
-        )
+        speedup = total["seed_recipe"] / total["ours"]
+        rows.append(row(f"{size}, whole training, ours", "speedup_vs_seed", speedup, unit="x", n=1))
     return rows
 
 
 def _speedup(theirs: list[float], ours: list[float]) -> dict[str, float | None]:
-    """With an interval where both were measured as often."""
+    """Return the ratio, with an interval where both were measured equally often."""
     if len(theirs) == len(ours):
         return interval(theirs, ratio, ours)
     return {"value": float(np.mean(theirs) / np.mean(ours)), "low": None, "high": None}
 
 
 def _ladders(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
-    """By size and stage: figures by recipe, in the order they were measured."""
+    """Group rows by size and stage, then by recipe in the order of measurement."""
     ladders: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
         size, stage, *recipe = row.subject.split(", ")
@@ -96,53 +93,37 @@ def _ladders(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]
 
 
 def tables(rows: list[Row]) -> str:
-    """Markdown: one table a size and stage, one line a recipe, and what a whole training costs."""
+    """Return one table per size and stage with one line per recipe, and the cost of a whole training."""
     parts = []
     for (size, stage), recipes in _ladders(rows).items():
-        lines, last = [], None
+        lines, previous = [], None
         for name, of in recipes.items():
-            told = of["seconds_per_image"].value
-            factor = f"{last / told:.2f}" if last else ""
-            lines.append(
-                [
-                    _name(stage, name),
-                    _seconds(of["data_seconds_per_image"]),
-                    _seconds(of["step_seconds_per_image"]),
-                    _times(of["speedup_vs_seed"]),
-                    factor,
-                    f"{of['peak_memory_gib'].value:.1f}",
-                    f"{100 * of['mfu'].value:.0f} %",
-                    of["seconds_per_image"].n,
-                ]
-            )
-            last = told
-        head = [
-            f"{size.upper()}, {stage.replace('stage', 'stage ')}",
-            "data path, s",
-            "step, s",
-            "seed ÷ this",
-            "rung before ÷ this",
-            "GiB",
-        ]
-        parts.append(markdown_table([*head, "of a matrix product's rate", "n"], lines))
+            seconds = of["seconds_per_image"].value
+            line = [_name(stage, name), _seconds(of["data_seconds_per_image"]), _seconds(of["step_seconds_per_image"])]
+            line += [_times(of["speedup_vs_seed"]), f"{previous / seconds:.2f}" if previous else ""]
+            line += [f"{of['peak_memory_gib'].value:.1f}", f"{100 * of['mfu'].value:.0f} %", of["seconds_per_image"].n]
+            lines.append(line)
+            previous = seconds
+        header = [f"{size.upper()}, {stage.replace('stage', 'stage ')}", "data path, s", "step, s", "seed ÷ this"]
+        parts.append(markdown_table([*header, "previous ÷ this", "GiB", "of the rate of a matrix product", "n"], lines))
     whole = {(row.subject, row.metric): row.value for row in rows if ", whole training, " in row.subject}
     for size in dict.fromkeys(subject.split(", ")[0] for subject, _ in whole):
-        seed, ours = (whole[f"{size}, whole training, {who}", "seconds_per_image"] for who in ("seed_recipe", "ours"))
+        seed, ours = (whole[f"{size}, whole training, {name}", "seconds_per_image"] for name in ("seed_recipe", "ours"))
         times = whole[f"{size}, whole training, ours", "speedup_vs_seed"]
-        told = f"{seed:.4g} s an image become {ours:.3g} s, {times:.0f} times less."
         parts.append(
-            f"A whole training of {size.upper()}, {EPOCHS} epochs of either stage with all preparation: {told}"
+            f"A whole training of {size.upper()} ({EPOCHS} epochs of each stage, with preparation) takes "
+            f"{ours:.3g} s per image instead of {seed:.4g} s, {times:.0f} times less."
         )
     return "\n\n".join(parts)
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Seconds an image by recipe, on a log scale: the step and the data path, one panel a size and stage."""
+    """Plot seconds per image by recipe on a log scale, step and data path, one panel per size and stage."""
     ladders = _ladders(rows)
     sizes, stages = (list(dict.fromkeys(key[place] for key in ladders)) for place in (0, 1))
-    tall = 0.34 * max(map(len, ladders.values())) + 1
+    height = 0.34 * max(map(len, ladders.values())) + 1
     figure, axes = plt.subplots(
-        len(sizes), len(stages), figsize=(5.6 * len(stages), tall * len(sizes)), squeeze=False, layout="constrained"
+        len(sizes), len(stages), figsize=(5.6 * len(stages), height * len(sizes)), squeeze=False, layout="constrained"
     )
     for (size, stage), recipes in ladders.items():
         axis = axes[sizes.index(size)][stages.index(stage)]
@@ -158,7 +139,7 @@ def plot(rows: list[Row]) -> Figure:
             )
         axis.set_yticks(places, [_name(stage, name) for name in recipes], fontsize=8)
         axis.invert_yaxis()
-        axis.set(xscale="log", xlabel="seconds an image", title=f"{size.upper()}, {stage.replace('stage', 'stage ')}")
+        axis.set(xscale="log", xlabel="seconds per image", title=f"{size.upper()}, {stage.replace('stage', 'stage ')}")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=2, fontsize=8)
@@ -166,32 +147,27 @@ def plot(rows: list[Row]) -> Figure:
 
 
 def text(root: Path) -> str:
-    """What stands between the marks of benchmarks/README.md: plot and tables of every device that was measured."""
+    """Return the section of benchmarks/README.md: plot and tables of every device that was measured."""
     parts = []
-    for results in sorted((root / "results").glob("train_*.json")):
-        rows = read_results(results)
-        parts += [
-            f"### {rows[0].device}",
-            f"![Seconds an image by recipe](../results/{results.stem}.png)",
-            tables(rows),
-        ]
-        parts.append(
-            f"Source: [`results/{results.name}`](../results/{results.name}), `{rows[0].command}`, commit {rows[0].commit}."
+    for path in sorted((root / "results").glob("train_*.json")):
+        rows = read_results(path)
+        image = f"![Seconds per image by recipe](../results/{path.stem}.png)"
+        source = (
+            f"Source: [`results/{path.name}`](../results/{path.name}), `{rows[0].command}`, commit {rows[0].commit}."
         )
+        parts += [f"### {rows[0].device}", image, tables(rows), source]
     return "\n\n".join(parts) or "Not measured yet: `.venv/bin/python benchmarks/train_step.py` does it."
 
 
-def render(results: Path, root: Path) -> None:
-    """The plot beside `results`, and the section of benchmarks/README.md if the figures are those of the repository."""
+def save_plot(results: Path) -> None:
+    """Draw the plot beside the results."""
     figure = plot(read_results(results))
     figure.savefig(results.with_suffix(".png"), dpi=110)
     plt.close(figure)
-    if results.resolve().parent == root / "results":
-        fill_in(root / "benchmarks" / "README.md", "train_step", text(root))
 
 
 def _name(stage: str, recipe: str) -> str:
-    """What a reader calls a recipe: ours is where its last change leads."""
+    """Name a recipe for readers: ours is the one after its last change."""
     return {"seed_recipe": "the seed's recipe", "ours": f"{CACHED if STAGES[stage].freeze else SHARED}: ours"}.get(
         recipe, recipe
     )

@@ -54,7 +54,7 @@ from foodextract.training.throughput import (
 )
 from foodextract.training.trainer import PreparedTrainer
 from train_recipes import STAGES, Recipe, SeedTrainer, ladder, seed_collator
-from train_report import Cell, render, summarize
+from train_report import Cell, save_plot, summarize
 from true_size import as_photograph, bf16_is_slow, build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,7 +191,7 @@ def main(
         Path | None, typer.Option(help="Where the figures go (default: results/train_<device>.json).")
     ] = None,
     render_only: Annotated[
-        bool, typer.Option("--render", help="Only plot and tables, from figures that are there.")
+        bool, typer.Option("--render", help="Only draw the plot again from the results file.")
     ] = False,
 ) -> None:
     """Measure, print, draw and write down."""
@@ -202,7 +202,7 @@ def main(
         gpu = re.sub("[^a-z0-9]+", "_", name.lower())
         results = ROOT / "results" / ("train_cpu.json" if slow else f"train_gpu_{gpu}.json")
     if render_only:
-        render(results, ROOT)
+        save_plot(results)
         return
     built = {one: build(one, processor) for one in size or ["256m", "500m"]}
     notes = results.with_suffix(".cells.jsonl")
@@ -242,7 +242,7 @@ def main(
     command += f" --batch {batches[1]} --seed-batch {batches[0]}"
     write_results(results, summarize([found[planned[0].key] for planned in plan], results.stem, command))
     notes.unlink()
-    render(results, ROOT)
+    save_plot(results)
 
 
 if __name__ == "__main__":

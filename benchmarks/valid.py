@@ -13,18 +13,17 @@ from typing import Annotated
 
 import torch
 import typer
-from odd_images import odd_images
 from PIL import Image
 from tqdm import tqdm
 from transformers import SmolVLMForConditionalGeneration
 
-from extract_report import render
 from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.evaluate import rate
 from foodextract.evaluation.results import Row, make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.schema import AnswerError, FoodRecord
+from odd_images import odd_images
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,7 +103,6 @@ def main(
             ]
             note(f"{precision} or fp32", "same_is_food_rate", [a == b for a, b in pairs])
     write_results(results, rows)
-    render(results)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def run(
         shutil.rmtree(work / mine.name)  # its figures are what is kept; at true size twenty models would fill a disk
     model.float()
     labels = [record_of(row) for row in rows["test"].remove_columns("image")]
-    answers = evaluate.ask(Extractor(model, processor).generate_texts, rows["test"]["image"], batch, name)
+    answers = evaluate.predict(Extractor(model, processor).generate_texts, rows["test"]["image"], batch, name)
     metrics = {metric.name: metric for metric in evaluate.score(labels, answers)}
     lenient = {metric.name: metric for metric in evaluate.score(labels, answers, read=FoodRecord.parse_lenient)}
     kept = [metrics[metric] for metric in METRICS if metric in metrics] + [
@@ -202,7 +202,7 @@ def main(
                 write_results(done, run(name, seed, base, reference, rows, work, batch=50))
             runs += read_results(done)
             write_results(out, [*summary(runs), *runs])
-    print(tables.effect_table(summary(runs)))
+    print(tables.metric_table(summary(runs), tables.NAMES | tables.MORE_NAMES))
     effects(summary(runs), "item_f1_micro").savefig(out.with_suffix(".png"), dpi=130)
     plt.close("all")
 

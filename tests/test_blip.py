@@ -51,7 +51,7 @@ def images():
     return [Image.new("RGB", (40, 30), color) for color in COLORS]
 
 
-def test_it_writes_numbers_and_answers_names(folder):
+def test_captions_become_records_of_class_names(folder):
     model = blip.load(folder, "cpu")
     assert isinstance(model, Captioner)
     read = [model.prepare_image(image) for image in images()]
@@ -69,7 +69,7 @@ def test_it_writes_numbers_and_answers_names(folder):
     assert [model.extract_prepared([one])[0] for one in read[:3]] == answers
 
 
-def test_a_number_is_that_of_the_config_whatever_the_classes_are_called(folder, tmp_path):
+def test_number_refers_to_the_config_order(folder, tmp_path):
     model = blip.load(folder, "cpu")
     blip.save(model.model, model.processor, ["iced_tea", "iced tea", "beignets"], tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -83,7 +83,7 @@ def test_a_number_is_that_of_the_config_whatever_the_classes_are_called(folder, 
     assert [blip.to_number(said, {2: "beignets", 7: "salmon"}) for said in ("2", "0", "beignet")] == [2, None, 2]
 
 
-def test_it_is_served_like_any_model(folder):
+def test_server_serves_a_captioner(folder):
     with serving(lambda: blip.load(folder, "cpu")) as client:
         until(lambda: not client.queue.unavailable)
         files = [encoded(image) for image in images()]
@@ -94,7 +94,7 @@ def test_it_is_served_like_any_model(folder):
         assert reason(client.post("/predict", content=b"no image"), 415) == "not_an_image"
 
 
-def test_without_names_it_is_not_served(folder, tmp_path):
+def test_unusable_captioner_is_refused(folder, tmp_path):
     model = blip.load(folder, "cpu")
     blip.save(model.model, model.processor, ["LABEL_0", "LABEL_1"], tmp_path)
     with pytest.raises(ModelError, match="does not name its classes"):
@@ -109,7 +109,7 @@ def test_without_names_it_is_not_served(folder, tmp_path):
         blip.load(folder, precision="int8")
 
 
-def test_all_other_models_are_extractors(tmp_path):
+def test_other_models_are_extractors(tmp_path):
     assert isinstance(blip.load(TINY_TUNED, "cpu"), Extractor)
     with pytest.raises(ModelError, match="holds no model"):
         blip.load(tmp_path)

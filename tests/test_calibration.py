@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+from sklearn.calibration import calibration_curve
 
 from foodextract.evaluation.calibration import Bin, calibration_error, reliability
 from foodextract.schema import FoodRecord
@@ -11,6 +13,17 @@ def test_bins_worked_out_by_hand():
     assert [(b.predicted, b.observed, b.n) for b in bins] == [(0.025, 0.5, 2), (pytest.approx(0.57), 1, 2), (1, 1, 1)]
     assert calibration_error(bins) == pytest.approx((2 * 0.475 + 2 * 0.43 + 0) / 5)
     assert all(b.low <= b.observed <= b.high for b in bins)
+
+
+def test_bins_equal_scikit_learn():
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(500) ** 3
+    truth = rng.random(500) < probabilities
+    bins = reliability([YES if one else NO for one in truth], probabilities)
+    observed, predicted = calibration_curve(truth, probabilities, n_bins=10)
+    assert [b.observed for b in bins] == pytest.approx(observed.tolist())
+    assert [b.predicted for b in bins] == pytest.approx(predicted.tolist())
+    assert sum(b.n for b in bins) == 500
 
 
 def test_a_perfectly_calibrated_model_has_no_error():

@@ -9,7 +9,7 @@ def test_corruptions_are_found(tmp_path):
     report = dataset.build(samples, tmp_path / "out")
     assert report["read"] == 192
     found = corruptions.count_found(log, tmp_path / "out")
-    kinds = {*corruptions.LABEL_CORRUPTIONS, *(change.__name__ for change in corruptions.IMAGE_CORRUPTIONS)}
+    kinds = {*corruptions.LABEL_CORRUPTIONS, *(f"{change.__name__} copy" for change in corruptions.IMAGE_CORRUPTIONS)}
     assert {kind for kind, *_ in found} == kinds
     assert sum(number for kind, number, _ in found if kind in corruptions.LABEL_CORRUPTIONS) >= 16
     assert [(kind, number) for kind, number, _ in found] == [(kind, hits) for kind, _, hits in found]

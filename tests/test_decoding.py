@@ -49,7 +49,7 @@ def accepts(tuned):
     return accepts
 
 
-def test_the_grammar_has_every_canonical_text(accepts):
+def test_grammar_accepts_every_canonical_text(accepts):
     @settings(max_examples=60, deadline=None)
     @given(records)
     def check(record):
@@ -100,13 +100,13 @@ def test_the_grammar_has_every_canonical_text(accepts):
         GOOD.replace('["beer"]', json.dumps([str(n) for n in range(schema.MAX_ITEMS + 1)])),
     ],
 )
-def test_the_grammar_has_nothing_else(accepts, text):
+def test_grammar_rejects_everything_else(accepts, text):
     assert not accepts(text)
     with pytest.raises(schema.AnswerError):
         FoodRecord.parse(text)
 
 
-def test_a_list_ends_before_its_first_repeat():
+def test_list_ends_before_its_first_repeat():
     begun = '{"is_food": 1, "image_title": "\\"food_items\\": [\\"a\\", \\"a\\"]", "food_items": ["a", "a b", "b"'
     for fine in ("", " {", begun, begun + ', "a', begun + '], "drink_items": ["a", "b"]}', GOOD, NOTHING):
         assert JSON.without_repeats(fine) == fine
@@ -115,7 +115,7 @@ def test_a_list_ends_before_its_first_repeat():
     assert JSON.without_repeats(begun + '], "drink_items": ["\\\\", "\\\\"') == begun + '], "drink_items": ["\\\\"]}'
 
 
-def test_a_beginning_is_closed_with_what_is_complete_in_it():
+def test_incomplete_answer_is_read_up_to_its_last_complete_value():
     text = '{"is_food": 1, "image_title": "a, \\"b\\"", "food_items": ["c", "d]"], "drink_items": ["e"]}'
     assert JSON.read(text).to_json() == text
     whole = FoodRecord.parse(text)
@@ -129,13 +129,13 @@ def test_a_beginning_is_closed_with_what_is_complete_in_it():
 
 
 @pytest.mark.parametrize("name", ["tuned", "base", "random_weights"])
-def test_whatever_the_weights_and_the_image_the_answer_is_a_record(name, request):
+def test_answer_is_a_record_for_any_weights_and_image(name, request):
     extractor = request.getfixturevalue(name)
     results = list(extractor.extract_many(odd_images(24, seed=3), batch_size=24))
     assert [type(result) for result in results] == [FoodRecord] * 24
 
 
-def test_what_is_free_is_what_generate_writes(base, images):
+def test_free_answer_equals_generate(base, images):
     inputs = base.prepare(images)
     written = base.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     texts = base.processor.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -143,7 +143,7 @@ def test_what_is_free_is_what_generate_writes(base, images):
     assert len(set(map(len, texts))) > 3  # they end at different steps
 
 
-def test_the_grammar_changes_no_answer_that_it_allows(tuned, images):
+def test_grammar_changes_no_valid_answer(tuned, images):
     free, strict = tuned.generate_texts(images), tuned.generate_texts(images, constrained=True)
     allowed = [number for number, text in enumerate(free) if valid(text)]
     assert len(allowed) >= len(images) // 2
@@ -168,7 +168,9 @@ def test_batch_answer_is_single_answer(name, request, images):
 
 @torch.inference_mode()
 def replay(model, guide, inputs, answers, rows):
-    """Each token is the best allowed one, and as probable, when one forward without cache or batch reads the whole answer at once."""
+    """Each token is the best allowed one, and as probable, when one forward without cache or batch reads the whole
+    answer at once.
+    """
     for number in rows:
         answer = answers[number]
         one = {key: value[number : number + 1][:, : value.shape[1]] for key, value in inputs.items()}
@@ -187,7 +189,7 @@ def replay(model, guide, inputs, answers, rows):
 
 
 @pytest.mark.parametrize("name", ["tuned", "random_weights"])
-def test_cache_padding_and_forced_tokens_change_nothing(name, request, images):
+def test_cache_padding_and_forced_tokens_change_no_answer(name, request, images):
     extractor = request.getfixturevalue(name)
     inputs = extractor.prepare(images)
     guide = extractor._guide(BEHIND_SPACE)
@@ -196,7 +198,7 @@ def test_cache_padding_and_forced_tokens_change_nothing(name, request, images):
     assert any(logprob is None for answer in answers for logprob in answer.logprobs)
 
 
-def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, images):
+def test_forced_tokens_and_finished_rows_cost_no_forward(tuned, images):
     guide = tuned._guide(BEHIND_SPACE)
     tuned._decoder.generate(tuned.prepare(images[:1]), 1, guide)  # caches the prefix
     shapes = []
@@ -214,7 +216,7 @@ def test_forced_tokens_and_rows_that_are_done_cost_no_forward(tuned, images):
     assert max(chosen) <= len(shapes) < max(len(answer.tokens) for answer in answers)
 
 
-def test_the_prefix_is_read_once_and_changes_no_answer(tuned, images):
+def test_prefix_is_read_once_and_changes_no_answer(tuned, images):
     model = copy.deepcopy(tuned.model)
     prefix, guide = tuned._decoder.prefix, tuned._guide(BEHIND_SPACE)
     whole, spared = (Decoder(model, tuned.processor.tokenizer, tokens) for tokens in ([], prefix))
@@ -245,9 +247,11 @@ def test_the_prefix_is_read_once_and_changes_no_answer(tuned, images):
     assert shapes[0] == (1, len(prefix))  # read anew
 
 
-def test_a_repeat_is_taken_back_and_forgotten(tuned, images):
-    """The model is made to write a list with a repeat; from there on its answer is the one it gives where the repeat never stood."""
-    decoder = tuned._decoder
+def test_repeat_is_taken_back(tuned, images):
+    """The model is made to write a list with a repeat; from there on its answer is the one it gives where the repeat
+    never stood.
+    """
+    decoder = Decoder(tuned.model, tuned.processor.tokenizer)  # reads no prefix of its own, which is not dictated
     said = (
         '{"is_food": 1, "image_title": "pizza", "food_items": ["pizza", "salad", "pizza", "taco"], "drink_items": []}'
     )
@@ -285,27 +289,28 @@ def test_a_repeat_is_taken_back_and_forgotten(tuned, images):
         replay(tuned.model, guide, inputs, answers, rows=[number])
 
 
-def test_an_answer_that_runs_out_of_tokens_says_so(tuned):
+def test_answer_that_runs_out_of_tokens_is_unfinished(tuned):
     food = next(scene.image for scene in scenes.draw_scenes(5, "test", 50) if tuned.extract(scene.image).is_food)
     [answer] = tuned._decoder.generate(tuned.prepare([food]), 12, tuned._guide(BEHIND_SPACE))
     assert answer.finished is False
     assert 12 <= len(answer.tokens) < 24
 
 
-def test_another_architecture_with_sliding_windows_and_token_types(tuned):
+def test_architecture_with_sliding_windows_and_token_types(tuned):
     """Gemma 3 from random weights, no processor of ours: prompts of two lengths around one image each."""
     tokenizer = tuned.processor.tokenizer
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    windows = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    heads = {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 16}
+    ids = {"vocab_size": 1000, "pad_token_id": 2, "eos_token_id": tokenizer.eos_token_id}
     config = Gemma3Config(
-        text_config={
-            "vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 1
-            + ["sliding_attention"], "pad_token_id": 2, "eos_token_id": tokenizer.eos_token_id,
-        },
-        vision_config={
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7,
-        },
-        mm_tokens_per_image=4, image_token_index=990, boi_token_index=991, eoi_token_index=992,
-    )  # fmt: skip
+        text_config=sizes | heads | windows | ids,
+        vision_config=sizes | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 7},
+        mm_tokens_per_image=4,
+        image_token_index=990,
+        boi_token_index=991,
+        eoi_token_index=992,
+    )
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config).eval()
     decoder = Decoder(model, tokenizer)
@@ -332,15 +337,15 @@ def test_another_architecture_with_sliding_windows_and_token_types(tuned):
         assert valid(JSON.read(decoder.text(answer)).to_json())
 
 
-def test_a_broken_grammar_is_refused(tuned):
+def test_broken_grammar_is_refused(tuned):
     with pytest.raises(GrammarError, match="refuses the grammar"):
         tuned._decoder.guide("start: nowhere")
 
 
-def test_the_grammar_is_one_that_llguidance_takes_without_a_warning(tuned):
+def test_llguidance_accepts_the_grammar_without_a_warning(tuned):
     failed, messages = LLMatcher.validate_grammar_with_warnings(BEHIND_SPACE.grammar(), tuned._decoder.lltokenizer)
     assert (failed, messages) == (False, [])
 
 
-def test_a_blank_image_is_no_special_case(tuned):
+def test_blank_image_gets_a_record(tuned):
     assert isinstance(tuned.extract(Image.new("L", (5, 5))), FoodRecord)

@@ -133,7 +133,7 @@ def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
         ("owner/name", dataclasses.replace(measured, base_model=names.HUB_BASE), False),
     ):
         monkeypatch.setattr(asking, "MODEL", str(model))
-        monkeypatch.setattr(asking, "EVIDENCE", evidence)
+        monkeypatch.setattr(asking, "PROVENANCE", evidence)
         assert ("never seen a photograph" in asking.notice()) == known, model
 
 
@@ -239,13 +239,13 @@ def test_on_zero_gpu_messages_are_as_friendly(tmp_path, image):
 def test_the_page_shows_the_figures_of_its_model(demo, monkeypatch):
     _, asking = demo
     measured = asking.provenance.find(loading.TINY_TUNED)
-    monkeypatch.setattr(asking, "EVIDENCE", measured)
+    monkeypatch.setattr(asking, "PROVENANCE", measured)
     assert (
         metric_table([row for row in read_results(ROOT / "results" / "offline.json") if row.low is not None])
         in asking.figures()
     )
     assert asking.provenance.base_of(measured) == str(loading.TINY_BASE)
-    monkeypatch.setattr(asking, "EVIDENCE", None)
+    monkeypatch.setattr(asking, "PROVENANCE", None)
     assert "Nobody has measured" in asking.figures()
 
 

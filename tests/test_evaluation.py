@@ -9,7 +9,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 import comparison
 from foodextract.data import scenes
 from foodextract.evaluation import evaluate, scoring
-from foodextract.evaluation.metrics import MEASURES
+from foodextract.evaluation.metrics import METRICS
 from foodextract.schema import FoodRecord
 
 NOTHING = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
@@ -37,10 +37,10 @@ def values(*case, **how):
     return {name: metric.value for name, metric in by_name(*case, **how).items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------- worked out by hand
+# --- worked out by hand
 
 
-def test_figures_worked_out_by_hand():
+def test_metrics_worked_out_by_hand():
     metrics = values()
     assert metrics["strict_json_rate"] == 4 / 5
     assert metrics["schema_valid_rate"] == 4 / 5
@@ -55,27 +55,26 @@ def test_figures_worked_out_by_hand():
     assert metrics["food_f1_micro"] == pytest.approx(2 * 1 / (2 * 1 + 2 + 3))
     assert metrics["drink_f1_micro"] == pytest.approx(2 * 1 / (2 * 1 + 1 + 0))
     assert metrics["item_f1_macro"] == pytest.approx((1 / 2 + 1 / 2 + 1 + 0 + 0) / 5)
-    assert metrics["drink_precision_macro"] == pytest.approx(
-        (1 + 1 / 2 + 1 + 1 + 0) / 5
-    )  # nothing wanted, nothing given: 1; unreadable: 0
+    # Nothing wanted and nothing given scores 1; an unreadable answer scores 0.
+    assert metrics["drink_precision_macro"] == pytest.approx((1 + 1 / 2 + 1 + 1 + 0) / 5)
     assert metrics["title_similarity"] == pytest.approx(2 / 3)
     assert metrics["hallucination_rate"] == 1 / 2
     assert metrics["repetition_rate"] == metrics["truncation_rate"] == 0
     assert metrics["answer_characters"] == pytest.approx(sum(map(len, ANSWERS)) / 5)
 
 
-def test_intervals_contain_the_value_and_n_is_told():
-    about = {"hallucination_rate": 2, "title_similarity": 3}
+def test_intervals_contain_the_value_and_n_is_the_number_of_covered_images():
+    covered = {"hallucination_rate": 2, "title_similarity": 3}
     for name, metric in by_name().items():
         assert metric.low <= metric.value <= metric.high, name
         assert metric.unit != "share" or 0 <= metric.low <= metric.high <= 1, name
-        assert metric.n == about.get(name, 5), name
+        assert metric.n == covered.get(name, 5), name
 
 
 def test_perfect_and_useless_answers():
-    faults = {"hallucination_rate", "repetition_rate", "truncation_rate", "answer_characters"}
+    errors = {"hallucination_rate", "repetition_rate", "truncation_rate", "answer_characters"}
     perfect, useless = values(answers=[label.to_json() for label in LABELS]), values(answers=["I see food."] * 5)
-    assert {value for name, value in perfect.items() if name not in faults} == {1.0}
+    assert {value for name, value in perfect.items() if name not in errors} == {1.0}
     assert {value for name, value in useless.items() if name != "answer_characters"} == {0.0}
 
 
@@ -85,7 +84,7 @@ def test_other_spacing_counts_as_valid_but_not_as_strict():
     assert metrics["strict_json_rate"] == 0
 
 
-def test_other_peoples_answers_can_be_read_leniently_and_stay_unstrict():
+def test_a_lenient_parser_reads_more_but_strictness_stays():
     metrics = values(answers=[f"Sure! {text.replace(', ', ',')}" for text in ANSWERS], read=FoodRecord.parse_lenient)
     assert metrics["strict_json_rate"] == 0
     assert metrics["is_food_accuracy"] == 4 / 5
@@ -103,9 +102,8 @@ def test_labels_that_name_only_the_main_item_count_for_recall_alone():
     ]
     scopes = ["primary", "primary", "primary", "exhaustive", "is_food by class name"]
     found = by_name(labels, [answer.to_json() for answer in answers], scopes=scopes)
-    assert {found[f"item_{name}_micro"].n for name in ("precision", "f1")} == {
-        2
-    }  # the exhaustive one, and the one with nothing to name
+    # Two labels are complete: the exhaustive one, and the one with nothing to name.
+    assert {found[f"item_{name}_micro"].n for name in ("precision", "f1")} == {2}
     assert found["item_precision_micro"].value == pytest.approx(1 / 2)
     assert found["item_f1_micro"].value == pytest.approx(2 * 1 / (2 * 1 + 1 + 1))
     assert found["item_recall_micro"].value == pytest.approx(3 / 5)
@@ -126,21 +124,20 @@ def test_labels_that_name_only_the_main_item_count_for_recall_alone():
             ["eggs", "eggsss"],
             ["egg", "eggss"],
             (2, 0, 0),
-        ),  # whoever gives eggs its best match, eggss, leaves eggsss without any
+        ),  # matching eggs to eggss greedily would leave eggsss unmatched
         (["doughnut"], ["donut"], (0, 1, 1)),  # 77 is below the threshold
         ([], ["egg"], (0, 1, 0)),
         (["egg"], [], (0, 0, 1)),
     ],
 )
-def test_names_spelled_alike(wanted, given, counts):
-    assert scoring.soft(wanted, given) == scoring.Counts(*counts)
+def test_soft_matching(wanted, given, counts):
+    assert scoring.match_soft(wanted, given) == scoring.Counts(*counts)
 
 
-def test_no_two_names_of_the_drawn_scenes_are_spelled_alike():
-    """So soft figures forgive nothing there."""
+def test_soft_matching_never_confuses_two_names_of_the_drawn_scenes():
     names = [*scenes.FOODS, *scenes.DRINKS]
     for number, name in enumerate(names):
-        assert scoring.soft([name], names[:number]).found == 0, name
+        assert scoring.match_soft([name], names[:number]).found == 0, name
 
 
 WHOLE = food("pie", "egg").to_json()
@@ -167,29 +164,13 @@ def test_truncation_and_repetition(text, truncated, repeats):
     assert scoring.repeats(text) is repeats
 
 
-def test_what_became_of_each_name():
+def test_counts_by_item_name():
     found = evaluate.by_class(LABELS, ANSWERS)
     assert found["egg"] == scoring.Counts(found=0, invented=0, missed=2)
     assert found["taco"] == scoring.Counts(found=0, invented=1, missed=1)
     assert found["pie"].f1 == found["tea"].f1 == 1
     assert next(iter(found)) == "egg"  # the most wanted first
     assert "jam" not in evaluate.by_class(LABELS, ANSWERS, scopes=["primary"] * 5)
-
-
-def test_groups_are_scored_apart():
-    groups = [evaluate.number_of_items(label) for label in LABELS]
-    assert groups == ["2 items", "2 items", "0 items", "0 items", "1 item"]
-    assert evaluate.number_of_items(food("a", "b", drinks=["c", "d"])) == "3 or more items"
-    found = {
-        group: {m.name: m for m in metrics} for group, metrics in evaluate.breakdown(LABELS, ANSWERS, groups).items()
-    }
-    assert {group: metrics["strict_json_rate"].n for group, metrics in found.items()} == {
-        "0 items": 2,
-        "1 item": 1,
-        "2 items": 2,
-    }
-    assert found["2 items"]["item_f1_micro"].value == 0.5
-    assert "hallucination_rate" not in found["2 items"]
 
 
 def test_worst_cases_are_the_worst():
@@ -199,41 +180,33 @@ def test_worst_cases_are_the_worst():
     assert evaluate.worst([food("pie"), food("egg")], [more, food("pie").to_json()], 1, ["primary"] * 2) == [1]
 
 
-def test_models_can_be_compared_on_labels_of_any_scope():
-    assert evaluate.f1_of_named(LABELS, ANSWERS) == by_name()["item_f1_micro"].value
-    scopes = [
-        "primary",
-        "primary",
-        "exhaustive",
-        "primary",
-        "primary",
-    ]  # jam and taco are forgiven; what shows no food has no air either
-    assert evaluate.f1_of_named(LABELS, ANSWERS, scopes) == pytest.approx(2 * 2 / (2 * 2 + 1 + 3))
+def test_validation_f1_uses_labels_of_any_scope():
+    assert evaluate.validation_f1(LABELS, ANSWERS) == by_name()["item_f1_micro"].value
+    # Jam and taco are not errors under a main-item label; air is, since the image shows no food.
+    scopes = ["primary", "primary", "exhaustive", "primary", "primary"]
+    assert evaluate.validation_f1(LABELS, ANSWERS, scopes) == pytest.approx(2 * 2 / (2 * 2 + 1 + 3))
 
 
-def test_who_says_the_same_of_all_images_does_not_look():
-    assert evaluate.looks_blind(LABELS, [LABELS[0].to_json()] * len(LABELS))
-    assert not evaluate.looks_blind(LABELS, ANSWERS)
-    assert not evaluate.looks_blind([NOTHING, NOTHING], [NOTHING.to_json()] * 2)  # there was nothing else to say
+def test_a_constant_answer_is_noticed():
+    assert evaluate.is_constant(LABELS, [LABELS[0].to_json()] * len(LABELS))
+    assert not evaluate.is_constant(LABELS, ANSWERS)
+    assert not evaluate.is_constant([NOTHING, NOTHING], [NOTHING.to_json()] * 2)  # the labels are constant, too
 
 
-def test_recall_of_names_that_a_model_has_met():
-    found = evaluate.recall_of(LABELS, ANSWERS, {"pie", "taco", "tea", "air"})
-    assert (found.name, found.n, found.value) == (
-        "known_item_recall",
-        3,
-        pytest.approx(2 / 3),
-    )  # pie and tea; taco is on the wrong shelf
+def test_recall_of_item_names_seen_in_training():
+    found = evaluate.known_item_recall(LABELS, ANSWERS, {"pie", "taco", "tea", "air"})
+    assert (found.name, found.n) == ("known_item_recall", 3)
+    assert found.value == pytest.approx(2 / 3)  # pie and tea; taco is in the wrong field
     assert found.low < found.value < found.high
-    assert evaluate.recall_of(LABELS, ANSWERS, {"egg"}).n == 2
-    assert evaluate.recall_of(LABELS, ANSWERS, {"rice"}) is None
+    assert evaluate.known_item_recall(LABELS, ANSWERS, {"egg"}).n == 2
+    assert evaluate.known_item_recall(LABELS, ANSWERS, {"rice"}) is None
 
 
-# --------------------------------------------------------------------------------------------------- against scikit-learn, scipy and tables
+# --- against scikit-learn, scipy and published tables
 
 
 def simulated(count=300, seed=0):
-    """Labels, answers of which some are wrong and some unreadable, and what each says about `is_food` (2: nothing)."""
+    """Return labels, answers (some wrong, some unreadable) and the records in the answers (None: unreadable)."""
     rng, names = np.random.default_rng(seed), ["pie", "egg", "jam", "taco", "rice"]
 
     def some(share):
@@ -241,39 +214,33 @@ def simulated(count=300, seed=0):
         return food(*chosen) if chosen else NOTHING
 
     labels = [some(0.3) for _ in range(count)]
-    said = [label if rng.random() < 0.6 else some(0.3) if rng.random() < 0.8 else None for label in labels]
-    return labels, [record.to_json() if record else "?" for record in said], said
+    records = [label if rng.random() < 0.6 else some(0.3) if rng.random() < 0.8 else None for label in labels]
+    return labels, [record.to_json() if record else "?" for record in records], records
 
 
-def test_is_food_as_scikit_learn_has_it():
-    labels, answers, said = simulated()
-    truth, told = [label.is_food for label in labels], [record.is_food if record else 2 for record in said]
+def test_is_food_metrics_equal_scikit_learn():
+    labels, answers, records = simulated()
+    truth, predicted = [label.is_food for label in labels], [record.is_food if record else 2 for record in records]
     found = values(labels, answers)
-    assert found["is_food_accuracy"] == pytest.approx(reference.accuracy_score(truth, told))
-    assert found["is_food_balanced_accuracy"] == pytest.approx(
-        reference.recall_score(truth, told, labels=[0, 1], average="macro")
-    )
-    assert found["is_food_f1"] == pytest.approx(reference.f1_score(truth, told, labels=[1], average="micro"))
-    assert found["is_food_mcc"] == pytest.approx(reference.matthews_corrcoef(truth, told))
+    balanced = reference.recall_score(truth, predicted, labels=[0, 1], average="macro")
+    assert found["is_food_accuracy"] == pytest.approx(reference.accuracy_score(truth, predicted))
+    assert found["is_food_balanced_accuracy"] == pytest.approx(balanced)
+    assert found["is_food_f1"] == pytest.approx(reference.f1_score(truth, predicted, labels=[1], average="micro"))
+    assert found["is_food_mcc"] == pytest.approx(reference.matthews_corrcoef(truth, predicted))
 
 
-def test_item_sets_as_scikit_learn_has_them():
-    labels, answers, said = simulated()
+def test_item_metrics_equal_scikit_learn():
+    labels, answers, records = simulated()
     binary = MultiLabelBinarizer().fit([label.food_items for label in labels])
-    truth, told = (
-        binary.transform([record.food_items if record else [] for record in records]) for records in (labels, said)
-    )
+    truth, predicted = (binary.transform([r.food_items if r else [] for r in column]) for column in (labels, records))
     found = values(labels, answers)
-    for name, function in (
-        ("precision", reference.precision_score),
-        ("recall", reference.recall_score),
-        ("f1", reference.f1_score),
-    ):
-        assert found[f"food_{name}_micro"] == pytest.approx(function(truth, told, average="micro")), name
-    readable = np.array([record is not None for record in said])
+    for name in ("precision", "recall", "f1"):
+        function = getattr(reference, f"{name}_score")
+        assert found[f"food_{name}_micro"] == pytest.approx(function(truth, predicted, average="micro")), name
+    readable = np.array([record is not None for record in records])
     per_image = [
-        reference.f1_score(t[None], a[None], average="samples", zero_division=1)
-        for t, a in zip(truth, told, strict=True)
+        reference.f1_score(t[None], p[None], average="samples", zero_division=1)
+        for t, p in zip(truth, predicted, strict=True)
     ]
     assert found["food_f1_macro"] == pytest.approx(np.mean(np.where(readable, per_image, 0)))
 
@@ -283,7 +250,7 @@ def test_wilson_interval_of_a_textbook_case():
     assert (metric.low, metric.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
 
 
-def test_bootstrap_interval_is_that_of_scipy():
+def test_bootstrap_interval_equals_scipy():
     labels, answers, _ = simulated()
     counts = [scoring.count_items(label, scoring.try_read(text)) for label, text in zip(labels, answers, strict=True)]
     columns = [np.array([getattr(count, name) for count in counts]) for name in ("found", "invented", "missed")]
@@ -291,30 +258,29 @@ def test_bootstrap_interval_is_that_of_scipy():
     def micro(found, invented, missed, axis):
         return 2 * found.sum(axis) / (2 * found.sum(axis) + invented.sum(axis) + missed.sum(axis))
 
-    interval = bootstrap(
-        columns, micro, paired=True, n_resamples=2000, batch=100, method="percentile", rng=1
-    ).confidence_interval
+    how = {"paired": True, "n_resamples": 2000, "batch": 100, "method": "percentile", "rng": 1}
+    interval = bootstrap(columns, micro, **how).confidence_interval
     metric = evaluate.micro_f1("x", counts)
     assert (metric.low, metric.high) == pytest.approx(tuple(interval), abs=0.01)
     assert metric.value == values(labels, answers)["item_f1_micro"]
 
 
-def test_bootstrap_interval_has_its_coverage():
+def test_bootstrap_interval_has_its_nominal_coverage():
     """Of 100 samples from a population whose F1 is known, about 95 intervals contain it."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(100):
         right = rng.random(150) < 0.8  # one item an image: named correctly, or another one invented in its place
-        metric = evaluate.micro_f1("x", [evaluate.Counts(int(r), int(not r), int(not r)) for r in right])
+        metric = evaluate.micro_f1("x", [scoring.Counts(int(r), int(not r), int(not r)) for r in right])
         hits += metric.low <= 0.8 <= metric.high
     assert 88 <= hits <= 100
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- two models
+# --- two models
 
 
 def test_a_rate_is_compared_by_mcnemars_exact_test():
-    """13 images, of which ours alone are right on 7 and theirs alone on 1: few enough for every permutation."""
+    """13 images, 7 right in ours only and 1 in theirs only: few enough to try every permutation."""
     right, wrong = food("pie").to_json(), "?"
     ours, theirs = [right] * 7 + [wrong] + [right] * 5, [wrong] * 7 + [right] + [right] * 5
     [found] = comparison.compare([food("pie")] * 13, ours, theirs, metrics=["strict_json_rate"])
@@ -337,7 +303,7 @@ def test_a_model_does_not_differ_from_itself_and_differs_from_a_worse_one():
 
 
 def test_pairing_narrows_the_interval():
-    """Ours and theirs err on the same images, so their difference is known far better than either."""
+    """Both models err on the same images, so their difference is known more precisely than either."""
     labels, ours, _ = simulated()
     theirs = ["?" if number % 20 == 0 else text for number, text in enumerate(ours)]
     [found] = comparison.compare(labels, ours, theirs, metrics=["item_f1_macro"])
@@ -355,26 +321,42 @@ def test_differences_as_rows():
     ]
 
 
-def test_what_is_compared_is_measured():
-    assert set(comparison.COMPARED) <= set(MEASURES)
+def test_compared_metrics_exist():
+    assert set(comparison.COMPARED) <= set(METRICS)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- the rest
+# --- input and predictions
 
 
-def test_lists_that_do_not_match_are_an_error():
+def test_lists_of_different_lengths_are_an_error():
     with pytest.raises(ValueError, match="5 labels cannot be scored against 1 answers"):
         evaluate.score(LABELS, [""])
     with pytest.raises(ValueError, match="5 labels need as many scopes, not 1"):
         evaluate.score(LABELS, ANSWERS, scopes=["primary"])
 
 
-def test_asking_keeps_the_order_over_batches(rows):
-    sizes = evaluate.ask(
-        lambda batch: [f"{len(batch)} {image.mode}" for image in batch], rows["test"]["image"], batch_size=6
-    )
-    assert sizes == ["6 RGB"] * 12 + ["4 RGB"] * 4
+def test_predictions_keep_the_order_over_batches(rows):
+    def answer(batch):
+        return [f"{len(batch)} {image.mode}" for image in batch]
+
+    assert evaluate.predict(answer, rows["test"]["image"], batch_size=6) == ["6 RGB"] * 12 + ["4 RGB"] * 4
 
 
-def test_anything_that_answers_one_image_can_be_asked(rows):
-    assert evaluate.ask(evaluate.each(lambda image: image.mode), rows["test"]["image"], batch_size=6) == ["RGB"] * 16
+def test_cached_predictions_resume_and_depend_on_the_key(rows, tmp_path):
+    calls, path, images = [], tmp_path / "answers" / "base.jsonl", rows["test"]["image"]
+
+    def answer(batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [f"answer {len(calls)}"] * len(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.predict_cached(path, "key", answer, images, 6)
+    path.write_text(path.read_text() + '{"answers": ["half')  # as a killed process may leave it
+    texts, seconds = evaluate.predict_cached(path, "key", answer, images, 6)
+    assert texts == ["answer 1"] * 6 + ["answer 2"] * 6 + ["answer 4"] * 4
+    assert calls == [6, 6, 4, 4]  # the third call failed; finished batches are not repeated
+    assert evaluate.predict_cached(path, "key", answer, images, 6) == (texts, seconds)
+    again, _ = evaluate.predict_cached(path, "other key", answer, images, 6)
+    assert (again[0], again[-1], len(calls)) == ("answer 5", "answer 7", 7)

@@ -33,13 +33,13 @@ def test_batch_answer_is_single_answer(tuned, images):
     assert tuned.generate_texts(images) == [tuned.generate_texts([image])[0] for image in images]
 
 
-def test_the_base_talks_and_does_not_speak_json(images):
+def test_base_model_writes_prose(images):
     answers = Extractor.from_pretrained(TINY_BASE, "cpu").generate_texts(images)
     assert not any("{" in text for text in answers)
     assert len({text for text in answers if " " in text}) >= 6
 
 
-def test_a_bad_image_does_not_spoil_its_batch(tuned, images):
+def test_bad_image_does_not_affect_its_batch(tuned, images):
     results = list(tuned.extract_many([images[0], b"", images[1], "nowhere.jpg", images[2]], batch_size=3))
     expected = [FoodRecord, ImageError, FoodRecord, ImageError, FoodRecord]
     assert [isinstance(result, kind) for result, kind in zip(results, expected, strict=True)] == [True] * 5
@@ -49,7 +49,7 @@ def test_a_bad_image_does_not_spoil_its_batch(tuned, images):
         tuned.extract(b"")
 
 
-def test_without_the_grammar_an_answer_that_is_not_strict_is_an_error_that_shows_it(tuned, monkeypatch):
+def test_unconstrained_answer_that_is_not_strict_is_an_error(tuned, monkeypatch):
     monkeypatch.setattr(Decoder, "text", lambda self, answer: "{'is_food': 1}")
     [result] = Extractor(tuned.model, tuned.processor, constrained=False).extract_many([Image.new("RGB", (9, 9))])
     assert isinstance(result, AnswerError)
@@ -57,11 +57,11 @@ def test_without_the_grammar_an_answer_that_is_not_strict_is_an_error_that_shows
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (1200, 30)])
-def test_any_size_is_answered(tuned, size):
+def test_any_image_size_is_answered(tuned, size):
     assert tuned.extract(Image.new("RGB", size, "white")).is_food in (0, 1)
 
 
-def test_every_kind_of_image_is_the_same_image(tuned, images, tmp_path):
+def test_all_image_sources_give_the_same_answer(tuned, images, tmp_path):
     file, image = tmp_path / "a.png", images[1]
     image.save(file)
     turned = tmp_path / "b.png"  # stored on its side, with the EXIF tag that says so
@@ -73,7 +73,7 @@ def test_every_kind_of_image_is_the_same_image(tuned, images, tmp_path):
     assert list(tuned.extract_many(tmp_path)) == list(tuned.extract_many([file, turned]))
 
 
-def test_pixels_and_prompt_are_those_of_the_processor(tuned, images):
+def test_inputs_equal_those_of_the_processor(tuned, images):
     """One preprocessing: what the processor alone makes of a chat with an image is what the model gets."""
     own, chat = tuned.prepare([images[0]]), prompts.conversation()
     chat[1]["content"][0]["image"] = images[0]
@@ -85,7 +85,7 @@ def test_pixels_and_prompt_are_those_of_the_processor(tuned, images):
         assert torch.equal(own[key], theirs[key]), key
 
 
-def test_who_is_not_waited_for_any_more_leaves_the_batch_and_changes_no_other_answer(tuned, images):
+def test_unwanted_image_leaves_the_batch_without_changing_other_answers(tuned, images):
     read = [tuned.prepare_image(image) for image in images[:4]]
     whole = [record for record, _ in tuned.extract_prepared(read)]
     assert whole == list(tuned.extract_many(images[:4]))
@@ -96,7 +96,7 @@ def test_who_is_not_waited_for_any_more_leaves_the_batch_and_changes_no_other_an
     assert asked.count(gone) == 1
 
 
-def test_an_endless_stream_is_read_only_a_little_ahead(tuned, images):
+def test_endless_stream_is_read_only_slightly_ahead(tuned, images):
     read = count()
     results = tuned.extract_many((images[next(read) % 2] for _ in count()), batch_size=2)
     for _ in range(5):
@@ -105,7 +105,7 @@ def test_an_endless_stream_is_read_only_a_little_ahead(tuned, images):
     results.close()
 
 
-def test_confidence_has_a_value_for_every_item(tuned, images):
+def test_confidence_has_one_value_per_item(tuned, images):
     results = list(tuned.extract_many_with_confidence(images))
     for record, confidence in results:
         assert 0.5 <= confidence.is_food <= 1
@@ -121,7 +121,7 @@ def test_confidence_has_a_value_for_every_item(tuned, images):
     assert free[1] is None
 
 
-def test_confidence_in_is_food_is_its_probability_among_both_values(tuned, images):
+def test_is_food_confidence_is_a_probability_among_both_values(tuned, images):
     [(record, confidence)] = tuned.extract_many_with_confidence(images[:1])
     tokenizer = tuned.processor.tokenizer
     inputs = tuned.prepare(images[:1])
@@ -148,7 +148,7 @@ def test_int8_answers_like_fp32(images, tuned):
 
 
 @torch.inference_mode()
-def test_int8_rounds_a_token_the_same_whatever_is_beside_it():
+def test_int8_rounding_does_not_depend_on_other_tokens():
     torch.manual_seed(0)
     for bias in (True, False):
         exact = torch.nn.Linear(96, 40, bias)
@@ -163,7 +163,7 @@ def test_int8_rounds_a_token_the_same_whatever_is_beside_it():
         assert ((together - exact(x)).norm(dim=-1) <= 0.03 * exact(x).norm(dim=-1)).all()
 
 
-def test_a_precision_that_is_not_there_is_named(monkeypatch):
+def test_unknown_precision_is_named(monkeypatch):
     with pytest.raises(ModelError, match="'int4' is not known: choose one of fp32"):
         Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="int4")
     with pytest.raises(ModelError, match="'int8' is for inference on a CPU"):
@@ -171,7 +171,7 @@ def test_a_precision_that_is_not_there_is_named(monkeypatch):
     assert Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="bf16").model.dtype is torch.bfloat16
 
 
-def test_the_pipeline_of_transformers_answers_the_same(tuned, images, tmp_path, monkeypatch):
+def test_transformers_pipeline_gives_the_same_answer(tuned, images, tmp_path, monkeypatch):
     [snippet] = re.findall(
         r"```python\n(from transformers import pipeline\n.*?)```",
         (ROOT / "experiments" / "README.md").read_text(),

@@ -74,7 +74,7 @@ def accepts(decoder, dialect, text):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_others_write_is_recognized_allowed_and_read(name, tuned):
+def test_dialect_is_recognized_accepted_and_read(name, tuned):
     write, dialect = WRITERS[name]
     longest = FoodRecord(
         is_food=1,
@@ -91,7 +91,7 @@ def test_what_others_write_is_recognized_allowed_and_read(name, tuned):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_no_record_can_hold_is_not_allowed(name, tuned):
+def test_dialect_rejects_what_no_record_holds(name, tuned):
     write, dialect = WRITERS[name]
     good = FoodRecord.parse(GOOD)
     wrong = [
@@ -109,7 +109,7 @@ def test_what_no_record_can_hold_is_not_allowed(name, tuned):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_beginning_of_an_answer_is_read_as_far_as_it_is_complete(name):
+def test_incomplete_answer_is_read_up_to_its_last_complete_value(name):
     write, dialect = WRITERS[name]
     for whole in random_records(20, seed=1):
         for length in range(len(text := write(whole))):
@@ -119,7 +119,7 @@ def test_the_beginning_of_an_answer_is_read_as_far_as_it_is_complete(name):
         assert dialect.read(text) == whole
 
 
-def test_a_list_ends_before_an_item_that_comes_twice_however_it_is_quoted():
+def test_list_ends_before_a_repeat_in_any_quotes():
     begun = """{'is_food': 1, 'image_title': "'food_items': ['a', 'a']", 'food_items': ['a', "it's", 'b'"""
     dialect = Dialect(python=True)
     assert dialect.without_repeats(begun) == begun
@@ -145,11 +145,11 @@ def test_a_list_ends_before_an_item_that_comes_twice_however_it_is_quoted():
         '{"is_food": 1, image_title',
     ],
 )
-def test_other_texts_show_no_dialect(text):
+def test_other_texts_have_no_dialect(text):
     assert recognize(text) is None
 
 
-def test_a_dialect_is_told_as_soon_as_it_can_be():
+def test_dialect_is_recognized_as_early_as_possible():
     for write, dialect in WRITERS.values():
         text = write(FoodRecord.parse(GOOD))
         told = next(length for length in range(len(text)) if recognize(text[:length]))
@@ -161,7 +161,8 @@ def test_a_dialect_is_told_as_soon_as_it_can_be():
     assert not undecided("{" + " " * (MAX_HEAD + 1))
 
 
-# ------------------------------------------------------------------------------------------------------------------ models that speak
+# ------------------------------------------------------------------------------------------------------------------
+# models that speak
 
 
 class Cache:
@@ -180,7 +181,8 @@ class Cache:
 class Scripted(torch.nn.Module):
     """A model that means to write `say(record)` about an image, and knows the record of each in `seen`.
 
-    It goes on with its text as long as what stands there is the beginning of it. Where it was made to write something else it wants to end.
+    It goes on with its text as long as what stands there is the beginning of it. Where it was made to write something
+    else it wants to end.
     """
 
     device, dtype = torch.device("cpu"), torch.float32
@@ -241,7 +243,7 @@ def item_f1(labels, texts, read=FoodRecord.parse):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_nothing_is_lost_of_what_such_a_model_writes(name, speaking, images, records):
+def test_extraction_loses_nothing_in_any_dialect(name, speaking, images, records):
     extractor = speaking(WRITERS[name][0])
     free, guided = extractor.generate_texts(images), extractor.generate_texts(images, constrained=True)
     assert list(extractor.extract_many(images, 3)) == records
@@ -253,7 +255,7 @@ def test_nothing_is_lost_of_what_such_a_model_writes(name, speaking, images, rec
         assert item_f1(records, forced.generate_texts(images, constrained=True)) < 0.5
 
 
-def test_the_dialect_does_not_depend_on_what_is_asked_first(speaking, images, records):
+def test_dialect_does_not_depend_on_the_first_image(speaking, images, records):
     say = lambda record: as_repr(record) if record.is_food else record.to_json()  # noqa: E731
     for order in (range(8), reversed(range(8))):
         extractor = speaking(say)
@@ -264,7 +266,7 @@ def test_the_dialect_does_not_depend_on_what_is_asked_first(speaking, images, re
     assert [one.extract(image) for image in images] == list(two.extract_many(images, len(images))) == records
 
 
-def test_the_notice_comes_once(speaking, images, caplog):
+def test_warning_is_logged_once(speaking, images, caplog):
     extractor = speaking(WRITERS["repr in a fence"][0])
     for _ in range(2):
         list(extractor.extract_many(images, 2))
@@ -274,7 +276,7 @@ def test_the_notice_comes_once(speaking, images, caplog):
 
 
 @pytest.mark.parametrize("folder", [loading.TINY_TUNED, loading.TINY_BASE], ids=lambda folder: folder.name)
-def test_a_model_of_canonical_json_and_one_of_prose_are_asked_as_ever(folder, images, caplog):
+def test_models_of_canonical_json_and_of_prose_get_the_json_grammar(folder, images, caplog):
     extractor = Extractor.from_pretrained(folder, "cpu")
     assert extractor.dialect == Dialect(extractor._lead)
     never_probed = Extractor(extractor.model, extractor.processor)
@@ -283,7 +285,7 @@ def test_a_model_of_canonical_json_and_one_of_prose_are_asked_as_ever(folder, im
     assert not [record for record in caplog.records if record.name == "foodextract"]
 
 
-def test_looking_costs_a_few_tokens_once(speaking, images):
+def test_detection_costs_a_few_tokens_once(speaking, images):
     for name in ("canonical", "indented"):
         extractor = speaking(WRITERS[name][0])
         extractor.generate_texts([PROBE], constrained=True)
@@ -299,7 +301,7 @@ def test_looking_costs_a_few_tokens_once(speaking, images):
     assert prose.model.forwards <= MAX_PROBE_TOKENS + 2
 
 
-def test_a_model_that_trains_is_looked_at_every_time(speaking, images, records):
+def test_dialect_of_a_training_model_is_detected_every_time(speaking, images, records):
     extractor = speaking(as_repr)
     extractor.model.weight = torch.nn.Parameter(torch.zeros(1))
     for say in (as_repr, FoodRecord.to_json, WRITERS["compact"][0], as_repr):
@@ -311,7 +313,7 @@ def test_a_model_that_trains_is_looked_at_every_time(speaking, images, records):
     assert extractor.dialect.canonical
 
 
-def test_confidence_is_about_the_items_wherever_they_stand(images, tuned):
+def test_confidence_finds_the_items_in_any_dialect(images, tuned):
     doubtful = FoodRecord(
         is_food=1, image_title="ça, 'ça'", food_items=["brûlée", "crè?me", "thé"], drink_items=['"é"?', "🥨"]
     )
@@ -326,7 +328,7 @@ def test_confidence_is_about_the_items_wherever_they_stand(images, tuned):
             assert sure == ["?" not in item for item in getattr(doubtful, field)], (name, confidence)
 
 
-def test_a_repeat_ends_the_list_in_any_dialect(images, tuned):
+def test_repeat_ends_the_list_in_any_dialect(images, tuned):
     twice = FoodRecord.model_construct(
         is_food=1, image_title="", food_items=["it's", "egg", "it's", "rice"], drink_items=[]
     )
@@ -344,7 +346,7 @@ def test_a_repeat_ends_the_list_in_any_dialect(images, tuned):
         '{"answer": {"is_food": 1}}',
     ],
 )
-def test_a_form_that_is_not_known_is_named(written, images, tuned, caplog):
+def test_unknown_form_is_warned_about(written, images, tuned, caplog):
     """Its items may be lost under the JSON grammar, which must not happen in silence."""
     assert recognize(written) is None
     extractor = Extractor(Scripted(tuned.processor, [], lambda record: written), tuned.processor)
@@ -356,7 +358,7 @@ def test_a_form_that_is_not_known_is_named(written, images, tuned, caplog):
     assert "compare with --free" in warning
 
 
-def test_the_benchmark_runs(tmp_path):
+def test_dialect_benchmark_runs(tmp_path):
     benchmark.main("", "train", 16, 4, 7e-4, 5, tmp_path / "work", tmp_path / "dialects.json")
     subjects = {row.subject for row in read_results(tmp_path / "dialects.json")}
     assert subjects == {"repr free", "repr extract", "repr JSON grammar"}

@@ -559,4 +559,4 @@ def test_evaluations_of_earlier_releases_can_be_read(tmp_path):
     stated = json.loads((TINY_TUNED / provenance.EVALUATION).read_text())
     stated.pop("held_out", None)
     (tmp_path / "evaluation.json").write_text(json.dumps(stated))
-    assert provenance.Evidence.read(tmp_path / "evaluation.json").held_out == ""
+    assert provenance.Provenance.read(tmp_path / "evaluation.json").held_out == ""

@@ -41,13 +41,13 @@ def test_16_bits_are_scaled_and_not_clipped():
     assert open_image(ODD_BUT_FINE["16 bits"]).getpixel((0, 0)) == (156, 156, 156)  # 40000 / 257
 
 
-def test_every_16_bit_value_is_rounded():
+def test_16_bit_values_are_rounded():
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     for whole in (values, values.astype(np.int32)):
         assert np.array_equal(np.asarray(open_image(Image.fromarray(whole)))[..., 0], np.round(values / 257))
 
 
-def test_floats_are_scaled_by_the_largest_and_what_is_below_0_is_black():
+def test_floats_are_scaled_by_their_maximum_and_clipped_at_0():
     values = np.array([[-3, 0, 100, 200]], np.float32)
     assert np.asarray(open_image(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 128, 255]
 
@@ -63,7 +63,7 @@ print(open_image(data).mode)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F", "RGBA", "P", "RGB"])
-def test_to_open_a_image_takes_no_more_than_14_bytes_a_pixel(mode):
+def test_opening_takes_at_most_14_bytes_per_pixel(mode):
     options = {"transparency": 0} if mode == "P" else {"compression": "tiff_deflate"} if mode == "F" else {}
     data = encoded(Image.new(mode, (4000, 4000)), "TIFF" if mode == "F" else "PNG", **options)
     ended = subprocess.run([sys.executable, "-c", LIMITED], input=data, capture_output=True)
@@ -74,7 +74,7 @@ def test_transparency_is_laid_on_white():
     assert open_image(ODD_BUT_FINE["transparent"]).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_first_frame_of_an_animation_counts():
+def test_animation_gives_its_first_frame():
     assert open_image(ODD_BUT_FINE["animated"]).getpixel((0, 0))[0] > 150
 
 
@@ -94,7 +94,7 @@ def test_exif_orientation_is_applied():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "format"),
     ],
 )
-def test_bad_files_say_what_is_wrong(data, words):
+def test_bad_files_are_named_with_a_reason(data, words):
     with pytest.raises(ImageError, match=words):
         open_image(data)
 
@@ -108,12 +108,12 @@ def test_too_many_pixels_are_refused_before_decoding(side, monkeypatch):
         open_image(data)
 
 
-def test_missing_file(tmp_path):
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(ImageError, match="no such file"):
         open_image(tmp_path / "nowhere.jpg")
 
 
-def test_folders_are_searched_in_a_fixed_order(tmp_path):
+def test_folders_are_searched_in_path_order(tmp_path):
     for name in ("b.jpg", "a/c.PNG", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -121,7 +121,7 @@ def test_folders_are_searched_in_a_fixed_order(tmp_path):
     assert [path.name for path in found] == ["c.PNG", "b.jpg", "notes.txt"]
 
 
-def test_arrays_are_images_too():
+def test_arrays_are_read_as_images():
     array = np.asarray(RED)
     assert np.array_equal(open_image(array), array)
     assert open_image(array[:, :, 0]).getpixel((0, 0)) == (200, 200, 200)

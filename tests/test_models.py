@@ -9,14 +9,14 @@ from foodextract.models.loading import ModelError
 
 
 @pytest.mark.parametrize("folder", [loading.TINY_BASE, loading.TINY_TUNED], ids=lambda folder: folder.name)
-def test_bundled_models_are_real_and_small(folder):
+def test_bundled_models_are_smolvlms_and_small(folder):
     assert type(loading.load_model(folder)) is SmolVLMForConditionalGeneration
     assert type(loading.load_processor(folder)) is SmolVLMProcessor
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 12_000_000
     assert not {file.suffix for file in folder.iterdir()} - {".json", ".safetensors", ".jinja"}
 
 
-def test_one_tile_is_one_tile_and_stays_so(tmp_path, rows):
+def test_image_budget_survives_saving(tmp_path, rows):
     processor = loading.load_processor(loading.TINY_BASE)
     tile = processor.image_processor.max_image_size["longest_edge"]
     tiles = {}
@@ -42,7 +42,7 @@ def test_precision_keeps_master_weights_in_fp32(monkeypatch):
         assert loading.choose_precision(gpu, training=False).weights is autocast
 
 
-def test_a_cpu_with_matrix_units_trains_large_models_in_bf16(monkeypatch):
+def test_cpu_with_amx_trains_large_models_in_bf16(monkeypatch):
     cpu = torch.device("cpu")
     for units, training, parameters, autocast in (
         ({"amx_bf16": True}, True, 256_484_928, torch.bfloat16),  # SmolVLM2-256M
@@ -58,7 +58,7 @@ def test_a_cpu_with_matrix_units_trains_large_models_in_bf16(monkeypatch):
         assert chosen.int8 == (not training)
 
 
-def test_a_cpu_answers_in_int8_where_the_model_is_large(monkeypatch):
+def test_cpu_runs_large_models_in_int8(monkeypatch):
     def kinds(**settings):
         return {
             type(module).__module__.split(".")[1]
@@ -71,7 +71,7 @@ def test_a_cpu_answers_in_int8_where_the_model_is_large(monkeypatch):
     assert "ao" not in kinds(training=True) | kinds(precision="fp32") | kinds(precision="bf16")
 
 
-def test_what_is_no_smolvlm_is_named(tmp_path):
+def test_other_models_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         loading.load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -82,7 +82,7 @@ def test_what_is_no_smolvlm_is_named(tmp_path):
         loading.load_model(tmp_path)
 
 
-def test_damaged_weights_are_named(tmp_path):
+def test_damaged_weights_are_refused(tmp_path):
     loading.load_model(loading.TINY_BASE).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -91,14 +91,14 @@ def test_damaged_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("load", [loading.load_model, loading.load_processor])
-def test_an_unreachable_hub_is_named(load):
+def test_unreachable_hub_is_named(load):
     with pytest.raises(ModelError, match=r"nobody/nothing.*check the name and the connection, or give a folder"):
         load("nobody/nothing")
     with pytest.raises(ModelError, match="neither a folder nor a Hub id"):
         load("/no/such/folder")
 
 
-def test_a_missing_device_is_named():
+def test_missing_device_is_named():
     with pytest.raises(ModelError, match="'cuda:99' is not available"):
         loading.choose_device("cuda:99")
     with pytest.raises(ModelError, match="'gpu'"):

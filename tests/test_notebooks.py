@@ -1,4 +1,4 @@
-"""Both notebooks, top to bottom, small: as `make demo` runs them, and on a stranger's folder of images."""
+"""Both notebooks from top to bottom with small parameters: as `make demo` runs them, and on a folder of images."""
 
 import json
 import shutil
@@ -33,6 +33,9 @@ def run(name, where, /, **parameters):
 def test_the_offline_story(tmp_path, monkeypatch):
     monkeypatch.setenv("FOODEXTRACT_PROFILE", "offline")
     run(ZERO, tmp_path, train_scenes=64, test_scenes=16)
+    trial = json.loads((tmp_path / "outputs" / "offline" / "corrupted" / "report.json").read_text())
+    assert trial["near_duplicate_groups"] >= 50
+    assert len(trial["issues"]) >= 8
     run(ONE, tmp_path, **SMALL)
     rows = read_results(tmp_path / "results" / "offline.json")
     assert {row.subject for row in rows} >= {"base", "stage1", "stage2"}
@@ -44,7 +47,7 @@ def test_the_offline_story(tmp_path, monkeypatch):
 
 
 def test_any_checkpoint_on_any_labeled_folder(tmp_path, drawn):
-    """Every place a parameter, none of them a default."""
+    """All paths are parameters, none the default."""
     images, checkpoint = tmp_path / "images", tmp_path / "checkpoint"
     shutil.copytree(drawn / "train", images)
     (images / "broken.jpg").write_bytes(b"")
@@ -55,20 +58,20 @@ def test_any_checkpoint_on_any_labeled_folder(tmp_path, drawn):
     run(ZERO, tmp_path, profile="offline", source="folder", folder=str(images), output="built", seed=3)
     report = json.loads((tmp_path / "built" / "report.json").read_text())
     assert (report["kept"], report["rejected"]) == (40, 2)
-    places = {"base_model": str(checkpoint), "dataset": "built", "output": "tuned", "results": "figures.json"}
-    run(ONE, tmp_path, profile="offline", seed=3, eval_images=4, **places, **SMALL)
+    paths = {"base_model": str(checkpoint), "dataset": "built", "output": "tuned", "results": "figures.json"}
+    run(ONE, tmp_path, profile="offline", seed=3, eval_images=4, **paths, **SMALL)
     assert (tmp_path / "tuned" / "stage2" / "model.safetensors").is_file()
     assert {row.n for row in read_results(tmp_path / "figures.json") if row.metric == "strict_json_rate"} == {4}
 
 
 def printed(notebook):
-    """All that the cells of an executed notebook printed."""
+    """Return everything that the cells of an executed notebook printed."""
     cells = nbformat.read(notebook, as_version=4).cells
     return "".join(output.get("text", "") for cell in cells if cell.cell_type == "code" for output in cell.outputs)
 
 
 def kill_once(there, where, parameters):
-    """Run notebook 01 in the folder `where` and kill its kernel with SIGKILL as soon as `there` matches a file."""
+    """Run notebook 01 in the folder `where` and kill its kernel with SIGKILL once `there` returns a file."""
     where.mkdir(exist_ok=True)
     command = [
         sys.executable,

@@ -64,8 +64,10 @@ def logits(model, inputs, blocks):
 
 
 @pytest.mark.parametrize("tiles", [1, 17])
-def test_the_graphs_compute_what_the_model_does(exported, tuned, images, tiles):
-    """Two prompts of different lengths where there are 17 tiles, blocks padded on the left, a row that leaves the batch."""
+def test_graphs_compute_the_logits_of_the_model(exported, tuned, images, tiles):
+    """Two prompts of different lengths where there are 17 tiles, blocks padded on the left, a row that leaves the
+    batch.
+    """
     processor = loading.load_processor(loading.TINY_TUNED, tiles)
     inputs = Extractor(tuned.model, processor).prepare([images[0], Image.new("RGB", (400, 90), "red")])
     assert (inputs["attention_mask"].min() == 0) == (tiles > 1)
@@ -77,14 +79,14 @@ def test_the_graphs_compute_what_the_model_does(exported, tuned, images, tiles):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
-def test_they_answer_as_the_model_does(exported, tuned, images):
+def test_graphs_give_the_answers_of_the_model(exported, tuned, images):
     extractor = Extractor.from_pretrained(exported)
     assert extractor.generate_texts(images) == tuned.generate_texts(images)
     assert list(extractor.extract_many(images, 5)) == list(tuned.extract_many(images, 5))
     assert extractor.extract(images[0]) == tuned.extract(images[0])
 
 
-def test_in_int8_they_say_nearly_the_same(exported, tuned, images):
+def test_int8_graphs_are_smaller_and_answer_alike(exported, tuned, images):
     quantized = Extractor.from_pretrained(exported, precision="int8")
     same = [
         ours.is_food == theirs.is_food
@@ -96,14 +98,14 @@ def test_in_int8_they_say_nearly_the_same(exported, tuned, images):
         assert (exported / "onnx" / f"{name}{onnx.QUANTIZED}.onnx").stat().st_size < 0.45 * whole
 
 
-def test_the_folder_is_one_that_the_command_takes(exported, tuned, images, tmp_path):
+def test_extract_command_takes_the_exported_folder(exported, tuned, images, tmp_path):
     images[1].save(tmp_path / "a.png")
     result = CliRunner().invoke(app, ["extract", str(tmp_path), "--model", str(exported), "--precision", "fp32"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"file": str(tmp_path / "a.png"), **tuned.extract(images[1]).model_dump()}
 
 
-def test_what_it_cannot_do_is_said(exported, tmp_path, monkeypatch):
+def test_errors_name_the_remedy(exported, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="no precision 'bf16': choose fp32 or int8"):
         Extractor.from_pretrained(exported, precision="bf16")
     with pytest.raises(ModelError, match="on a CPU here, not on 'cuda'"):

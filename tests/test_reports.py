@@ -1,4 +1,4 @@
-"""Tables and figures, from rows and answers whose right rendering is known."""
+"""Tables, sentences and figures, from rows and answers whose rendering is known."""
 
 import base64
 import io
@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 import ablation
+import baselines
 import comparison
+import page_tables
 import pages
 from foodextract.evaluation import evaluate
 from foodextract.evaluation.calibration import Bin
@@ -51,25 +53,25 @@ def test_table_shows_every_figure_with_its_interval(tmp_path):
     assert list(Row.__dataclass_fields__) == list(json.loads((tmp_path / "r.json").read_text())[0])
 
 
-def test_units_are_told_apart():
+def test_cells_are_formatted_by_unit():
     rows = [
         row("base", "answer_characters", 77.8, 73.6, 82.2, unit="characters"),
         row("base", "is_food_mcc", -0.25, -0.5, 0, unit="correlation"),
         row("base", "is_food_balanced_accuracy", 0.5),
     ]
     table = tables.metric_table(rows, tables.MORE_NAMES)
-    assert "| characters an answer | 78 (74–82) |" in table
+    assert "| characters per answer | 78 (74–82) |" in table
     assert "| `is_food` correlation (MCC) | -0.250 (-0.500–0.000) |" in table
     assert "| `is_food` balanced accuracy | 50.0 % |" in table
 
 
-def test_two_by_two_of_subjects_and_modes():
+def test_mode_table_has_two_columns_per_subject():
     rows = [
         row("base", "strict_json_rate", 0),
         row("stage2", "strict_json_rate", 0.9),
         row("stage2 constrained", "strict_json_rate", 1),
     ]
-    assert tables.mode_table(rows, metrics=["strict_json_rate"]).splitlines() == [
+    assert page_tables.mode_table(rows, metrics=["strict_json_rate"]).splitlines() == [
         "|  | base, free | base, constrained | after stage 2, free | after stage 2, constrained |",
         "| --- | --- | --- | --- | --- |",
         "| strict JSON that fits the schema | 0.0 % | – | 90.0 % | 100.0 % |",
@@ -84,15 +86,15 @@ def test_item_table_has_micro_and_macro_exact_and_soft():
         head == "| base | precision, micro | recall, micro | F1, micro | precision, macro | recall, macro | F1, macro |"
     )
     assert [line.split(" | ")[0] for line in lines] == [
-        f"| {name}, {match}" for name in ("food and drink", "food", "drink") for match in ("exact", "spelled alike")
+        f"| {name}, {match}" for name in ("food and drink", "food", "drink") for match in ("exact", "similar spelling")
     ]
     assert lines[0].startswith("| food and drink, exact | 0.500 (")
 
 
-def test_group_table_has_a_line_a_group():
-    groups = evaluate.breakdown([PIE, TEA, TEA], [PIE.to_json()] * 3, ["b", "a", "a"])
+def test_group_table_has_one_line_per_group():
+    groups = baselines.breakdown([PIE, TEA, TEA], [PIE.to_json()] * 3, ["b", "a", "a"])
     rows = [r for group, metrics in groups.items() for r in evaluate.to_rows("b", f"base | {group}", metrics, "c")]
-    lines = tables.group_table(rows, "item_f1_micro").splitlines()
+    lines = page_tables.group_table(rows, "item_f1_micro").splitlines()
     assert lines[0] == "| item F1 (micro, exact name) | base |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| a, n = 2", "| b, n = 1"]
     assert lines[3].endswith("| 1.000 (1.000–1.000) |")
@@ -103,7 +105,7 @@ def test_difference_table_has_interval_and_p():
         [PIE, TEA] * 6, [PIE.to_json(), TEA.to_json()] * 6, [PIE.to_json()] * 12, metrics=["item_f1_micro"]
     )
     rows = comparison.difference_rows("b", "tuned minus nearest", differences, "c")
-    [head, _, line] = tables.difference_table(rows).splitlines()
+    [head, _, line] = page_tables.difference_table(rows).splitlines()
     assert head == "|  | tuned minus nearest image |"
     assert line.startswith("| item F1 (micro, exact name) | +0.500 (+0.")
     assert "p = 0.031" in line  # 2 of the 64 ways to exchange the 6 pairs that differ
@@ -111,54 +113,74 @@ def test_difference_table_has_interval_and_p():
         row("a minus b", "is_food_accuracy_difference", -0.125, -0.2, -0.05),
         row("a minus b", "is_food_accuracy_p", 0.0001),
     ]
-    assert "| -12.5 points (-20.0 to -5.0), p < 0.001 |" in tables.difference_table(rate)
+    assert "| -12.5 points (-20.0 to -5.0), p < 0.001 |" in page_tables.difference_table(rate)
 
 
-def test_places_say_so_while_there_is_nothing_to_show(tmp_path):
-    for places in pages.PAGES.values():
-        for text in [text for name, text in places.items() if name != pages.TABLE]:
-            assert text(tmp_path).startswith("Not measured yet")
+def test_pages_say_what_is_not_measured_yet(tmp_path):
+    for page, markers in pages.PAGES.items():
+        for render in markers.values() if page != "README.md" else ():
+            assert "Not measured yet: `" in render(tmp_path)
 
 
-def test_peers_free_in_one_table_and_the_two_by_two_in_another(tmp_path):
+def test_baselines_are_free_in_one_table_and_by_mode_in_another():
     subjects = ("majority", "base", "base constrained", "tuned", "tuned constrained")
-    (tmp_path / "results").mkdir()
-    write_results(
-        tmp_path / "results" / "peers.json", [row(subject, "strict_json_rate", 0.5, 0.4, 0.6) for subject in subjects]
-    )
-    heads = [line for line in pages.peers_table(tmp_path).splitlines() if "base" in line]
-    assert heads == [
+    rows = [row(subject, "strict_json_rate", 0.5, 0.4, 0.6) for subject in subjects]
+    headers = [line for line in page_tables.baselines(rows).splitlines() if "base" in line]
+    assert headers == [
         "| n = 9 | majority | base | tuned |",
         "|  | base, free | base, constrained | tuned, free | tuned, constrained |",
     ]
 
 
-def test_every_metric_of_an_evaluation_is_shown_somewhere(tmp_path):
-    subjects = ("base", "stage2", "tuned")
+def test_every_metric_is_shown_on_some_page(tmp_path):
     metrics = evaluate.score([PIE, TEA, NOTHING], [PIE.to_json(), PIE.to_json(), NOTHING.to_json()])
-    rows = [r for subject in subjects for r in evaluate.to_rows("b", subject, metrics, "c")]
+    rows = [r for subject in ("base", "stage2", "tuned") for r in evaluate.to_rows("b", subject, metrics, "c")]
     rows += [replace(r, subject="tuned | 1 item") for r in rows if r.subject == "tuned"]
     (tmp_path / "results").mkdir()
-    for name in ("offline", "peers"):
-        write_results(tmp_path / "results" / f"{name}.json", rows)
-    results = pages.PAGES["results/README.md"]
-    for name, short in (("offline", pages.offline_table), ("peers", results["peers"])):
-        text = short(tmp_path) + results[f"{name} in full"](tmp_path)
+    write_results(tmp_path / "results" / "offline.json", rows)
+    offline = pages.offline_table(tmp_path) + page_tables.offline_in_full(rows)
+    for text in (offline, page_tables.baselines(rows) + page_tables.baselines_in_full(rows)):
         for metric in metrics:
             if not re.match("(item|food|drink)_(precision|recall|f1)", metric.name):  # those have a table of their own
-                assert {**tables.NAMES, **tables.MORE_NAMES}[metric.name] in text, metric.name
-        assert "| drink, spelled alike |" in text
+                assert page_tables.ALL_NAMES[metric.name] in text, metric.name
+        assert "| drink, similar spelling |" in text
     assert "| 1 item, n = 3 |" in text
 
 
-def test_effects_stand_below_their_means():
+def test_readme_table_has_at_most_six_rows():
+    assert len(pages.offline_table(ROOT).splitlines()) <= 2 + 6
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ((0.80, 0.85), (0.84, 0.90), "no measurable difference, the intervals overlap"),
+        ((0.80, 0.85), (0.86, 0.90), "better"),
+        ((0.80, 0.85), (0.70, 0.79), "worse"),
+    ],
+)
+def test_stage_comparison_claims_only_what_the_intervals_show(before, after, verdict):
+    rows = [
+        row(stage, metric, sum(bounds) / 2, *bounds)
+        for stage, bounds in (("stage1", before), ("stage2", after))
+        for metric in ("item_f1_micro", "hallucination_rate")
+    ]
+    items, invented = tables.stage_comparison(rows).split(". The ")
+    assert items.endswith(f"n = 9: {verdict}")
+    assert items.startswith("Item F1 is 0.825 (0.800–0.850) after stage 1")
+    opposite = {"better": "worse", "worse": "better"}.get(verdict, verdict)  # fewer invented items are better
+    assert invented.endswith(f"n = 9: {opposite}.")
+    assert tables.stage_comparison([row("stage1", "item_f1_micro", 0.5, 0.4, 0.6)]) == ""
+
+
+def test_effect_table_shows_differences_below_means():
     rows = [
         row("reference", "item_f1_micro", 0.5, 0.4, 0.6, n=3),
         row("5 tiles", "item_f1_micro", 0.625, 0.5, 0.75, n=3),
         row("5 tiles minus reference", "item_f1_micro_difference", 0.125, -0.05, 0.3, n=3),
         row("5 tiles | seed 1", "item_f1_micro", 0.6, 0.5, 0.7),
     ]
-    lines = tables.effect_table(rows).splitlines()
+    lines = page_tables.effect_table(rows).splitlines()
     assert lines[0].startswith("| 3 seeds | against | strict JSON that fits the schema |")
     assert lines[2] == "| reference |  | – | – | 0.500 (0.400–0.600) | – |"
     assert lines[3] == "| 5 tiles | reference | – | – | 0.625 (0.500–0.750)<br>+0.125 (-0.050 to +0.300) | – |"
@@ -166,19 +188,19 @@ def test_effects_stand_below_their_means():
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["5 tiles minus reference"]
 
 
-def test_sentences_claim_no_more_than_their_intervals():
+def test_effect_sentences_claim_only_what_the_intervals_show():
     def change(metric, value, low, high):
         return row("LoRA minus one stage", f"{metric}_difference", value, low, high, n=3)
 
     rows = [row("LoRA", "strict_json_rate", 0.5, 0.4, 0.6, n=3), change("strict_json_rate", -0.25, -0.5, 0.0)]
-    assert tables.effect_sentences([*rows, change("item_f1_micro_lenient", -0.2, -0.3, -0.1)]) == (
+    assert page_tables.effect_sentences([*rows, change("item_f1_micro_lenient", -0.2, -0.3, -0.1)]) == (
         "- **LoRA** instead of *one stage*: strict JSON -25.0 points (-50.0 to +0.0), no difference shown; "
-        "item F1, however written -0.200 (-0.300 to -0.100), worse."
+        "item F1 (lenient parser) -0.200 (-0.300 to -0.100), worse."
     )
-    assert tables.effect_sentences([*rows, change("item_f1_micro_lenient", 0.2, 0.1, 0.3)]).endswith(", better.")
+    assert page_tables.effect_sentences([*rows, change("item_f1_micro_lenient", 0.2, 0.1, 0.3)]).endswith(", better.")
 
 
-def test_outcomes_have_a_line_for_everybody_who_answered():
+def test_outcome_table_has_one_line_per_subject():
     rows = [
         row("base", "strict_json_rate", 0),
         row("tuned", "loss_first", 2),
@@ -186,7 +208,7 @@ def test_outcomes_have_a_line_for_everybody_who_answered():
         row("tuned", "seconds", 9),
     ]
     rows += [row("tuned", "class_accuracy", 0.5, 0.4, 0.6)]
-    lines = tables.outcome_table(rows).splitlines()
+    lines = page_tables.outcome_table(rows).splitlines()
     assert lines[2] == "| `b` | base, n = 9 | – | 0.0 % | – | – | – | – |"
     assert lines[3] == "| `b` | tuned, n = 9 | 2.000 → 0.250 | – | – | – | – | 50.0 % (40.0–60.0) |"
 

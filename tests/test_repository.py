@@ -1,4 +1,4 @@
-"""What strangers see first: README, notebooks, figures and the bundled model must agree with each other."""
+"""README, notebooks, figures and the bundled model must agree with each other."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from foodextract.names import GITHUB, HUB_DATASET, HUB_MODEL, HUB_PUBLISHED_DATA
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])
 PAGES = [page for where in ("", "[!.]*/", "demos/*/", "src/**/") for page in ROOT.glob(f"{where}*.md")]
+PAGES = [page for page in PAGES if page.parent.name != "templates"]
 OFFLINE = ROOT / "results" / "offline.json"
 
 
@@ -34,7 +35,7 @@ def test_results_have_the_one_format():
             assert row.low is None or row.low <= row.value <= row.high, (file.name, row)
 
 
-def test_the_base_does_not_speak_json_and_the_tuned_model_does():
+def test_the_tuned_model_writes_json_and_the_base_does_not():
     base, tuned = figures_of(OFFLINE, "base"), figures_of(OFFLINE, "stage2")
     assert tuned["strict_json_rate"].n >= 400
     assert base["strict_json_rate"].high <= 0.05
@@ -51,7 +52,7 @@ def test_offline_figures_meet_their_targets(metric, target):
     assert figures_of(OFFLINE, "stage2")[metric].value >= target
 
 
-def test_a_checkpoint_of_python_reprs_keeps_its_items_and_one_of_json_its_answers():
+def test_extract_keeps_the_items_of_a_repr_checkpoint_and_the_answers_of_a_json_one():
     path = ROOT / "results" / "dialects.json"
     lenient = figures_of(path, "repr free")["item_f1_micro_lenient"]
     guided, under_json = (figures_of(path, f"repr {way}")["item_f1_micro"] for way in ("extract", "JSON grammar"))
@@ -67,20 +68,19 @@ def test_a_checkpoint_of_python_reprs_keeps_its_items_and_one_of_json_its_answer
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    """The very scenes that `make demo` holds out."""
+    """The held-out scenes of `make demo`."""
     found = list(scenes.draw_scenes(42, "test", 600))
     return [scene.record for scene in found], [scene.image for scene in found]
 
 
 def scored(extractor, held_out):
     labels, images = held_out
-    return {
-        metric.name: metric for metric in evaluate.score(labels, evaluate.ask(extractor.generate_texts, images, 50))
-    }
+    texts = evaluate.predict(extractor.generate_texts, images, 50)
+    return {metric.name: metric for metric in evaluate.score(labels, texts)}
 
 
 def test_bundled_model_answers_as_make_demo_measured(tuned, held_out):
-    """Its figures lie within the intervals that `make demo` wrote: a regression in what the model answers shows here."""
+    """Its figures lie within the intervals that `make demo` wrote, so a regression of its answers shows here."""
     found = scored(tuned, held_out)
     measured = {name: row for name, row in figures_of(OFFLINE, "stage2").items() if name in found}
     assert {"strict_json_rate", "is_food_accuracy", "item_f1_micro"} <= set(measured)
@@ -89,17 +89,19 @@ def test_bundled_model_answers_as_make_demo_measured(tuned, held_out):
         assert row.low <= found[name].value <= row.high, name
 
 
-def test_bundled_base_does_not_speak_json(held_out):
+def test_bundled_base_does_not_write_json(held_out):
     labels, images = held_out
     found = scored(Extractor.from_pretrained(TINY_BASE, "cpu"), (labels[:100], images[:100]))
     assert found["schema_valid_rate"].value == figures_of(OFFLINE, "base")["schema_valid_rate"].value
 
 
-def test_readme_shows_the_measured_figures():
-    for page, places in pages.PAGES.items():
-        for name, text in places.items():
-            shown = f"<!-- {name} -->\n{text(ROOT)}\n<!-- /{name} -->"
-            assert shown in (ROOT / page).read_text(), f"run `python -m pages`: {name} in {page} is out of date"
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_pages_show_the_measured_figures(page):
+    text = (ROOT / page).read_text()
+    for name, render in pages.PAGES[page].items():
+        assert f"<!-- {name} -->\n{render(ROOT)}\n<!-- /{name} -->" in text, (
+            f"run `python tools/pages.py`: {name} is outdated"
+        )
 
 
 def test_readme_is_short_and_names_its_commands():
@@ -122,6 +124,13 @@ def test_links_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors_of(target), link
+
+
+def test_contributing_lists_every_module():
+    package = ROOT / "src" / "foodextract"
+    modules = {path.name for path in package.rglob("*.py") if not path.name.startswith("__")}
+    listed = re.findall(r"^ +(\w+\.py) +#", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(modules)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CITATION.cff"], ids=lambda path: str(path.relative_to(ROOT)))
@@ -155,11 +164,11 @@ def test_notebook_hygiene(path):
     assert str(ROOT.parent) not in json.dumps(notebook)
 
 
-def test_a_place_in_a_page_is_filled_once(tmp_path):
+def test_filling_a_marker_is_idempotent(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
     assert pages.fill_in(page, "x", r"new \1")
     assert page.read_text() == "a\n<!-- x -->\nnew \\1\n<!-- /x -->\nb\n"
     assert not pages.fill_in(page, "x", r"new \1")
-    with pytest.raises(ValueError, match="no place named y"):
+    with pytest.raises(ValueError, match="no marker named y"):
         pages.fill_in(page, "y", "")

@@ -24,14 +24,14 @@ records = st.one_of(
 
 
 @given(records)
-def test_every_record_survives_its_own_text(record):
+def test_record_round_trips_through_json(record):
     text = record.to_json()
     assert FoodRecord.parse(text) == record
     assert text == json.dumps(json.loads(text))
     assert "\n" not in text
 
 
-def test_key_order_is_that_of_the_contract():
+def test_key_order_is_fixed():
     assert list(json.loads(FoodRecord.parse(GOOD).to_json())) == ["is_food", "image_title", "food_items", "drink_items"]
 
 
@@ -61,12 +61,12 @@ def test_key_order_is_that_of_the_contract():
         ("null", "schema"),
     ],
 )
-def test_nothing_else_is_strict(text, reason):
+def test_strict_parser_rejects_all_other_texts(text, reason):
     with pytest.raises(AnswerError, match=reason):
         FoodRecord.parse(text)
 
 
-def test_other_spacing_is_valid_json_of_the_right_shape_but_not_strict():
+def test_other_spacing_is_valid_but_not_strict():
     assert FoodRecord.from_json(GOOD.replace(", ", ",")) == FoodRecord.parse(GOOD)
 
 
@@ -101,7 +101,7 @@ def test_json_schema_bounds_every_length():
     assert schema.json_schema()["additionalProperties"] is False
 
 
-def test_records_cannot_be_changed_or_made_wrong():
+def test_records_are_valid_and_immutable():
     with pytest.raises(ValidationError):
         FoodRecord(is_food=0, image_title="beer", food_items=[], drink_items=[])
     with pytest.raises(ValidationError):

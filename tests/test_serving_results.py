@@ -1,4 +1,4 @@
-"""What is claimed about the server and the Space: the page shows what was measured, and what was measured meets the targets."""
+"""The measured figures of the server and the Space meet their targets."""
 
 import os
 from itertools import islice
@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import serve_report
 from foodextract.evaluation.results import read_results
 from hostile import hostile
 from served import Served, growth
@@ -28,14 +27,6 @@ def measured():
     return {(row.subject, row.metric): row for row in rows_of("serving.json")}
 
 
-def test_the_page_shows_what_is_in_results():
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    for name, text in serve_report.PLACES.items():
-        assert f"<!-- {name} -->\n{text(ROOT)}\n<!-- /{name} -->" in page, (
-            f"run `python benchmarks/serve_report.py`: {name} is out of date"
-        )
-
-
 def test_twice_the_load_loses_nothing_and_memory_stays_flat(measured):
     for (_, metric), row in measured.items():
         if metric == "lost_or_unexpected":
@@ -48,7 +39,7 @@ def test_faster_than_one_at_a_time(measured):
     assert measured["ours", "speedup_vs_flask"].low >= 2.5
 
 
-def test_faults_lose_nothing(measured):
+def test_faults_lose_no_request(measured):
     for name in ("lost", "unexpected", "ended_badly"):
         assert measured["SIGTERM", name].value == 0
     assert measured["SIGTERM", "answered"].value > 100
@@ -64,32 +55,32 @@ def test_every_hostile_upload_is_refused(measured):
     assert measured["hostile uploads", "refused_share"].value == 1
 
 
-def test_starts_are_stated_for_all_sizes(measured):
+def test_start_up_is_measured_for_all_sizes(measured):
     for size in ("tiny", "256m", "500m"):
         assert {metric for subject, metric in measured if subject == size} == {"seconds", "peak_memory_gib"}
 
 
-def test_the_page_of_the_space_is_soon_there():
+def test_the_page_of_the_space_loads_within_three_seconds():
     assert {row.subject: row for row in rows_of("space.json")}["page"].value <= 3
 
 
-def test_ten_people_at_once_are_answered():
+def test_ten_simultaneous_users_are_answered():
     rows = {row.subject: row for row in rows_of("space.json")}
     assert rows["ten at once"].value == rows["ten at once"].n == 10
 
 
-def test_peak_memory_is_the_most_that_ever_was():
+def test_peak_memory_outlives_the_allocation():
     held = Served(SimpleNamespace(pid=os.getpid()), "", 0.0)
-    np.ones(2**26)  # half a GiB, given back at once
+    np.ones(2**26)  # half a GiB, freed at once
     assert held.peak() > held.resident() + 0.2
 
 
-def test_growth_is_between_the_second_tenth_and_the_last():
+def test_growth_compares_the_second_tenth_with_the_last():
     assert growth([9, 1, *[5] * 7, 2]) == pytest.approx(1)
     assert growth([3.0]) == 0
 
 
-def test_hostile_requests_are_the_same_every_time_and_of_every_kind():
+def test_hostile_requests_are_reproducible_and_of_every_kind():
     series = list(islice(hostile(64), 64))
     assert series == list(hostile(64))
     assert len({kind for kind, _ in series}) == 16

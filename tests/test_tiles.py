@@ -1,4 +1,6 @@
-"""Checkpoints whose processor cuts an image into many tiles: said aloud, counted in batches, and cut down by `--tiles 1`."""
+"""Checkpoints whose processor cuts an image into many tiles: said aloud, counted in batches, and cut down by `--tiles
+1`.
+"""
 
 import asyncio
 import json
@@ -57,7 +59,7 @@ def entering():
 
 
 @pytest.mark.parametrize("tiles", loading.TILE_BUDGETS)
-def test_the_budget_of_a_processor_is_the_one_it_was_given(tiles, images):
+def test_processor_keeps_its_image_budget(tiles, images):
     processor = loading.load_processor(loading.TINY_TUNED, tiles)
     assert loading.image_budget(processor) == tiles
     counts = [Extractor(None, processor).prepare([image])["pixel_values"].shape[1] for image in images]
@@ -67,7 +69,7 @@ def test_the_budget_of_a_processor_is_the_one_it_was_given(tiles, images):
 
 
 @pytest.mark.parametrize(("tiles", "batch_size", "at_once"), [(17, 8, 1), (5, 8, 1), (5, 10, 2), (1, 3, 3), (1, 1, 1)])
-def test_a_batch_counts_tiles(many_tiles, images, entering, monkeypatch, tiles, batch_size, at_once):
+def test_batch_size_counts_tiles(many_tiles, images, entering, monkeypatch, tiles, batch_size, at_once):
     monkeypatch.setattr("foodextract.inference.extractor.MAX_NEW_TOKENS", 30)
     extractor = Extractor.from_pretrained(many_tiles, "cpu", tiles=tiles)
     assert extractor.dialect  # its probe is no batch
@@ -83,7 +85,7 @@ def test_a_batch_counts_tiles(many_tiles, images, entering, monkeypatch, tiles, 
     assert all(rows * columns <= max(batch_size, tiles) for rows, columns in seen)
 
 
-def test_who_leaves_a_batch_of_several_parts_is_the_right_one(many_tiles, images):
+def test_unwanted_image_of_several_batches_is_the_right_one(many_tiles, images):
     extractor = Extractor.from_pretrained(many_tiles, "cpu", tiles=5)
     read = [extractor.prepare_image(image) for image in images]
     whole = extractor.extract_prepared(read, batch_size=10)
@@ -96,7 +98,7 @@ def test_who_leaves_a_batch_of_several_parts_is_the_right_one(many_tiles, images
 
 
 @pytest.mark.parametrize(("batch", "at_once"), [(8, 1), (10, 2)])
-def test_the_queue_of_the_server_counts_tiles(many_tiles, images, entering, monkeypatch, batch, at_once):
+def test_server_queue_counts_tiles(many_tiles, images, entering, monkeypatch, batch, at_once):
     monkeypatch.setattr("foodextract.inference.extractor.MAX_NEW_TOKENS", 30)
     extractor = Extractor.from_pretrained(many_tiles, "cpu", tiles=5)
     seen = entering(extractor)
@@ -114,7 +116,7 @@ def test_the_queue_of_the_server_counts_tiles(many_tiles, images, entering, monk
     assert [one.record for one in answered] == list(extractor.extract_many(images[:3]))
 
 
-def test_many_tiles_are_said_aloud_unless_they_were_asked_for(many_tiles, caplog):
+def test_many_tiles_are_warned_about_unless_requested(many_tiles, caplog):
     Extractor.from_pretrained(many_tiles, "cpu")
     [told] = [record.message for record in caplog.records if record.name == "foodextract"]
     tokens = loading.load_processor(many_tiles).image_seq_len
@@ -126,7 +128,7 @@ def test_many_tiles_are_said_aloud_unless_they_were_asked_for(many_tiles, caplog
     assert not caplog.records
 
 
-def test_the_command_says_it_on_stderr(many_tiles, images, tmp_path):
+def test_command_warns_on_stderr(many_tiles, images, tmp_path):
     images[-1].save(tmp_path / "a.png")
     command = [sys.executable, "-m", "foodextract", "extract", "a.png", "--model", str(many_tiles)]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -134,7 +136,7 @@ def test_the_command_says_it_on_stderr(many_tiles, images, tmp_path):
     assert json.loads(told.stdout)["file"] == "a.png"
 
 
-def test_one_tile_gives_the_answers_of_the_model_with_one_tile(many_tiles, images, tuned, tmp_path, monkeypatch):
+def test_one_tile_gives_the_answers_of_the_one_tile_model(many_tiles, images, tuned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, image in enumerate(images):
         image.save(f"{number}.png")
@@ -149,7 +151,7 @@ def test_one_tile_gives_the_answers_of_the_model_with_one_tile(many_tiles, image
     assert "choose one of 1, 5, 17" in refused.stderr
 
 
-def test_what_has_a_budget_of_its_own_refuses_another(many_tiles, tmp_path, monkeypatch):
+def test_fixed_image_budget_refuses_another(many_tiles, tmp_path, monkeypatch):
     monkeypatch.setattr("foodextract.inference.extractor.is_exported", lambda folder: True)
     monkeypatch.setattr("foodextract.inference.extractor.GraphModel", lambda *_: None)
     with pytest.raises(ModelError, match=r"exported for 17 tiles an image, not 1: .*export onnx --tiles 1"):
@@ -160,7 +162,7 @@ def test_what_has_a_budget_of_its_own_refuses_another(many_tiles, tmp_path, monk
         blip.load(tmp_path, "cpu", tiles=5)
 
 
-def test_the_server_hands_the_tiles_on(many_tiles, monkeypatch):
+def test_serve_command_passes_tiles(many_tiles, monkeypatch):
     loaded = []
     monkeypatch.setattr("foodextract.serving.server.run", lambda load, *_: loaded.append(load()))
     for tiles in (1, 5):

@@ -1,4 +1,4 @@
-"""The benchmark of training: it runs, goes on where it was, and its page shows what is in results/."""
+"""The benchmark of training: it runs, resumes, and measures every step of the ladder."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,6 @@ import train_report
 import train_step
 from foodextract.evaluation.results import read_results
 from train_recipes import STAGES, ladder
-from train_step import ROOT
 
 
 def run(results):
@@ -33,7 +32,7 @@ def test_an_interrupted_run_goes_on_and_every_rung_is_told(tmp_path, monkeypatch
     assert not results.exists()
     monkeypatch.setattr(train_step, "measure", lambda cell, *rest: measured.append(cell.recipe) or measure(cell, *rest))
     run(results)
-    cpu = train_step.models.choose_device("cpu")
+    cpu = train_step.loading.choose_device("cpu")
     ladders = [
         [recipe.name for stage in STAGES.values() for recipe in ladder(stage, cpu, slow_bf16=slow)]
         for slow in (False, True)
@@ -95,13 +94,6 @@ def test_figures_without_repetition_have_no_interval():
         rows["tiny, whole training, ours", "seconds_per_image"].value == 2 + 2 * 2 * 2
     )  # once, and two epochs of both stages
     assert rows["tiny, whole training, ours", "speedup_vs_seed"].value == 4
-
-
-def test_the_page_shows_what_is_in_results():
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    assert f"<!-- train_step -->\n{train_report.text(ROOT)}\n<!-- /train_step -->" in page, (
-        "run `python benchmarks/train_step.py --render`"
-    )
 
 
 def test_the_cells_of_another_commit_are_measured_again():

@@ -1,4 +1,6 @@
-"""What vLLM is given, and what is asked of it: against the local processor, the local grammar engine, and a stub of its API."""
+"""What vLLM is given, and what is asked of it: against the local processor, the local grammar engine, and a stub of
+its API.
+"""
 
 import base64
 import json
@@ -7,9 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +18,10 @@ from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 from PIL import Image
+from pytest_httpserver import HTTPServer
 from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
+from werkzeug import Response
 
 from foodextract import prompts, schema
 from foodextract.__main__ import app
@@ -65,14 +67,14 @@ def command(folder):
     return told[1:]
 
 
-def test_the_folder_is_the_model_that_was_exported(exported, tuned, image):
+def test_folder_holds_the_exported_model(exported, tuned, image):
     assert AutoConfig.from_pretrained(exported).architectures == ["SmolVLMForConditionalGeneration"]
     assert Extractor.from_pretrained(exported, "cpu", "fp32").extract(image).is_food == tuned.extract(image).is_food
     assert (exported / "chat_template.jinja").read_text() == (loading.TINY_TUNED / "chat_template.jinja").read_text()
     assert json.loads((exported / "food_record.schema.json").read_text()) == schema.guided_schema()
 
 
-def test_the_command_leaves_room_for_the_longest_prompt_and_answer(exported, tuned):
+def test_command_leaves_room_for_the_longest_prompt_and_answer(exported, tuned):
     arguments = command(exported)
     assert arguments[:2] == ["serve", "."]
     assert arguments[-2:] == ["--host", "0.0.0.0"]
@@ -87,7 +89,7 @@ def test_the_command_leaves_room_for_the_longest_prompt_and_answer(exported, tun
     assert client["ANSWER_TOKENS"] == label_many["ANSWER_TOKENS"] == MAX_NEW_TOKENS
 
 
-def test_a_model_that_writes_another_dialect_is_not_exported(tmp_path, monkeypatch):
+def test_model_of_another_dialect_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Extractor, "dialect", Dialect(" ", python=True))
     result = CliRunner().invoke(app, ["export", "vllm", str(tmp_path / "out"), "--model", str(loading.TINY_TUNED)])
     assert result.exit_code == 2
@@ -97,8 +99,10 @@ def test_a_model_that_writes_another_dialect_is_not_exported(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
-def test_vllm_will_read_our_prompt(tmp_path, tiles, tuned, image):
-    """As vLLM 0.33 makes it: text wrapped into parts, the template rendered, <image> replaced by what its processor counts."""
+def test_vllm_renders_the_same_prompt(tmp_path, tiles, tuned, image):
+    """As vLLM 0.33 makes it: text wrapped into parts, the template rendered, <image> replaced by what its processor
+    counts.
+    """
     assert (
         CliRunner()
         .invoke(app, ["export", "vllm", str(tmp_path), "--model", str(loading.TINY_TUNED), "--tiles", str(tiles)])
@@ -127,8 +131,10 @@ def test_vllm_will_read_our_prompt(tmp_path, tiles, tuned, image):
     assert theirs == ours
 
 
-def test_vllm_itself_can_be_asked(exported, tuned, image, monkeypatch):
-    """`check_export.py` starts vLLM's renderer with the options of serve.sh, and tells a right reading from wrong ones."""
+def test_export_check_detects_a_wrong_prompt(exported, tuned, image, monkeypatch):
+    """`check_export.py` starts vLLM's renderer with the options of serve.sh, and tells a right reading from wrong
+    ones.
+    """
     monkeypatch.syspath_prepend(str(VLLM))
     check = runpy.run_path(str(VLLM / "check_export.py"))
     started = check["render_command"](exported, "/there/vllm", 9)
@@ -153,7 +159,7 @@ def test_vllm_itself_can_be_asked(exported, tuned, image, monkeypatch):
     assert len(check["differences"](asked, wrong, tokens)) == 3
 
 
-def test_the_schema_allows_the_canonical_text_and_no_other_spacing():
+def test_schema_allows_only_canonical_spacing():
     tokenizer = from_tokenizer(loading.load_processor(loading.TINY_TUNED).tokenizer)
     guided = LLMatcher.grammar_from_json_schema(
         json.dumps(schema.guided_schema()), defaults={"whitespace_flexible": True}
@@ -173,39 +179,21 @@ def test_the_schema_allows_the_canonical_text_and_no_other_spacing():
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """A stub that keeps what it is asked, and answers with `RECORD`, or as told in `reply`."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    asked, reply = (
-        [],
-        {"statuses": [], "text": RECORD.to_json(), "seconds": 0},
-    )  # statuses of the next answers, before 200
+    """A stub of the API: its address, the requests it got, and settings of its replies (`statuses` come before 200)."""
+    monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
+    asked, reply = [], {"statuses": [], "text": RECORD.to_json(), "seconds": 0}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply["text"]}}
-            body = json.dumps(
-                {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-            ).encode()
-            time.sleep(reply["seconds"])
-            self.send_response(reply["statuses"].pop(0) if reply["statuses"] else 200)
-            for name, value in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(body)),
-                "Retry-After-Ms": "1",
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+    def handler(request):
+        asked.append((request.path, request.get_json()))
+        time.sleep(reply["seconds"])
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply["text"]}}
+        body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+        status = reply["statuses"].pop(0) if reply["statuses"] else 200
+        return Response(json.dumps(body), status, {"Retry-After-Ms": "1"}, content_type="application/json")
 
-        def log_message(self, *_):
-            pass
-
-    stub = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=stub.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{stub.server_port}/v1", asked, reply
-    stub.shutdown()
-    stub.server_close()
+    with HTTPServer(threaded=True) as server:  # of its own: a request that timed out must not reach the next test
+        server.expect_request("/v1/chat/completions").respond_with_handler(handler)
+        yield server.url_for("/v1"), asked, reply
 
 
 def run_client(address, *images, timeout=60.0):
@@ -215,7 +203,7 @@ def run_client(address, *images, timeout=60.0):
 
 
 @pytest.mark.parametrize(("statuses", "ended"), [([429, 500], 0), ([429] * 3, 1), ([500] * 3, 1)])
-def test_the_client_asks_a_busy_or_broken_server_twice_more(endpoint, image, capsys, statuses, ended):
+def test_client_retries_a_busy_or_broken_server_twice(endpoint, image, capsys, statuses, ended):
     address, asked, reply = endpoint
     reply["statuses"] = statuses.copy()
     assert run_client(address, image) == ended
@@ -225,14 +213,14 @@ def test_the_client_asks_a_busy_or_broken_server_twice_more(endpoint, image, cap
     assert f"{image}: Error code: {statuses[-1]}" in told.err or not ended
 
 
-def test_the_client_does_not_wait_for_ever(endpoint, image, capsys):
+def test_client_times_out(endpoint, image, capsys):
     address, _, reply = endpoint
     reply["seconds"] = 1
     assert run_client(address, image, timeout=0.1) == 1
     assert "timed out" in capsys.readouterr().err
 
 
-def test_the_client_asks_as_the_openai_api_wants_it(endpoint, image, capsys):
+def test_client_sends_an_openai_request(endpoint, image, capsys):
     address, asked, reply = endpoint
 
     assert run_client(address, image) == 0
@@ -255,7 +243,8 @@ def test_the_client_asks_as_the_openai_api_wants_it(endpoint, image, capsys):
     assert "nowhere.png" in told.err
 
 
-# ------------------------------------------------------------------------------------------------------------ labeling millions, resumably
+# ------------------------------------------------------------------------------------------------------------
+# labeling millions, resumably
 
 
 @pytest.fixture
@@ -279,7 +268,7 @@ def titled(conversations):
     return [RECORD.to_json()] * len(conversations)
 
 
-def test_an_engine_that_fails_on_one_image_answers_the_others(many, tmp_path):
+def test_engine_failure_on_one_image_does_not_affect_others(many, tmp_path):
     [row] = label_many["shards"](many, tmp_path, 9)
     images = []
 
@@ -296,7 +285,7 @@ def test_an_engine_that_fails_on_one_image_answers_the_others(many, tmp_path):
     assert errors[row["files"][2]] == "the engine failed: no memory"
 
 
-def test_an_engine_that_is_gone_ends_the_job_and_finishes_no_shard(many, tmp_path):
+def test_dead_engine_ends_the_job_without_a_finished_shard(many, tmp_path):
     def gone(conversations):
         raise ConnectionError("engine is dead")
 
@@ -306,7 +295,7 @@ def test_an_engine_that_is_gone_ends_the_job_and_finishes_no_shard(many, tmp_pat
     assert answered(tmp_path) == []
 
 
-def test_the_job_gives_its_workers_whole_paths_and_adds_up(many, tmp_path, monkeypatch):
+def test_job_passes_absolute_paths_and_sums_counts(many, tmp_path, monkeypatch):
     elsewhere, given = tmp_path / "worker", []
     elsewhere.mkdir()
 
@@ -330,7 +319,7 @@ def test_the_job_gives_its_workers_whole_paths_and_adds_up(many, tmp_path, monke
     assert label_many["label"](many, tmp_path / "answers", lambda: titled, 2, 3, 0.5) == {"answered": 0, "failed": 0}
 
 
-def test_every_image_gets_one_line_however_often_it_is_interrupted(many, tmp_path):
+def test_interrupted_job_writes_one_line_per_image(many, tmp_path):
     answers, done = tmp_path / "answers", []
     assert [row["shard"] for row in label_many["shards"](many, answers, 2)] == [0, 1, 2, 3, 4]
     for shard in (3, 1):
@@ -355,7 +344,7 @@ def test_every_image_gets_one_line_however_often_it_is_interrupted(many, tmp_pat
     assert sum(row["failed"] for row in done) == 1
 
 
-def test_a_killed_worker_leaves_no_half_a_shard(many, tmp_path):
+def test_killed_worker_leaves_no_partial_shard(many, tmp_path):
     answers = tmp_path / "answers"
     code = f"""
 import os, runpy, signal

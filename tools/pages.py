@@ -1,10 +1,16 @@
-"""What was measured, put where people read it: README, notebooks, cards. For notebooks, the one door to `tables` and `figures` as well."""
+"""Fill measured figures into the README files, and take executed notebooks into the repository.
+
+python tools/pages.py              # bring every page up to date with results/
+python tools/pages.py --publish    # maintainers, after `make demo experiments`: also notebooks and the tuned tiny model
+"""
 
 import base64
 import io
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -12,41 +18,18 @@ import nbformat
 import typer
 from PIL import Image
 
+import page_tables
 from foodextract.evaluation.results import Row, read_results
-from foodextract.reporting.figures import (
-    bars,
-    before_after,
-    class_heat_map,
-    contact_sheet,
-    loss_curves,
-    reliability,
-    token_mask,
-    worst_cases,
-)
-from foodextract.reporting.tables import (
-    EFFECTS,
-    MORE_NAMES,
-    NAMES,
-    difference_table,
-    effect_sentences,
-    effect_table,
-    group_table,
-    item_table,
-    markdown_table,
-    metric_table,
-    mode_table,
-    outcome_table,
-)
+from foodextract.reporting.tables import NAMES, metric_table, stage_comparison
 
-__all__ = [
-    "MORE_NAMES", "NAMES", "bars", "before_after", "class_heat_map", "contact_sheet", "difference_table", "effect_sentences",
-    "effect_table", "fill_in", "group_table", "item_table", "loss_curves", "markdown_table", "metric_table", "mode_table",
-    "offline_table", "outcome_table", "peers_table", "publish", "reliability", "token_mask", "worst_cases",
-]  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
+BEFORE_AFTER = "offline"  # the marker in README and notebook 01 that shows results/offline.json
+HEADLINES = {metric: name for metric, name in NAMES.items() if metric != "schema_valid_rate"}
+Render = Callable[[Path], str]
 
 
 def fill_in(path: str | Path, name: str, text: str) -> bool:
-    """Put `text` between `<!-- name -->` and `<!-- /name -->` of a Markdown file; True when that changed it."""
+    """Put `text` between `<!-- name -->` and `<!-- /name -->` of a Markdown file; return whether that changed it."""
     path = Path(path)
     old = path.read_text(encoding="utf-8")
     new = _filled(old, name, text, path)
@@ -55,118 +38,115 @@ def fill_in(path: str | Path, name: str, text: str) -> bool:
 
 
 def _filled(page: str, name: str, text: str, path: Path) -> str:
-    new, found = re.subn(
-        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL
-    )
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    new, found = re.subn(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL)
     if not found:
-        raise ValueError(f"{path} has no place named {name}: add <!-- {name} --> and <!-- /{name} -->")
+        raise ValueError(f"{path} has no marker named {name}: add <!-- {name} --> and <!-- /{name} -->")
     return new
 
 
-TABLE = "offline"  # the place in README and notebook 01 that shows results/offline.json
-HEADLINE = {metric: name for metric, name in NAMES.items() if metric != "schema_valid_rate"}  # six rows
-
-
 def offline_table(root: Path) -> str:
-    """The before/after table of the last `make demo`."""
+    """The before/after table of the last `make demo`, in six rows."""
     rows = read_results(root / "results" / "offline.json")
-    return metric_table([row for row in rows if row.low is not None], HEADLINE)
+    return metric_table([row for row in rows if row.low is not None], HEADLINES)
 
 
-def _shown(file: str, command: str, render: Callable[[list[Row]], str]) -> Callable[[Path], str]:
-    """What a place shows: a results file rendered, or, before that is measured, how to do it."""
+def _rendered(file: str, command: str, render: Callable[[list[Row]], str]) -> Render:
+    """Render a results file, or say how to measure it while it does not exist."""
 
     def text(root: Path) -> str:
-        measured = root / "results" / file
-        return render(read_results(measured)) if measured.exists() else f"Not measured yet: `{command}` does it."
+        path = root / "results" / file
+        return render(read_results(path)) if path.exists() else f"Not measured yet: `{command}` does it."
 
     return text
 
 
-def _offline_in_full(rows: list[Row]) -> str:
-    names = {metric: name for metric, name in (NAMES | MORE_NAMES).items() if metric not in HEADLINE}
-    return f"{metric_table([row for row in rows if row.low is not None], names)}\n\n{item_table(rows, 'stage2')}"
+def _benchmark(module: str, function: str) -> Render:
+    """What a report module in benchmarks/ renders; imported only when needed, since some of them import torch."""
+
+    def text(root: Path) -> str:
+        if (folder := str(ROOT / "benchmarks")) not in sys.path:
+            sys.path.append(folder)
+        return getattr(import_module(module), function)(root)
+
+    return text
 
 
-def _peers(rows: list[Row]) -> str:
-    """Everybody's figures, base and tuned model free and constrained, and how far the tuned model is ahead."""
-    free = [row for row in rows if not row.subject.endswith(" constrained")]
-    return f"{metric_table(free)}\n\n{mode_table(rows, ('base', 'tuned'))}\n\n{difference_table(rows)}"
-
-
-def _peers_in_full(rows: list[Row]) -> str:
-    """The figures that `_peers` leaves out, and breakdowns by number of items and source."""
-    groups = [group_table(rows, metric) for metric in ("is_food_accuracy", "item_f1_micro")]
-    return "\n\n".join([metric_table(rows, MORE_NAMES), item_table(rows, "tuned"), *groups])
-
-
-def _dialects(rows: list[Row]) -> str:
-    return metric_table(rows, {name: (NAMES | MORE_NAMES)[name] for name in EFFECTS})
-
-
-ABLATION = "ablation.json", ".venv/bin/python experiments/ablation.py"
-peers_table = _shown("peers.json", ".venv/bin/python benchmarks/peers.py", _peers)
-Places = dict[str, Callable[[Path], str]]
-PAGES: dict[str, Places] = {
-    "README.md": {TABLE: offline_table},
+PYTHON = ".venv/bin/python"
+ABLATION = "ablation.json", f"{PYTHON} experiments/ablation.py"
+BASELINES = "baselines.json", f"{PYTHON} benchmarks/baselines.py"
+PAGES: dict[str, dict[str, Render]] = {
+    "README.md": {BEFORE_AFTER: offline_table, "stages": _rendered("offline.json", "make demo", stage_comparison)},
     "experiments/README.md": {
-        "why": _shown(*ABLATION, effect_sentences),
-        "experiments": _shown("experiments.json", "make experiments", outcome_table),
-        "ablation": _shown(*ABLATION, effect_table),
+        "experiments": _rendered("experiments.json", "make experiments", page_tables.outcome_table),
+        "why": _rendered(*ABLATION, page_tables.effect_sentences),
+        "ablation": _rendered(*ABLATION, page_tables.effect_table),
     },
     "results/README.md": {
-        "other scenes": _shown("other_scenes.json", ".venv/bin/python benchmarks/other_scenes.py", metric_table),
-        "peers": peers_table,
-        "offline in full": _shown("offline.json", "make demo", _offline_in_full),
-        "peers in full": _shown("peers.json", ".venv/bin/python benchmarks/peers.py", _peers_in_full),
+        "offline in full": _rendered("offline.json", "make demo", page_tables.offline_in_full),
+        "other scenes": _rendered("other_scenes.json", f"{PYTHON} benchmarks/other_scenes.py", metric_table),
+        "baselines": _rendered(*BASELINES, page_tables.baselines),
+        "baselines in full": _rendered(*BASELINES, page_tables.baselines_in_full),
     },
-    "benchmarks/README.md": {"dialects": _shown("dialects.json", ".venv/bin/python benchmarks/dialects.py", _dialects)},
+    "benchmarks/README.md": {
+        "train_step": _benchmark("train_report", "text"),
+        "extract": _benchmark("extract_report", "text"),
+        "dialects": _rendered("dialects.json", f"{PYTHON} benchmarks/dialects.py", page_tables.dialects),
+        "serving": _benchmark("serve_report", "serving"),
+        "space": _benchmark("serve_report", "space"),
+    },
 }
 
 
 def publish(root: Path) -> None:
-    """Take what `make demo` and `make experiments` made into the repository: notebooks, the tuned tiny model, README's images."""
+    """Take the notebooks, README's image and the tuned tiny model that `make` wrote to outputs/ into the repository."""
     made = root / "outputs"
     for executed in sorted(made.glob("*/*.ipynb")):
         archived = executed.parent.name == "experiments"
         home, results = (root / "experiments", "experiments.json") if archived else (root, "offline.json")
         notebook = nbformat.read(executed, as_version=4)
-        for cell in notebook.cells:
-            if "showcase" in cell.metadata.get("tags", []):
-                [png] = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
-                (root / "results" / "before_after.png").write_bytes(base64.b64decode(png))
-            cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-            if cell.cell_type == "code":
-                cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
-                for output in cell.outputs:
-                    _shrink(output.get("data", {}))
-        colab = {
-            name: notebook.metadata[name] for name in ("accelerator", "colab")
-        }  # the runtime that the badge asks for
-        notebook.metadata = {**colab, "kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
+        _save_showcase(notebook, root / "results" / "before_after.png")
+        _tidy(notebook)
         nbformat.write(notebook, home / executed.name)
-        row = next(
-            row for row in read_results(root / "results" / results) if not archived or row.benchmark == executed.stem
-        )
-        where = f"The outputs below come from one run of `{row.command}`: profile `offline`, on {row.device}, at commit {row.commit}."
-        _fill_first_cell(home / executed.name, "run", where)
-    _fill_first_cell(root / "01_fine_tune_vlm_v3_smolVLM_500m.ipynb", TABLE, offline_table(root))
+        rows = read_results(root / "results" / results)
+        row = next(row for row in rows if not archived or row.benchmark == executed.stem)
+        run = f"The outputs below come from one run of `{row.command}`: profile `offline`, on {row.device}, "
+        run += f"at commit {row.commit}."
+        _fill_first_cell(home / executed.name, "run", run)
+    _fill_first_cell(root / "01_fine_tune_vlm_v3_smolVLM_500m.ipynb", BEFORE_AFTER, offline_table(root))
     tuned = root / "src" / "foodextract" / "models" / "bundled" / "tiny-tuned"
     shutil.rmtree(tuned, ignore_errors=True)
-    shutil.copytree(
-        made / "offline" / "stage2",
-        tuned,
-        ignore=shutil.ignore_patterns("training.json", "performance.json", "README.md"),
-    )
+    unwanted = shutil.ignore_patterns("training.json", "performance.json", "README.md")
+    shutil.copytree(made / "offline" / "stage2", tuned, ignore=unwanted)
+
+
+def _save_showcase(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write the image of the cell tagged `showcase`, where there is one."""
+    for cell in notebook.cells:
+        if "showcase" in cell.metadata.get("tags", []):
+            [png] = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+            path.write_bytes(base64.b64decode(png))
+
+
+def _tidy(notebook: nbformat.NotebookNode) -> None:
+    """Strip metadata and progress bars, and shrink images."""
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                _shrink(output.get("data", {}))
+    runtime = {name: notebook.metadata[name] for name in ("accelerator", "colab")}  # what the Colab badge asks for
+    notebook.metadata = {**runtime, "kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
 
 
 def _is_progress(output: nbformat.NotebookNode) -> bool:
-    """A progress bar, as text or as a widget (which GitHub refuses to render)."""
+    """Whether an output is a progress bar, as text or as a widget (which GitHub does not render)."""
     return output.get("name") == "stderr" or any("jupyter.widget" in kind for kind in output.get("data", {}))
 
 
 def _shrink(data: dict[str, str]) -> None:
-    """Keep one image of an output: a JPEG in place of a PNG where that is smaller, as it is for photographs and contact sheets."""
+    """Replace a PNG by a JPEG where that is smaller, as it is for photographs and contact sheets."""
     png = data.get("image/png")
     if png is None:
         return
@@ -186,17 +166,16 @@ def _fill_first_cell(path: Path, name: str, text: str) -> None:
 
 def main(
     publish_too: Annotated[
-        bool, typer.Option("--publish", help="Also take executed notebooks and the tuned model into the tree.")
+        bool, typer.Option("--publish", help="Also take executed notebooks and the tuned model into the repository.")
     ] = False,
 ) -> None:
-    """Print the before/after table of results/offline.json and bring the README files up to date with results/."""
-    root = Path.cwd()
-    for page, places in PAGES.items():
-        for name, text in places.items():
-            fill_in(root / page, name, text(root))
+    """Bring the README files up to date with results/, and print the table of results/offline.json."""
+    for page, markers in PAGES.items():
+        for name, render in markers.items():
+            fill_in(ROOT / page, name, render(ROOT))
     if publish_too:
-        publish(root)
-    print(offline_table(root))
+        publish(ROOT)
+    print(offline_table(ROOT))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ MAX_BYTES = (
 )  # a file; `images.MAX_PIXELS` bounds what is in it. Both are looked at before anything is decoded
 MAX_IMAGES = 50  # in one batch, so that others need not wait for minutes
 MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
-EVIDENCE = provenance.find(MODEL)
-BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(EVIDENCE)
+PROVENANCE = provenance.find(MODEL)
+BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(PROVENANCE)
 
 
 def load(model_id: str | None, tiles: int | None = None) -> Extractor | ModelError:
@@ -196,9 +196,9 @@ def problem_as_html(error: gr.Error) -> str:
 def notice() -> str:
     """What a visitor should know of a model that is bundled, or was made from a bundled one by drawings alone; else nothing."""
     taught = (
-        EVIDENCE is not None
-        and EVIDENCE.dataset == "scenes"
-        and Path(provenance.base_of(EVIDENCE) or "").parent == BUNDLED
+        PROVENANCE is not None
+        and PROVENANCE.dataset == "scenes"
+        and Path(provenance.base_of(PROVENANCE) or "").parent == BUNDLED
     )
     if not taught and Path(MODEL).resolve().parent != BUNDLED:
         return ""
@@ -207,10 +207,10 @@ def notice() -> str:
 
 def figures() -> str:
     """The measured table of the model in use, as Markdown."""
-    if EVIDENCE is None:
+    if PROVENANCE is None:
         return f"Nobody has measured `{Path(MODEL).name}` yet: a model that notebook 01 made brings its figures along."
-    row = EVIDENCE.rows[0]
+    row = PROVENANCE.rows[0]
     return (
-        f"{metric_table(EVIDENCE.scored)}\n\nHeld-out images of `{EVIDENCE.dataset}`, greedy, no grammar, the same prompt for all; 95 % "
-        f"intervals in brackets. Weights `{EVIDENCE.weights}`, measured on {row.device} at commit {row.commit}."
+        f"{metric_table(PROVENANCE.scored)}\n\nHeld-out images of `{PROVENANCE.dataset}`, greedy, no grammar, the same prompt for all; 95 % "
+        f"intervals in brackets. Weights `{PROVENANCE.weights}`, measured on {row.device} at commit {row.commit}."
     )

@@ -72,7 +72,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SEED = 2024  # another one than any data set's, so that the base has seen none of the scenes it is tuned or tested on
 IMAGE, PATCH, SHUFFLE, WIDTH = 192, 16, 2, 160
 GRID = IMAGE // PATCH  # 12 x 12 patches; pixel shuffle 2 makes them 36 image tokens
-CLASSES = {name: number for number, name in enumerate([*FOODS, *DRINKS, *dict.fromkeys(OTHERS.values())], 1)}  # 0 is background
+CLASSES = {
+    name: number for number, name in enumerate([*FOODS, *DRINKS, *dict.fromkeys(OTHERS.values())], 1)
+}  # 0 is background
 
 # SmolVLM2's special tokens, by name; the chat template comes with transformers.
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<global-img>"]

@@ -1,1 +1,1 @@
-"""Answers against labels: scores, metrics with intervals, and the results format."""
+"""Predictions against labels: scores, metrics with intervals, provenance, and the results format."""

@@ -1,7 +1,7 @@
-"""How sure is the model that an image shows food or drink, and how often is it right when it is that sure?
+"""Calibration of `is_food`: how often the model is right at each level of its own confidence.
 
-`Extractor.extract_many_with_confidence` answers the first question (the probability of the value it chose, so 1 minus it
-where that is 0); whoever gives a probability an image can be put to the second.
+Take the probabilities from `Extractor.extract_many_with_confidence`: the confidence where `is_food` is 1, and 1 minus
+it where it is 0.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from foodextract.schema import FoodRecord
 
 @dataclass(frozen=True)
 class Bin:
-    """Images of about the same probability: its mean, and the share that really shows food or drink with its 95 % interval."""
+    """Images of similar predicted probability: its mean, the share that shows food or drink with its interval, n."""
 
     predicted: float
     observed: float
@@ -25,16 +25,19 @@ class Bin:
 
 
 def reliability(labels: Sequence[FoodRecord], probabilities: Sequence[float], bins: int = 10) -> list[Bin]:
-    """Images by their probability of `is_food` = 1, in bins of equal width; empty ones are left out."""
-    truth, said = np.array([bool(label.is_food) for label in labels]), np.asarray(probabilities)
-    place = np.minimum((said * bins).astype(int), bins - 1)
-    found = []
-    for number in np.unique(place):
-        share = rate("", truth[place == number].tolist())
-        found.append(Bin(float(said[place == number].mean()), share.value, share.low, share.high, share.n))
-    return found
+    """Group images by their probability of `is_food` = 1 into bins of equal width; empty bins are left out.
+
+    The means are those of sklearn's `calibration_curve`, which returns no counts; intervals and ECE need them.
+    """
+    truth, predicted = np.array([bool(label.is_food) for label in labels]), np.asarray(probabilities)
+    number = np.minimum((predicted * bins).astype(int), bins - 1)
+    result = []
+    for one in np.unique(number):
+        share = rate("", truth[number == one].tolist())
+        result.append(Bin(float(predicted[number == one].mean()), share.value, share.low, share.high, share.n))
+    return result
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """The expected calibration error (Naeini et al. 2015): by how much the probabilities are off, on average over images."""
+    """Return the expected calibration error (ECE, Naeini et al. 2015): mean |predicted - observed| over images."""
     return sum(b.n * abs(b.predicted - b.observed) for b in bins) / sum(b.n for b in bins)

@@ -1,7 +1,7 @@
-"""What was measured of which weights: `evaluation.json` beside them, bound to them by their checksum.
+"""Provenance of a model's figures: `evaluation.json` beside the weights, bound to them by their checksum.
 
-`results/` holds the figures of the last run, whatever became of its model. This file goes where the weights go: the model card, the Space's
-table and the decision whether a model may be published are made from it.
+`results/` holds the figures of the last run. This file travels with the weights: the model card, the Space's table and
+the check before publishing are made from it.
 """
 
 import json
@@ -22,20 +22,21 @@ from foodextract.models.loading import BUNDLED
 from foodextract.models.weights import checksum
 
 EVALUATION = "evaluation.json"
-AND = " + "  # between the parts of a mixed data set
+AND = " + "  # between the parts of a mixed dataset
+REMEDY = "run notebook 01, which evaluates the model it trained"
 
 
-class EvidenceError(ValueError):
-    """Figures that are missing, or that are about other weights; the message names the folder and the remedy."""
+class ProvenanceError(ValueError):
+    """Figures that are missing or belong to other weights; the message names the folder and the remedy."""
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """How a model came to be, and its figures.
+class Provenance:
+    """How a model was made, and its figures.
 
-    `weights` is the checksum of its tensors, `base_model` a Hub id or the name of a bundled model, `dataset` what `origin` says, `stages`
-    the values of each `stage.Stage`, `rows` what `results/` had to say, the model's own under the name of its last stage, `held_out` what
-    `held_out` says, "" where it was not noted.
+    `weights` is the checksum of its tensors, `base_model` a Hub id or the name of a bundled model, `dataset` the result
+    of `origin`, `stages` the values of each `training.config.Stage`, `rows` the rows of `results/` (the model's own
+    carry the name of its last stage), `held_out` the result of `held_out`, "" where it was not recorded.
     """
 
     weights: str
@@ -47,37 +48,36 @@ class Evidence:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Self:
-        """The file as it is, whatever lies beside it. Raises FileNotFoundError, or TypeError where it has other fields."""
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{**found, "rows": [Row(**row) for row in found["rows"]]})
-
-    @property
-    def own(self) -> list[Row]:
-        """The figures of these very weights that have an interval."""
-        return [row for row in self.rows if row.subject == self.stages[-1]["name"] and row.low is not None]
+        """Read the file, weights unchecked. Raises FileNotFoundError, or TypeError where it has other fields."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{**content, "rows": [Row(**row) for row in content["rows"]]})
 
     @property
     def scored(self) -> list[Row]:
         """The figures of base and stages that have an interval."""
         return [row for row in self.rows if row.low is not None]
 
+    @property
+    def own(self) -> list[Row]:
+        """Those of these very weights."""
+        return [row for row in self.scored if row.subject == self.stages[-1]["name"]]
+
 
 def weights_of(folder: str | os.PathLike) -> str:
-    """The checksum of a saved model's tensors, by file and name. Raises EvidenceError for a folder without any, and for a damaged file."""
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
-        raise EvidenceError(f"{folder} holds no weights (model*.safetensors): give the folder that a training wrote")
-    tensors = {}
-    for file in files:
+    """Return the checksum of a saved model's tensors. Raises ProvenanceError where files are missing or damaged."""
+    tensors: dict[str, Any] = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
         try:
             tensors |= {f"{file.name} {name}": tensor for name, tensor in sorted(load_file(file).items())}
         except SafetensorError as error:
-            raise EvidenceError(f"{file} is damaged ({error}): save the model again") from error
+            raise ProvenanceError(f"{file} is damaged ({error}): save the model again") from error
+    if not tensors:
+        raise ProvenanceError(f"{folder} holds no weights (model*.safetensors): give the folder of a trained model")
     return checksum(tensors)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this is owner/name, and no folder."""
+    """Whether `name` has the form owner/name and is not a folder."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -86,14 +86,14 @@ def is_hub_id(name: str) -> bool:
 
 
 def name_of(where: str | os.PathLike) -> str:
-    """A Hub id as it is; of anything else only its own name: in which folder it lies is nobody's business."""
+    """Return a Hub id unchanged, and only the last part of a local path."""
     return str(where) if is_hub_id(str(where)) else Path(where).resolve().name
 
 
-def origin(rows: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
-    """What a data set (split → column → values) was made of, the most frequent first: Hub ids, `scenes`, names of folders.
+def origin(rows: Mapping[str, Any]) -> str:
+    """Name what a dataset (split → rows) was made of, the most frequent first: Hub ids, `scenes`, names of folders.
 
-    A published data set that is used by its Hub id is named by that id alone.
+    A published dataset that is used by its Hub id is named by that id alone.
     """
     names: Counter[str] = Counter()
     for split in rows.values():
@@ -101,14 +101,14 @@ def origin(rows: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
             names[published.dataset_name] += len(split)
             continue
         for source, license in zip(split["source"], split["license"], strict=True):
-            where = license.removeprefix("see ")  # how `sources` names a data set on the Hub
+            where = license.removeprefix("see ")  # `data.sources` writes "see <Hub id>"
             names[where if where != license and is_hub_id(where) else source] += 1
     most = [name for name, _ in names.most_common()]
     return AND.join(most if len(most) <= 5 else [*most[:4], f"{len(most) - 4} more"])
 
 
 def held_out(rows: Mapping[str, Any]) -> str:
-    """Where the held-out rows of a data set come from: "test" is the split of that name on the Hub, else it says how they were chosen."""
+    """Say how the test rows of a dataset were chosen: "test" for the Hub split of that name, else a description."""
     info = getattr(rows["test"], "info", None)
     return (info.description if info else "") or ""
 
@@ -119,53 +119,47 @@ def write(
     dataset: str | Mapping[str, Any],
     stages: Sequence[Any],
     rows: Sequence[Row],
-) -> Evidence:
-    """Bind figures to the weights saved in `folder`. `dataset` is the data set (split → rows), or what `origin` says of it.
+) -> Provenance:
+    """Bind figures to the weights saved in `folder`. `dataset` is the dataset (split → rows), or its `origin`.
 
-    `stages` are `stage.Stage`s; of a base or data in a folder only the name is kept.
+    `stages` are `training.config.Stage`s. Local paths are reduced to their names.
     """
     name, chosen = (dataset, "") if isinstance(dataset, str) else (origin(dataset), held_out(dataset))
-    data = AND.join(name_of(part) for part in name.split(AND))
-    made = Evidence(
-        weights_of(folder), name_of(base_model), data, [asdict(stage) for stage in stages], list(rows), chosen
-    )
+    data, settings = AND.join(name_of(part) for part in name.split(AND)), [asdict(stage) for stage in stages]
+    made = Provenance(weights_of(folder), name_of(base_model), data, settings, list(rows), chosen)
     (Path(folder) / EVALUATION).write_text(json.dumps(asdict(made), indent=1), encoding="utf-8")
     return made
 
 
-def verified(folder: str | os.PathLike) -> Evidence:
-    """The evidence beside the weights in `folder`. Raises EvidenceError when there is none, or when it is about other weights."""
-    again = "run notebook 01, which evaluates the model it trained"
+def verified(folder: str | os.PathLike) -> Provenance:
+    """Return the provenance of the weights in `folder`. Raises ProvenanceError where there is none of these weights."""
+    path = Path(folder) / EVALUATION
     try:
-        found = Evidence.read(Path(folder) / EVALUATION)
+        found = Provenance.read(path)
     except FileNotFoundError:
-        raise EvidenceError(
-            f"{folder} has no {EVALUATION}, so nobody knows how good these weights are: {again}"
-        ) from None
+        raise ProvenanceError(f"{folder} has no {EVALUATION}, so its quality is unknown: {REMEDY}") from None
     except (TypeError, KeyError, ValueError) as error:
-        raise EvidenceError(f"{folder}/{EVALUATION} cannot be read ({error}): {again}") from error
+        raise ProvenanceError(f"{path} cannot be read ({error}): {REMEDY}") from error
     actual = weights_of(folder)
     if found.weights != actual:
-        raise EvidenceError(
-            f"{folder}/{EVALUATION} is about the weights {found.weights}, but these are {actual}: {again}"
-        )
+        raise ProvenanceError(f"{path} is about the weights {found.weights}, but these are {actual}: {REMEDY}")
     if not found.stages or not found.own:
-        raise EvidenceError(f"{folder}/{EVALUATION} has no figures of these weights: {again}")
+        raise ProvenanceError(f"{path} has no figures of these weights: {REMEDY}")
     return found
 
 
-def find(model_id: str | os.PathLike) -> Evidence | None:
-    """What a model in a folder or on the Hub says about itself; None where it says nothing."""
+def find(model_id: str | os.PathLike) -> Provenance | None:
+    """Return the provenance of a model in a folder or on the Hub, unchecked; None where there is none."""
     try:
         path = Path(model_id) / EVALUATION if Path(model_id).is_dir() else hf_hub_download(str(model_id), EVALUATION)
-        return Evidence.read(path)
+        return Provenance.read(path)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def base_of(evidence: Evidence | None) -> str | None:
-    """What `load_model` takes for the base: a folder for a bundled one, else its Hub id; None when unknown or in a folder elsewhere."""
-    if evidence is None:
+def base_of(provenance: Provenance | None) -> str | None:
+    """Return the base as `load_model` takes it: the folder of a bundled model or a Hub id; None where it is neither."""
+    if provenance is None:
         return None
-    bundled = BUNDLED / evidence.base_model
-    return str(bundled) if bundled.is_dir() else evidence.base_model if is_hub_id(evidence.base_model) else None
+    bundled = BUNDLED / provenance.base_model
+    return str(bundled) if bundled.is_dir() else provenance.base_model if is_hub_id(provenance.base_model) else None

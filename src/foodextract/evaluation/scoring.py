@@ -1,8 +1,8 @@
-"""One answer against one label: what it got right and wrong, as numbers that can be added up over images.
+"""Score one answer against one label, as numbers that add up over images.
 
-A label may name everything that is visible, or only the main item (`scope`). Where it names only the main item, finding that item counts
-and further items are no errors: such images have a part in recall, none in precision and F1. A label that says "not food" is always
-complete: there is nothing to name.
+A label names either everything that is visible or only the main item (`label_scope`). Under a main-item label, finding
+that item counts and further items are not errors, so the image contributes to recall but not to precision or F1. A
+not-food label is always complete.
 """
 
 import json
@@ -16,11 +16,12 @@ from scipy.optimize import linear_sum_assignment
 
 from foodextract.schema import EXHAUSTIVE, FIELDS, AnswerError, FoodRecord
 
-SHELVES = {"item": FIELDS, "food": FIELDS[:1], "drink": FIELDS[1:]}
-THRESHOLD = (
-    80  # rapidfuzz's token_sort_ratio, 0 to 100: eggs is egg (86), burger is hamburger (80); but rice is ice, too (86)
-)
+ITEM_KINDS = {"item": FIELDS, "food": FIELDS[:1], "drink": FIELDS[1:]}  # metric prefix → fields it covers
+THRESHOLD = 80  # token_sort_ratio of a soft match, 0 to 100: egg/eggs 86, burger/hamburger 80, but also ice/rice 86
 LOOP = re.compile(r"(.{4,60}?)\1{2,}", re.DOTALL)  # the same 4 to 60 characters three times in a row
+
+# (label, answer) → column. An unreadable answer (None) is a third class that no label has: wrong for both labels.
+CONFUSION = {(label, answer): f"is_food {label} as {answer}" for label in (0, 1) for answer in (0, 1, None)}
 
 Reader = Callable[[str], FoodRecord]
 Columns = dict[str, float]
@@ -28,7 +29,7 @@ Columns = dict[str, float]
 
 @dataclass(frozen=True)
 class Counts:
-    """Items found, items invented, items missed. A share whose denominator is 0 is 0, but 1 where nothing was wanted and nothing given."""
+    """Items found, invented and missed. A ratio of 0 by 0 is 0, or 1 if nothing was wanted and nothing given."""
 
     found: int = 0
     invented: int = 0
@@ -39,48 +40,53 @@ class Counts:
 
     @property
     def precision(self) -> float:
-        return self._share(self.found, self.found + self.invented)
+        return self._ratio(self.found, self.found + self.invented)
 
     @property
     def recall(self) -> float:
-        return self._share(self.found, self.found + self.missed)
+        return self._ratio(self.found, self.found + self.missed)
 
     @property
     def f1(self) -> float:
-        return self._share(2 * self.found, 2 * self.found + self.invented + self.missed)
+        return self._ratio(2 * self.found, 2 * self.found + self.invented + self.missed)
 
-    def _share(self, part: int, whole: int) -> float:
+    def _ratio(self, part: int, whole: int) -> float:
         return part / whole if whole else float(self == Counts())
 
 
-def exact(wanted: Collection[str], given: Collection[str]) -> Counts:
-    """Two lists of names as sets, compared letter by letter."""
+def match_exact(wanted: Collection[str], given: Collection[str]) -> Counts:
+    """Compare two lists of names as sets, letter by letter."""
     found = len(set(wanted) & set(given))
     return Counts(found, len(set(given)) - found, len(set(wanted)) - found)
 
 
-def soft(wanted: Collection[str], given: Collection[str]) -> Counts:
-    """The same, but names spelled alike (THRESHOLD; case and punctuation aside) match: one to one, as many pairs as there can be."""
+def match_soft(wanted: Collection[str], given: Collection[str]) -> Counts:
+    """Match names of similar spelling (THRESHOLD; case and punctuation ignored) one to one, as many as possible."""
     wanted, given = sorted(set(wanted)), sorted(set(given))
     if not wanted or not given:
-        return exact(wanted, given)
+        return match_exact(wanted, given)
     alike = process.cdist(wanted, given, scorer=fuzz.token_sort_ratio, processor=utils.default_process) >= THRESHOLD
     found = int(alike[linear_sum_assignment(alike, maximize=True)].sum())
     return Counts(found, len(given) - found, len(wanted) - found)
 
 
-def count_items(label: FoodRecord, answer: FoodRecord | None, fields: tuple[str, ...] = FIELDS, match=exact) -> Counts:
-    """Field by field: a drink filed under foods is one invented and one missed. No answer misses everything."""
+def count_items(
+    label: FoodRecord,
+    answer: FoodRecord | None,
+    fields: Collection[str] = FIELDS,
+    match: Callable[[Collection[str], Collection[str]], Counts] = match_exact,
+) -> Counts:
+    """Count by field: a drink listed as food is one invented and one missed. An unreadable answer misses everything."""
     return sum((match(getattr(label, field), getattr(answer, field) if answer else ()) for field in fields), Counts())
 
 
 def is_complete(label: FoodRecord, scope: str) -> bool:
-    """Does the label name everything, so that what it does not name is an error?"""
+    """Whether the label names everything, so that any further item is an error."""
     return scope == EXHAUSTIVE or not label.is_food
 
 
 def try_read(text: str, read: Reader = FoodRecord.parse) -> FoodRecord | None:
-    """The record in `text`, None where `read` finds none."""
+    """Return the record in `text`, or None where `read` refuses it."""
     try:
         return read(text)
     except AnswerError:
@@ -88,78 +94,74 @@ def try_read(text: str, read: Reader = FoodRecord.parse) -> FoodRecord | None:
 
 
 def truncated(text: str) -> bool:
-    """Does it begin a JSON object and end before the object does? That is what a limit on new tokens leaves. Broken JSON is not meant."""
-    begun = text[text.find("{") :] if "{" in text else ""
+    """Whether a JSON object begins but does not end, as a token limit leaves it. Malformed JSON does not count."""
+    start = text[text.find("{") :] if "{" in text else ""
     try:
-        json.JSONDecoder().raw_decode(begun)
+        json.JSONDecoder().raw_decode(start)
     except (json.JSONDecodeError, RecursionError):
-        return isinstance(_begun(text), dict)
+        return isinstance(_partial_json(text), dict)
     return False
 
 
 def repeats(text: str) -> bool:
-    """Does it name an item twice, in whatever lists, or write the same 4 to 60 characters three times in a row?"""
-    record = _begun(text)
-    lists = (
-        [record[field] for field in FIELDS if isinstance(record.get(field), list)] if isinstance(record, dict) else []
-    )
-    names = [str(name).casefold().strip() for items in lists for name in items]
+    """Whether an item is named twice, in either list, or the same 4 to 60 characters occur three times in a row."""
+    record = _partial_json(text)
+    lists = [record.get(field) for field in FIELDS] if isinstance(record, dict) else []
+    names = [str(name).casefold().strip() for items in lists if isinstance(items, list) for name in items]
     return len(set(names)) < len(names) or LOOP.search(text) is not None
 
 
-def _begun(text: str) -> object:
-    """What can be read of the JSON that starts at the first brace, however far it goes; None where it is not JSON."""
+def _partial_json(text: str) -> object:
+    """Parse from the first brace as far as the JSON goes; None where it is not JSON."""
     try:
         return from_json(text[text.index("{") :], allow_partial="trailing-strings")
     except ValueError:
         return None
 
 
-def judge(label: FoodRecord, text: str, scope: str = EXHAUSTIVE, read: Reader = FoodRecord.parse) -> Columns:
-    """Everything the metrics need to know of one answer, so that a metric is a function of these columns' sums.
+def score_answer(label: FoodRecord, text: str, scope: str = EXHAUSTIVE, read: Reader = FoodRecord.parse) -> Columns:
+    """Return every number the metrics need from one answer; `metrics.METRICS` are functions of these columns' sums.
 
-    `read` decides what the answer says (is it food, which items): the strict parser, or for other people's models the lenient one.
-    A text that it cannot read says nothing: not 0, not 1, no items.
+    `read` extracts the record: the strict parser, or the lenient one for other projects' models. A text that it refuses
+    has no `is_food` and no items.
     """
-    answer = try_read(text, read)
-    complete = is_complete(label, scope)
+    answer, complete = try_read(text, read), is_complete(label, scope)
+    verdict = (label.is_food, answer.is_food if answer else None)
     columns = {
         "images": 1.0,
         "strict": try_read(text) is not None,
-        "shaped": try_read(text, FoodRecord.from_json) is not None,
+        "valid": try_read(text, FoodRecord.from_json) is not None,
         "truncated": truncated(text),
         "repeats": repeats(text),
         "characters": len(text),
-        "right": answer is not None and answer.is_food == label.is_food,
+        "correct": verdict[0] == verdict[1],
         "not food": not label.is_food,
         "hallucinated": not label.is_food and answer is not None and bool(answer.food_items or answer.drink_items),
         "titled": bool(label.image_title),
         "title": _title_similarity(label, answer),
         "complete": complete,
     }
-    for truth in (0, 1):
-        for told in (0, 1, None):
-            columns[f"{truth} told {told}"] = label.is_food == truth and told == (answer.is_food if answer else None)
-    for shelf, fields in SHELVES.items():
-        asked = complete or any(getattr(label, field) for field in fields)
-        columns[f"{shelf} asked"] = asked
-        for name, match in ((shelf, exact), (f"{shelf} soft", soft)):
+    columns |= {name: verdict == cell for cell, name in CONFUSION.items()}
+    for kind, fields in ITEM_KINDS.items():
+        labeled = complete or any(getattr(label, field) for field in fields)
+        columns[f"{kind} labeled"] = labeled
+        for name, match in ((kind, match_exact), (f"{kind} soft", match_soft)):
             counts, readable = count_items(label, answer, fields, match), answer is not None
             columns |= {
                 f"{name} found": counts.found,
                 f"{name} missed": counts.missed,
-                f"{name} found of complete": complete * counts.found,
-                f"{name} invented of complete": complete * counts.invented,
-                f"{name} missed of complete": complete * counts.missed,
+                f"{name} found, complete": complete * counts.found,
+                f"{name} invented, complete": complete * counts.invented,
+                f"{name} missed, complete": complete * counts.missed,
                 f"{name} precision": complete * readable * counts.precision,
-                f"{name} recall": asked * readable * counts.recall,
+                f"{name} recall": labeled * readable * counts.recall,
                 f"{name} f1": complete * readable * counts.f1,
             }
     return columns
 
 
 def _title_similarity(label: FoodRecord, answer: FoodRecord | None) -> float:
-    """0 to 1; titles in another order of words are the same. Images without a title in their label do not count."""
+    """From 0 to 1, ignoring word order; 0 for an image without a title in its label, which does not count."""
     if not label.image_title or answer is None:
         return 0.0
     return fuzz.token_sort_ratio(label.image_title, answer.image_title, processor=utils.default_process) / 100

@@ -105,7 +105,7 @@ def model_plan(folder: str | Path, repo_id: str = HUB_MODEL) -> Plan:
     folder = Path(folder)
     try:
         found = provenance.verified(folder)
-    except provenance.EvidenceError as error:
+    except provenance.ProvenanceError as error:
         raise PublishError(str(error)) from error
     if repo_id == HUB_MODEL and found.base_model != HUB_BASE:
         raise PublishError(

@@ -63,7 +63,8 @@ class Captioner:
         try:
             model = BlipForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
             processor = BlipProcessor.from_pretrained(model_id)
-            names = {number: label.replace("_", " ") for number, label in sorted(model.config.id2label.items())}
+            labels: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # its keys are integers once loaded
+            names = {number: label.replace("_", " ") for number, label in sorted(labels.items())}
             records = {number: _record(name) for number, name in names.items()}
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
@@ -72,7 +73,7 @@ class Captioner:
             raise ModelError(f"{model_id} cannot be loaded as a BLIP ({error}): save or download it again") from error
         if all(re.fullmatch(r"LABEL \d+", name) for name in names.values()):  # transformers' default names
             raise ModelError(f"{model_id} does not name its classes: put them into its config.json, as id2label")
-        return cls(model.to(where).eval(), processor, records)
+        return cls(model.to(where).eval(), processor, records)  # type: ignore[arg-type]  # the stub of `to` lacks devices
 
     def prepare_image(self, image: ImageSource) -> BatchFeature:
         """Open and preprocess one image: `pixel_values` (1, 3, P, P) float32. Raises ImageError."""
@@ -83,7 +84,7 @@ class Captioner:
         self, images: Sequence[BatchFeature], wanted: Callable[[int], bool] = lambda number: True, batch_size: int = 8
     ) -> list[tuple[FoodRecord, None] | AnswerError]:
         """Return the results for images from `prepare_image`, in order. Captions are short, so `wanted` is ignored."""
-        results = []
+        results: list[tuple[FoodRecord, None] | AnswerError] = []
         for first in range(0, len(images), batch_size):
             batch = [image["pixel_values"] for image in images[first : first + batch_size]]
             pixels = torch.cat(batch).to(self.model.device, self.model.dtype)

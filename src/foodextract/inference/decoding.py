@@ -17,13 +17,13 @@ a window reaches slightly less far in a batch.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 
 class GrammarError(ValueError):
@@ -90,7 +90,7 @@ class Decoder:
     computed once and reused, unless a parameter of the model requires a gradient: its weights may change.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int] = ()) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, prefix: Sequence[int] = ()) -> None:
         self.model, self.tokenizer, self.prefix = model, tokenizer, list(prefix)
         self.lltokenizer = from_tokenizer(tokenizer)
         self._prefix_cache: Any = None
@@ -151,7 +151,8 @@ class Decoder:
 
     def text(self, answer: Answer) -> str:
         """Decode an answer without special tokens, and with every space as it was written."""
-        return self.tokenizer.decode(answer.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text)
 
     def raw_text(self, answer: Answer) -> str:
         """Decode an answer with special tokens, as `Guide.amend` gets it."""

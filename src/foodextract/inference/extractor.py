@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Self
 
@@ -84,7 +85,7 @@ class Extractor:
             processor = load_processor(model_id, tiles)
         extractor = cls(model, processor, constrained)
         if tiles is None and extractor.tiles > 1:
-            most, one = extractor.tiles, processor.image_seq_len
+            most, one = extractor.tiles, processor.image_seq_len  # type: ignore[attr-defined]
             LOG.warning(
                 f"{model_id} cuts an image into up to {most} tiles ({most * one:,} image tokens; one tile has {one}), "
                 "and each counts towards the batch size: --tiles 1 (in Python tiles=1) costs far less, but may change "
@@ -157,7 +158,7 @@ class Extractor:
         results: dict[int, Result] = {}
         for batch in batches:
             inputs = BatchFeature({name: torch.cat([images[number][name] for number in batch]) for name in images[0]})
-            found = self._results(inputs, lambda row, _, batch=batch: wanted(batch[row]))
+            found = self._results(inputs, partial(_wanted_row, wanted, batch))
             results |= zip(batch, found, strict=True)
         return [results[number] for number in range(len(images))]
 
@@ -253,6 +254,10 @@ class Extractor:
         answers = self._decoder.generate(inputs.to(self.model.device, self.model.dtype), limit, guide, wanted)
         self.model.train(training)
         return answers
+
+
+def _wanted_row(wanted: Callable[[int], bool], batch: list[int], row: int, answer: Answer) -> bool:
+    return wanted(batch[row])
 
 
 def _parsed(text: str) -> Result:

@@ -97,7 +97,8 @@ class GraphModel(torch.nn.Module):
             raise ModelError(f"ONNX graphs run on a CPU here, not on {device!r}: leave the device out")
         if precision not in (None, "fp32", "int8"):
             raise ModelError(f"ONNX graphs have no precision {precision!r}: choose fp32 or int8")
-        self.config, self.generation_config = (kind.from_pretrained(folder) for kind in (AutoConfig, GenerationConfig))
+        self.config = AutoConfig.from_pretrained(folder)
+        self.generation_config = GenerationConfig.from_pretrained(folder)
         suffix = QUANTIZED if precision == "int8" else ""
         self.vision, self.text = _Graph(folder, VISION + suffix), _Graph(folder, TEXT + suffix)
         self.embedding = _Graph(folder, EMBEDDING)

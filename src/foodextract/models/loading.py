@@ -127,7 +127,7 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, attn_implementation="sdpa")
     if precision == "int8" or (precision is None and choose_precision(device, training, model.num_parameters()).int8):
         quantize(model)
-    return model.to(device).train(training)
+    return model.to(device).train(training)  # type: ignore[arg-type]  # the stub of `to` lacks devices
 
 
 def newest_tuned(outputs: Path = OUTPUTS) -> Path:

@@ -14,6 +14,8 @@ class TokenByToken(torch.nn.Module):
     LLM.int8 (https://arxiv.org/abs/2208.07339).
     """
 
+    rails: torch.Tensor
+
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.bias, linear.bias = linear.bias, None  # type: ignore[assignment]

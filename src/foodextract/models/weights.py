@@ -1,6 +1,7 @@
 """Weights of a model: by module, as a copy, and as a checksum."""
 
 import hashlib
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,8 @@ def modules_of(model: PreTrainedModel) -> dict[str, list[tuple[str, torch.nn.Par
 
 def whole(weights: torch.Tensor) -> torch.Tensor:
     """Gather a tensor that FSDP2 may have sharded. Every process must call this."""
-    return weights.detach().full_tensor() if isinstance(weights, DTensor) else weights.detach()
+    detached: Any = weights.detach()
+    return detached.full_tensor() if isinstance(weights, DTensor) else detached
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -35,5 +37,5 @@ def checksum(weights: dict[str, torch.Tensor]) -> str:
     """16 hexadecimal digits that change with any bit of the weights."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in weights.values():
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

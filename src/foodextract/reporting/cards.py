@@ -1,147 +1,122 @@
-"""The README.md that goes with a data set or a model when it leaves this machine, rendered from its own figures."""
+"""Model and dataset cards (README.md on the Hub), rendered from `templates/` and measured figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from foodextract import prompts
-from foodextract.evaluation.provenance import AND, Evidence, base_of, is_hub_id, name_of
+from foodextract.evaluation.provenance import AND, Provenance, base_of, is_hub_id, name_of
+from foodextract.evaluation.results import Row
 from foodextract.names import CODE
 from foodextract.reporting.tables import NAMES, markdown_table, metric_table
 
-SIZES = (
-    (1_000, "n<1K"),
-    (10_000, "1K<n<10K"),
-    (100_000, "10K<n<100K"),
-    (1_000_000, "100K<n<1M"),
-    (10_000_000, "1M<n<10M"),
-)
-UNNAMED = "owner/name"
+TEMPLATES = Path(__file__).parent / "templates"
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+LICENSES = {"CC BY-SA 4.0 (OpenMoji)": "cc-by-sa-4.0", "CC0": "cc0-1.0"}  # the Hub's identifiers
+FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+UNNAMED = "owner/name"  # stands for the Hub id in a dataset card until the dataset is published
 OLDEST_DATASETS = "4.0.0"  # the release that brought the feature type `List`, which `columns.FEATURES` has
-RECIPE = ("freeze", "learning_rate", "epochs", "batch_size", "accumulation", "warmup", "schedule", "against_repeats")
+RECIPE = {  # a stage's settings in the model card, with the names that older `evaluation.json` files have
+    "freeze": "freeze",
+    "learning_rate": "learning_rate",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "warmup_steps": "warmup",
+    "lr_scheduler_type": "schedule",
+    "unlikelihood_weight": "against_repeats",
+}
 
 
-def image_budget(processor: dict[str, Any]) -> str:
-    """What a processor_config.json makes of an image. Raises KeyError or TypeError for one that is not SmolVLM's."""
+def image_budget(processor: Mapping[str, Any]) -> str:
+    """Say what a processor_config.json makes of an image. Raises KeyError or TypeError where it is not SmolVLM's."""
     size = processor["image_processor"]
     tile = size["max_image_size"]["longest_edge"]
-    tiles = (
-        f"up to {(size['size']['longest_edge'] // tile) ** 2 + 1} tiles" if size["do_image_splitting"] else "one tile"
-    )
-    return f"{tiles} of {tile} x {tile} pixels"
+    most = (size["size"]["longest_edge"] // tile) ** 2 + 1
+    return f"{f'up to {most} tiles' if size['do_image_splitting'] else 'one tile'} of {tile} x {tile} pixels"
 
 
 def stored_as(counts: Mapping[str, int]) -> str:
-    """The number formats of a model's weights, from the parameter count that safetensors gives by format."""
-    return " and ".join({"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(one, one.lower()) for one in counts)
+    """Name the number formats of a model's weights, given parameter counts by safetensors format."""
+    return " and ".join(FORMATS.get(name, name.lower()) for name in counts)
 
 
-def model_card(evidence: Evidence, budget: str, repo_id: str, counts: Mapping[str, int]) -> ModelCard:
-    """The README.md of a tuned model: front matter for the Hub with its figures as `model-index`, then how to use and how far to trust it.
+def model_card(provenance: Provenance, budget: str, repo_id: str, counts: Mapping[str, int]) -> ModelCard:
+    """Render the README.md of a tuned model; its front matter has the figures as `model-index`.
 
-    `budget` is its `image_budget`, `counts` its parameters by number format (`stored_as`).
+    `budget` is its `image_budget`, `counts` its parameters by safetensors format.
     """
-    name = repo_id.split("/")[-1]
-    data_names = [name_of(part) for part in evidence.dataset.split(AND)]
-    base = evidence.base_model if is_hub_id(evidence.base_model) else None
-    data = ModelCardData(
+    datasets = [name_of(part) for part in provenance.dataset.split(AND)]
+    stages, split = provenance.stages, provenance.held_out
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=AND.join(datasets),
+            dataset_name=AND.join(datasets),
+            dataset_split=split if split == "test" else None,  # a split that the dataset has on the Hub
+            metric_type=row.metric,
+            metric_name=_metric_name(row),
+            metric_value=row.value,
+        )
+        for row in provenance.own
+        if row.metric in NAMES
+    ]
+    card_data = ModelCardData(
         pipeline_tag="image-text-to-text",
         library_name="transformers",
-        base_model=base,
-        datasets=[one for one in data_names if is_hub_id(one)] or None,
+        base_model=provenance.base_model if is_hub_id(provenance.base_model) else None,
+        datasets=[name for name in datasets if is_hub_id(name)] or None,
         license="apache-2.0",
         language="en",
         metrics=["accuracy", "f1"],
         tags=["food", "drink", "structured-output", "json", "smolvlm"],
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="image-text-to-text",
-                dataset_type=AND.join(data_names),
-                dataset_name=AND.join(data_names),
-                dataset_split="test"
-                if evidence.held_out == "test"
-                else None,  # only where the data set has this split on the Hub
-                metric_type=row.metric,
-                metric_name=f"{NAMES[row.metric].replace('`', '')}, 95 % interval {row.low:.4f} to {row.high:.4f}, n = {row.n}",
-                metric_value=row.value,
-            )
-            for row in evidence.own
-            if row.metric in NAMES
-        ],
+        model_name=repo_id.split("/")[-1],
+        eval_results=results,
     )
-    seconds = [row for row in evidence.rows if row.metric == "seconds"]
-    lines = [
-        f"---\n{data.to_yaml()}\n---\n",
-        f"# {name}\n",
-        f"Answers any image with one line of strict JSON: is food or drink visible, a short title, the food items, the drink items. "
-        f"Fine-tuned from {_base_link(evidence)} on {' and '.join(map(_dataset_link, data_names))} with [FoodExtract Vision]({CODE}).\n",
-        "## Use\n",
-        "With the extractor of the repository a grammar keeps every answer on the rails, and each comes with how sure the model was:\n",
-        f"```bash\npip install git+{CODE}\nfoodextract extract lunch.jpg --model {repo_id}\n```\n",
-        "```python\nfrom foodextract.inference.extractor import Extractor\n\n"
-        f'extractor = Extractor.from_pretrained("{repo_id}")\nprint(extractor.extract("lunch.jpg").to_json())\n```\n',
-        "With plain transformers, without a grammar:\n",
-        "```python\nfrom transformers import pipeline\n\n"
-        f'pipe = pipeline("image-text-to-text", model="{repo_id}")\nmessages = [\n'
-        f'    {{"role": "system", "content": [{{"type": "text", "text": {prompts.SYSTEM!r}}}]}},\n'
-        '    {"role": "user", "content": [{"type": "image", "path": "lunch.jpg"}, '
-        f'{{"type": "text", "text": {prompts.USER!r}}}]}},\n]\n'
-        'print(pipe(text=messages, max_new_tokens=256, return_full_text=False)[0]["generated_text"])\n```\n',
-        "## Prompt\n",
-        f"It was trained on these words and no others. System:\n\n```\n{prompts.SYSTEM}\n```\n",
-        f"User, behind the image:\n\n```\n{prompts.USER}\n```\n",
-        "## Image budget\n",
-        f"An image becomes {budget}. The saved processor says so, so serving agrees.\n",
-        "## How good it is\n",
-        f"{metric_table(evidence.scored)}\n",
-        f"Held-out images{_chosen(evidence)}, greedy, no grammar, the same prompt for all; 95 % intervals in brackets. Whatever is not "
-        "exactly the canonical JSON scores nothing. The figures are about the weights with checksum "
-        f"`{evidence.weights}` and lie beside them in `evaluation.json`.\n",
-        "## How it was trained\n",
-        markdown_table(
-            ("", *(stage["name"] for stage in evidence.stages)),
-            [
-                (field, *(_value(stage[field]) for stage in evidence.stages))
-                for field in RECIPE
-                if field in evidence.stages[0]
-            ],
-        ),
-        f"\nThe weights are stored in {stored_as(counts)}, bit for bit those that were measured. "
-        "Loaded with `dtype=torch.bfloat16`, fp32 weights take half the memory and answer slightly differently.\n"
-        "\nFull fine-tuning with TRL's `SFTTrainer`; the loss is on the answer and its end token only; fp32 master weights.\n",
-        "## Hardware and time\n",
-        markdown_table(("step", "seconds"), [(row.subject, f"{row.value:,.0f}") for row in seconds])
-        if seconds
-        else "Not noted.",
-        f"\nMeasured on {evidence.rows[0].device}, at commit `{evidence.rows[0].commit}`, by `{evidence.rows[0].command}`.\n",
-        "## Limits\n",
-        "- The answer is as good as the labels it learned from; it names what they name, in English.\n"
-        "- A grammar gives an answer its form, not its truth.\n"
-        "- The figures are about images like those it was tested on. It knows nothing of allergens or amounts, "
-        "nor whether food is safe to eat.\n",
-        "## Citation\n",
-        f"```bibtex\n@software{{foodextract_vision,\n  title = {{FoodExtract Vision: {name}}},\n  url = {{{CODE}}},\n"
-        f"  version = {{{evidence.rows[0].commit}}}\n}}\n```\n",
+    recipe = [(name, *(stage.get(name, stage.get(old)) for stage in stages)) for name, old in RECIPE.items()]
+    seconds = [
+        (row.subject.replace("ask_", "evaluate "), f"{row.value:,.0f}")
+        for row in provenance.rows
+        if row.metric == "seconds"
     ]
-    return ModelCard("\n".join(lines))
-
-
-def _chosen(evidence: Evidence) -> str:
-    if evidence.held_out == "test":
-        return f" (the split `test` of {evidence.dataset})"
-    return f" ({evidence.held_out})" if evidence.held_out else ""
-
-
-def _base_link(evidence: Evidence) -> str:
-    if is_hub_id(evidence.base_model):
-        return f"[{evidence.base_model}](https://huggingface.co/{evidence.base_model})"
-    return (
-        f"the bundled `{evidence.base_model}` of the repository"
-        if base_of(evidence)
-        else f"`{name_of(evidence.base_model)}`"
+    published = f" (the split `test` of {provenance.dataset})" if split == "test" else f" ({split})" if split else ""
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "model_card.md"),
+        model_name=card_data.model_name,
+        base=_base_link(provenance),
+        data=" and ".join(map(_dataset_link, datasets)),
+        code=CODE,
+        repo_id=repo_id,
+        system=prompts.SYSTEM,
+        user=prompts.USER,
+        system_repr=repr(prompts.SYSTEM),
+        user_repr=repr(prompts.USER),
+        budget=budget,
+        metrics=metric_table(provenance.scored),
+        held_out=published,
+        weights=provenance.weights,
+        recipe=markdown_table(
+            ["", *(stage["name"] for stage in stages)], [[name, *map(_setting, values)] for name, *values in recipe]
+        ),
+        formats=stored_as(counts),
+        seconds=markdown_table(["step", "seconds"], seconds) if seconds else "Not recorded.",
+        run=provenance.rows[0],
     )
+
+
+def _metric_name(row: Row) -> str:
+    low, high = row.interval
+    return f"{NAMES[row.metric].replace('`', '')}, 95 % interval {low:.4f} to {high:.4f}, n = {row.n}"
+
+
+def _base_link(provenance: Provenance) -> str:
+    base = provenance.base_model
+    if is_hub_id(base):
+        return f"[{base}](https://huggingface.co/{base})"
+    return f"the bundled `{base}` of the repository" if base_of(provenance) else f"`{name_of(base)}`"
 
 
 def _dataset_link(name: str) -> str:
@@ -150,91 +125,58 @@ def _dataset_link(name: str) -> str:
     return "drawn scenes" if name == "scenes" else f"`{name}`"
 
 
-def _value(value: object) -> str:
+def _setting(value: object) -> str:
     return ", ".join(f"`{part}`" for part in value) or "nothing" if isinstance(value, list | tuple) else str(value)
 
 
-def dataset_card(report: dict[str, Any], title: str, seed: int, commit: str) -> DatasetCard:
-    """The README.md of a data set that `dataset.build` made: front matter for the Hub, how to use it, what is in it and what was left out.
-
-    `report` is what `build` returned; every figure comes from it. The data set is called UNNAMED until it is published.
-    """
-    sources = [name for name, _ in report["sources"]]
-    data = DatasetCardData(
-        license="other" if len(report["licenses"]) > 1 else _license_id(report["licenses"][0][0]),
+def dataset_card(report: Mapping[str, Any], title: str, seed: int, commit: str) -> DatasetCard:
+    """Render the README.md of a dataset from the report of `dataset.build`; its name is UNNAMED until published."""
+    sources, licenses, is_food = report["sources"], report["licenses"], report["is_food"]
+    names = [name for name, _ in sources]
+    files = [{"split": split, "path": f"data/{split}-*"} for split in ("train", "test")]
+    card_data = DatasetCardData(
+        license="other" if len(licenses) > 1 else LICENSES.get(licenses[0][0], "other"),
         task_categories=["image-text-to-text", "image-classification"],
         language=["en"],
         tags=["food", "drink", "structured-output", "json"],
-        annotations_creators=["machine-generated"] if sources != ["scenes"] else ["no-annotation"],
-        size_categories=[next((size for limit, size in SIZES if report["kept"] < limit), "n>10M")],
-        source_datasets=["original" if source == "scenes" else "extended" for source in sources[:1]],
+        annotations_creators=["machine-generated"] if names != ["scenes"] else ["no-annotation"],
+        size_categories=[next((size for limit, size in SIZES.items() if report["kept"] < limit), "n>10M")],
+        source_datasets=["original" if name == "scenes" else "extended" for name in names[:1]],
         pretty_name=title,
-        configs=[
-            {"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*"} for s in ("train", "test")]}
-        ],
+        configs=[{"config_name": "default", "data_files": files}],
     )
-    is_food = report["is_food"]
-    lines = [
-        f"---\n{data.to_yaml()}\n---\n",
-        f"# {title}\n",
-        "Images, each with one record: is food or drink visible, a short title, the food items, the drink items. Made with [FoodExtract "
-        f"Vision]({CODE}) at commit `{commit}`, seed {seed}; fingerprint `{report['fingerprint'][:16]}`.\n",
-        "## Use\n",
-        "```python\nfrom datasets import load_dataset\n\n"
-        f'row = load_dataset("{UNNAMED}", split="test")[0]\nprint(row["image"].size, row["image_title"], row["food_items"])\n```\n',
-        f"It needs `datasets` {OLDEST_DATASETS} or newer, which know the feature type `List` of its columns.\n",
-        "## What is in it\n",
-        markdown_table(
-            ("split", "images", "show food or drink"),
-            [
-                (split, f"{report[split]:,}", f"{is_food[split]:,} ({is_food[split] / report[split]:.1%})")
-                for split in ("train", "test")
-            ],
-        ),
-        f"\nThe test split: {'as published' if report['held_out'] == 'test' else report['held_out']}.\n",
-        f"\n{len(report['food_items']):,} different foods, most often {_few(report['food_items'])}; "
-        f"{len(report['drink_items']):,} different drinks, most often {_few(report['drink_items'])}.\n",
-        "Images that look alike (resized, recompressed, mirrored or slightly cropped) and images that their source puts into one group "
-        "are on one side of the split.\n",
-        "## Where it comes from\n",
-        markdown_table(("source", "images"), [(name, f"{count:,}") for name, count in report["sources"]]),
-        "",
-        markdown_table(("license", "images"), [(name, f"{count:,}") for name, count in report["licenses"]]),
-        "\n## What was left out or mended\n",
-        f"{report['read']:,} rows were read, {report['kept']:,} kept and {report['rejected']:,} rejected, {report['duplicates']:,} of them "
-        f"as exact duplicates. {report['near_duplicate_groups']:,} groups of near-duplicates were kept together. `rejects.jsonl` gives the "
-        "reason for every rejected row, `issues.jsonl` what the label rules found.\n",
-        markdown_table(
-            ("label rule: what was done", "issues"), [(name, f"{count:,}") for name, count in report["issues"]]
-        )
-        if report["issues"]
-        else "The label lint found nothing.",
-        "\n## Columns\n",
-        "`image`, `is_food`, `image_title`, `food_items`, `drink_items`; `name`, `category`, `group`, `source`, `license` and "
-        "`pixels_sha256` say where a row comes from, `label_scope` whether its label names everything or only the main item.\n",
-        "## Limits\n",
-        f"{_labels_by(sources)}\n"
-        "- Two names for one thing are two items: what the label rules do not know as twins is left as it was found, in English.\n"
-        f"- {report['test']:,} images are held out, {report['test'] - is_food['test']:,} of them without food or drink: figures measured "
-        "on so many are no finer than that.\n"
-        "- It says nothing of allergens or amounts, nor whether food is safe to eat.\n",
-        "## Citation\n",
-        f"```bibtex\n@misc{{foodextract_vision_dataset,\n  title = {{{title}}},\n  url = {{{CODE}}},\n  version = {{{commit}}},\n"
-        f"  note = {{fingerprint {report['fingerprint'][:16]}}}\n}}\n```\n",
-        *(["Please cite its sources, too.\n"] if sources != ["scenes"] else []),
+    counts = {key: report[key] for key in ("read", "kept", "rejected", "duplicates", "near_duplicate_groups", "test")}
+    counts |= {"not_food": report["test"] - is_food["test"]}
+    counts |= {"foods": len(report["food_items"]), "drinks": len(report["drink_items"])}
+    splits = [
+        (name, report[name], f"{is_food[name]:,} ({is_food[name] / report[name]:.1%})") for name in ("train", "test")
     ]
-    return DatasetCard("\n".join(lines))
+    issues = report["issues"]
+    return DatasetCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "dataset_card.md"),
+        code=CODE,
+        commit=commit,
+        seed=seed,
+        fingerprint=report["fingerprint"][:16],
+        repo_id=UNNAMED,
+        oldest_datasets=OLDEST_DATASETS,
+        n={name: f"{count:,}" for name, count in counts.items()},
+        splits=_count_table(("split", "images", "show food or drink"), splits),
+        held_out="as published" if report["held_out"] == "test" else report["held_out"],
+        foods=_most_frequent(report["food_items"]),
+        drinks=_most_frequent(report["drink_items"]),
+        sources=_count_table(("source", "images"), sources),
+        licenses=_count_table(("license", "images"), licenses),
+        issues=_count_table(("label rule: policy", "issues"), issues) if issues else "The label rules found no issue.",
+        drawn="scenes" in names,
+        collected=names != ["scenes"],
+    )
 
 
-def _labels_by(sources: list[str]) -> str:
-    drawn = "- Drawn scenes are exact, and they are drawings: what is learned from them alone says little about photographs."
-    found = "- Labels are as good as their source: the rules mend how things are called, not what somebody overlooked or imagined."
-    return "\n".join([drawn] * ("scenes" in sources) + [found] * (sources != ["scenes"]))
+def _count_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return markdown_table(header, [[name, f"{count:,}", *rest] for name, count, *rest in rows])
 
 
-def _license_id(license: str) -> str:
-    return {"CC BY-SA 4.0 (OpenMoji)": "cc-by-sa-4.0", "CC0": "cc0-1.0"}.get(license, "other")
-
-
-def _few(counts: list[tuple[str, int]]) -> str:
+def _most_frequent(counts: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"{name} ({count:,})" for name, count in counts[:5]) or "none"

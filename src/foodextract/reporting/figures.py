@@ -6,7 +6,9 @@ Images are RGB. Every function returns a figure and writes no file.
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ContextDecorator
 from itertools import groupby
+from typing import cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,9 +28,8 @@ LOSSES = {"answer_loss": "loss on the answer", "unlikelihood_loss": "unlikelihoo
 
 Lines = Sequence[tuple[str, str]]  # lines of text, each with its color
 
-_styled = plt.rc_context(
-    {"font.size": FONT, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-)
+STYLE = {"font.size": FONT, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+_styled = cast(ContextDecorator, plt.rc_context(STYLE))
 
 
 # --------------------------------------------------------------------------------------------------------------- images

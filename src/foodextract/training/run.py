@@ -292,10 +292,10 @@ def _trainer(
     labels, scopes = [record_of(row) for row in unseen.remove_columns("image")], scopes_of(unseen)
 
     def score() -> float:
-        answers = evaluate.ask(
+        answers = evaluate.predict(
             Extractor(model, processor).generate_texts, unseen["image"], stage.batch_size, "validation"
         )
-        return evaluate.f1_of_named(labels, answers, scopes)
+        return evaluate.validation_f1(labels, answers, scopes)
 
     prepared = _prepared(model, processor, stage, split, Path(config.output_dir), precision)
     return PreparedTrainer(

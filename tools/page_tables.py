@@ -1,0 +1,140 @@
+"""Markdown tables and sentences that only the repository's pages show."""
+
+from collections.abc import Sequence
+
+from foodextract.evaluation.results import Row
+from foodextract.reporting.tables import (
+    MORE_NAMES,
+    NAMES,
+    SUBJECTS,
+    format_row,
+    is_percentage,
+    item_table,
+    markdown_table,
+    metric_table,
+    number,
+    subject_name,
+)
+
+ALL_NAMES = NAMES | MORE_NAMES
+OUTCOMES = ("strict_json_rate", "is_food_accuracy", "item_f1_micro")  # of an experiment that answers in JSON
+CLASSES = {
+    "template_rate": "captions in the trained form",
+    "class_accuracy": "right class named",
+}  # of one that captions
+EFFECTS = ("strict_json_rate", "is_food_accuracy", "item_f1_micro", "item_f1_micro_lenient")
+MODES = ("free", "constrained")  # the subject `base` is free, `base constrained` is constrained
+
+
+def mode_table(
+    rows: Sequence[Row], subjects: Sequence[str] = ("base", "stage2"), metrics: Sequence[str] = tuple(NAMES)
+) -> str:
+    """Return a table of metrics, free and constrained side by side, one pair of columns per subject."""
+    cells = {(row.metric, row.subject): row for row in rows}
+    columns = {
+        f"{SUBJECTS.get(subject, subject)}, {mode}": subject if mode == "free" else f"{subject} {mode}"
+        for subject in subjects
+        for mode in MODES
+    }
+    lines = [[NAMES[m], *(format_row(cells.get((m, subject))) for subject in columns.values())] for m in metrics]
+    return markdown_table(["", *columns], lines)
+
+
+def group_table(rows: Sequence[Row], metric: str) -> str:
+    """Return a table of one metric by group of images (subjects `name | group`), one column per name."""
+    cells = {tuple(row.subject.split(" | ")): row for row in rows if row.metric == metric and " | " in row.subject}
+    subjects, groups = (list(dict.fromkeys(key[part] for key in cells)) for part in (0, 1))
+    lines = []
+    for group in groups:
+        line = [cells.get((subject, group)) for subject in subjects]
+        lines.append([f"{group}, n = {max(cell.n for cell in line if cell)}", *map(format_row, line)])
+    return markdown_table([ALL_NAMES.get(metric, metric), *map(subject_name, subjects)], lines)
+
+
+def difference_table(rows: Sequence[Row]) -> str:
+    """Return a table of paired differences with interval and p value, one column per `a minus b`."""
+    cells = {(row.metric, row.subject): row for row in rows if " minus " in row.subject}
+    subjects, lines = list(dict.fromkeys(subject for _, subject in cells)), []
+    for metric, name in ALL_NAMES.items():
+        pairs = [(cells.get((f"{metric}_difference", s)), cells.get((f"{metric}_p", s))) for s in subjects]
+        if any(change and p for change, p in pairs):
+            lines.append([name, *(f"{_change(c)}, {_p_value(p)}" if c and p else "–" for c, p in pairs)])
+    return markdown_table(["", *(" minus ".join(map(subject_name, s.split(" minus "))) for s in subjects)], lines)
+
+
+def effect_table(rows: Sequence[Row]) -> str:
+    """Return a table of the ablation: the mean over seeds of each choice, above the difference to its reference."""
+    rows = [row for row in rows if " | " not in row.subject]  # without the single runs
+    cells = {(row.metric, row.subject): row for row in rows}
+    subjects = dict.fromkeys(row.subject for row in rows)
+    against = dict(subject.split(" minus ") for subject in subjects if " minus " in subject)
+    lines = []
+    for subject in [subject for subject in subjects if " minus " not in subject]:
+        changes = [cells.get((f"{metric}_difference", f"{subject} minus {against.get(subject)}")) for metric in EFFECTS]
+        means = [format_row(cells.get((metric, subject))) for metric in EFFECTS]
+        both = [mean + (f"<br>{_change(row)}" if row else "") for mean, row in zip(means, changes, strict=True)]
+        lines.append([subject, against.get(subject, ""), *both])
+    header = [f"{max(row.n for row in rows)} seeds", "against", *(ALL_NAMES[metric] for metric in EFFECTS)]
+    return markdown_table(header, lines)
+
+
+def effect_sentences(rows: Sequence[Row]) -> str:
+    """Return one list item per choice of the ablation: what its intervals show for form (JSON) and content (items)."""
+    cells = {(row.metric, row.subject): row for row in rows if " minus " in row.subject}
+    lines = []
+    for subject in dict.fromkeys(subject for _, subject in cells):
+        verdicts = []
+        for metric, name in (
+            ("strict_json_rate", "strict JSON"),
+            ("item_f1_micro_lenient", "item F1 (lenient parser)"),
+        ):
+            row = cells[f"{metric}_difference", subject]
+            verdict = "better" if row.low > 0 else "worse" if row.high < 0 else "no difference shown"
+            verdicts.append(f"{name} {_change(row)}, {verdict}")
+        choice, against = subject.split(" minus ")
+        lines.append(f"- **{choice}** instead of *{against}*: {'; '.join(verdicts)}.")
+    return "\n".join(lines)
+
+
+def outcome_table(rows: Sequence[Row]) -> str:
+    """Return a table of the archived experiments, one line per experiment and subject."""
+    cells = {(row.benchmark, row.subject, row.metric): row for row in rows}
+    names, lines = {metric: NAMES[metric] for metric in OUTCOMES} | CLASSES, []
+    for experiment, subject in dict.fromkeys((row.benchmark, row.subject) for row in rows if row.metric in names):
+        line = [cells.get((experiment, subject, metric)) for metric in names]
+        losses = [cells.get((experiment, subject, metric)) for metric in ("loss_first", "loss_last")]
+        loss = " → ".join(f"{row.value:.3f}" for row in losses if row) if all(losses) else "–"
+        n = max(row.n for row in line if row)
+        lines.append([f"`{experiment}`", f"{subject_name(subject)}, n = {n}", loss, *map(format_row, line)])
+    return markdown_table(["experiment", "subject", "training loss, first and last step", *names.values()], lines)
+
+
+def offline_in_full(rows: Sequence[Row]) -> str:
+    """The metrics that README leaves out, and the items after stage 2."""
+    names = {"schema_valid_rate": NAMES["schema_valid_rate"]} | MORE_NAMES
+    return f"{metric_table([row for row in rows if row.low is not None], names)}\n\n{item_table(rows, 'stage2')}"
+
+
+def baselines(rows: Sequence[Row]) -> str:
+    """All subjects free, base and tuned model in both modes, and the lead of the tuned model."""
+    free = [row for row in rows if not row.subject.endswith(" constrained")]
+    return f"{metric_table(free)}\n\n{mode_table(rows, ('base', 'tuned'))}\n\n{difference_table(rows)}"
+
+
+def baselines_in_full(rows: Sequence[Row]) -> str:
+    """The metrics that `baselines` leaves out, and breakdowns by number of items and by source."""
+    groups = [group_table(rows, metric) for metric in ("is_food_accuracy", "item_f1_micro")]
+    return "\n\n".join([metric_table(rows, MORE_NAMES), item_table(rows, "tuned"), *groups])
+
+
+def dialects(rows: Sequence[Row]) -> str:
+    return metric_table(rows, {name: ALL_NAMES[name] for name in EFFECTS})
+
+
+def _change(row: Row) -> str:
+    value, low, high = (number(row, v, "+") for v in (row.value, row.low, row.high))
+    return f"{value}{' points' if is_percentage(row) else ''} ({low} to {high})"
+
+
+def _p_value(row: Row) -> str:
+    return "p < 0.001" if row.value < 0.001 else f"p = {row.value:.3f}"
