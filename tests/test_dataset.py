@@ -18,7 +18,6 @@ from PIL import Image
 from foodextract import names
 from foodextract.data import dataset, ingest, scenes, selection, sources
 from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample
-from foodextract.reporting import cards
 
 
 def png(image):
@@ -301,6 +300,8 @@ def test_a_bad_row_is_rejected_and_the_others_are_kept(tmp_path, line, reason):
 
 
 def test_the_card_has_the_figures_of_the_report(drawn):
+    from foodextract.reporting import cards  # imports torch, which the processes of BUILD do not need
+
     report = json.loads((drawn / "report.json").read_text())
     card = cards.dataset_card(report, "A title", seed=5, commit="abc")
     assert card.data.license == "cc-by-sa-4.0"
