@@ -66,8 +66,8 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 test: lint $(VENV)/checkov/.installed  ## Lint, unit tests and notebooks in small, spread over the cores.
 	$(PYTEST)
 
-FLOOR_TESTS := $(foreach name,captioner checkpoints cleaning cli collate dataset decoding dialects duplicates evaluation extractor hub_data models \
-	images prepared publish reports scenes schema sources tiles training,tests/test_$(name).py)
+FLOOR_TESTS := $(foreach name,cache captioner checkpoints cleaning cli collate dataset decoding dialects duplicates evaluation extractor hub_data models \
+	images publish reports scenes schema sources tiles training,tests/test_$(name).py)
 
 test-floors: $(VENV)/floors/.installed  ## The fast tests against the oldest supported versions, which are those that Colab has.
 	$(VENV)/floors/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(FLOOR_TESTS)

@@ -25,8 +25,7 @@ from foodextract.inference.extractor import Extractor
 from foodextract.inference.grammar import Dialect
 from foodextract.models import loading
 from foodextract.schema import FoodRecord
-from foodextract.training.config import Stage
-from foodextract.training.presets import SMALL_STEPS, VISION
+from foodextract.training.config import PROFILES
 from foodextract.training.run import train_stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +37,7 @@ def trained(target: str, rows: DatasetDict, work: Path, rate: float, seed: int) 
     """Train the bundled tuned model for one more epoch with another target text; return its folder."""
     model = loading.load_model(loading.TINY_TUNED, loading.choose_device("cpu"), training=True)
     processor = loading.load_processor(loading.TINY_TUNED)
-    stage = Stage(target, freeze=(VISION,), learning_rate=rate, epochs=1, **SMALL_STEPS, target=target)
+    stage = replace(PROFILES["offline"].stage1, name=target, learning_rate=rate, num_train_epochs=1, target=target)
     train_stage(model, processor, stage, rows["train"], work, seed=seed)
     return work / target
 

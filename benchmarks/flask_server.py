@@ -1,8 +1,8 @@
-"""The server that one of the original projects sketches, for our weights: Flask, one request at a time, plain `generate`.
+"""A baseline server, as one of the original projects sketches it: Flask, one request at a time, plain `generate`.
 
     python benchmarks/flask_server.py MODEL PORT
 
-Nothing else differs: the same prompt, the same processor with its image budget, greedy, up to 256 new tokens.
+Weights, prompt, processor and image budget are ours; decoding is greedy, up to 256 new tokens.
 """
 
 import io

@@ -1,12 +1,12 @@
-"""What happens to the HTTP server, and to its callers, when things go wrong.
+"""Measure what happens to the HTTP server and its callers under faults.
 
-    python benchmarks/serve_faults.py                        # adds to results/serving.json
-    python benchmarks/serve_faults.py --hostile 64 --rounds 1 --results /tmp/serving.json      # does it run?
+    python benchmarks/serve_faults.py   # adds to results/serving.json
+    python benchmarks/serve_faults.py --hostile 64 --rounds 1 --results /tmp/serving.json   # does it run?
 
-SIGTERM while callers keep it busy: every request that it had accepted must be answered, and it must end with status 0. SIGKILL while they
-do: started again on the same port, it must come back ready and give the same answers. Hostile uploads (`hostile.py`): each must be told
-4xx; the server must live on, answer honest images as before, and not grow. Last, schemathesis makes up requests from the OpenAPI page,
-fitting and not, and looks for answers that the page does not announce.
+SIGTERM under load: every accepted request must be answered, and the exit status must be 0. SIGKILL under load:
+restarted on the same port, the server must become ready and give the same answers. Hostile uploads (`hostile.py`):
+each must get 4xx; the server must survive, answer honest images as before, and not grow. Finally schemathesis
+generates requests from the OpenAPI page and looks for answers that the page does not document.
 """
 
 import asyncio
@@ -33,18 +33,18 @@ from hostile import hostile
 from served import RESULTS, Served, drawn_images, growth, serving, write_part
 
 CALLERS = 24
-SLOW = 2.0  # seconds between two bytes of a slow caller: the 10 s that the server waits are soon over
+SLOW = 2.0  # seconds between two bytes of a slow caller; the server waits for 10 s
 AT_ONCE = 16
 NO_IMAGE = "positive_data_acceptance"  # a schema can say that a body is a file, not that it is an image
 
 
 def sigterm(model: Path, images: list[bytes]) -> Counter[str]:
-    """Keep it busy, send SIGTERM, and count what became of every request."""
+    """Send SIGTERM under load and count the outcomes of the requests."""
     outcomes: Counter[str] = Counter()
 
-    async def call(client: httpx.AsyncClient, told: asyncio.Event, over: asyncio.Event) -> None:
+    async def call(client: httpx.AsyncClient, signaled: asyncio.Event, over: asyncio.Event) -> None:
         while not over.is_set():
-            late = told.is_set()  # who comes after the signal may be turned away, or find the door closed
+            late = signaled.is_set()  # a request after the signal may get 503 or no connection
             try:
                 status = (await client.post("/predict", content=images[0])).status_code
                 outcomes["answered" if status == 200 else "turned away" if late or status == 503 else "unexpected"] += 1
@@ -53,13 +53,15 @@ def sigterm(model: Path, images: list[bytes]) -> Counter[str]:
                 await asyncio.sleep(0.05)
 
     async def story(served: Served) -> None:
-        told, over, none_kept = asyncio.Event(), asyncio.Event(), httpx.Limits(max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=served.address, timeout=60, limits=none_kept, trust_env=False) as client:
-            callers = [asyncio.create_task(call(client, told, over)) for _ in range(CALLERS)]
+        signaled, over, no_keep_alive = asyncio.Event(), asyncio.Event(), httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(
+            base_url=served.address, timeout=60, limits=no_keep_alive, trust_env=False
+        ) as client:
+            callers = [asyncio.create_task(call(client, signaled, over)) for _ in range(CALLERS)]
             await asyncio.sleep(3)
-            told.set()
+            signaled.set()
             served.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.5)  # they go on asking a server that is on its way out
+            await asyncio.sleep(0.5)  # callers continue while it drains
             over.set()
             await asyncio.gather(*callers)
 
@@ -70,7 +72,7 @@ def sigterm(model: Path, images: list[bytes]) -> Counter[str]:
 
 
 def sigkill(model: Path, images: list[bytes]) -> tuple[float, int]:
-    """Kill it while it answers, start it again on its port: seconds to ready, and how many answers differ from before."""
+    """Kill the server under load and restart it; return seconds to ready, and how many answers differ from before."""
 
     def ask(served: Served) -> list[dict]:
         return [
@@ -82,7 +84,7 @@ def sigkill(model: Path, images: list[bytes]) -> tuple[float, int]:
         before = ask(served)
         with ThreadPoolExecutor(CALLERS) as callers:
             for _ in range(CALLERS):
-                callers.submit(ask, served)  # nobody looks at what becomes of these
+                callers.submit(ask, served)  # their outcomes do not matter
             while not _metric(served, "foodextract_in_flight"):
                 pass
             served.process.kill()
@@ -91,16 +93,16 @@ def sigkill(model: Path, images: list[bytes]) -> tuple[float, int]:
 
 
 async def send(port: int, kind: str, request: bytes) -> str:
-    """What one hostile request is told: a status, or `hung up`."""
+    """Send one hostile request; return the status it gets, or `hung up`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    told = asyncio.create_task(reader.read(12))
+    reply = asyncio.create_task(reader.read(12))
     try:
         head = request.index(b"\r\n\r\n") + 4 if b"\r\n\r\n" in request else len(request)
         if kind.startswith("slow"):
             start = head + 1 if kind == "slow body" else 30
             writer.write(request[:start])
             for place in range(start, len(request)):
-                if (await asyncio.wait([told], timeout=SLOW))[0]:
+                if (await asyncio.wait([reply], timeout=SLOW))[0]:
                     break
                 writer.write(request[place : place + 1])
         else:
@@ -108,17 +110,17 @@ async def send(port: int, kind: str, request: bytes) -> str:
             await writer.drain()
             if kind == "no HTTP":
                 writer.write_eof()
-        answer = await asyncio.wait_for(told, 60)
+        answer = await asyncio.wait_for(reply, 60)
         return answer[9:12].decode() or "hung up"
     except (ConnectionError, TimeoutError) as error:
-        return told.result()[9:12].decode() if told.done() and not told.exception() else type(error).__name__
+        return reply.result()[9:12].decode() if reply.done() and not reply.exception() else type(error).__name__
     finally:
-        told.cancel()
+        reply.cancel()
         writer.close()
 
 
 async def attack(served: Served, count: int, image: bytes) -> Counter[tuple[str, str]]:
-    """Send them, a few at once, an honest image now and then among them."""
+    """Send hostile requests, a few at once, with honest images among them; count the outcomes."""
     outcomes: Counter[tuple[str, str]] = Counter()
     gate = asyncio.Semaphore(AT_ONCE)
 
@@ -143,51 +145,35 @@ async def attack(served: Served, count: int, image: bytes) -> Counter[tuple[str,
 
 
 def contract(served: Served, examples: int) -> tuple[int, int]:
-    """What schemathesis finds against the server's own description, and how many requests it made."""
+    """Run schemathesis on the OpenAPI page; return its findings and how many requests it made."""
     before = _metric(served, "foodextract_requests_total")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [
-            Path(sys.executable).with_name("schemathesis"),
-            "run",
-            f"{served.address}/openapi.json",
-            "--seed",
-            "0",
-        ]
-        command += [
-            "--max-examples",
-            str(examples),
-            "--exclude-checks",
-            NO_IMAGE,
-            "--report",
-            "junit",
-            "--report-junit-path",
-            report,
-        ]
-        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)  # noqa: S603
+        tool, page = Path(sys.executable).with_name("schemathesis"), f"{served.address}/openapi.json"
+        command = [tool, "run", page, "--seed", "0", "--max-examples", str(examples), "--exclude-checks", NO_IMAGE]
+        command += ["--report", "junit", "--report-junit-path", report]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)  # noqa: S603
         suites = ElementTree.parse(report).getroot().iter("testsuite")  # noqa: S314 - written just now
         findings = sum(int(suite.get(kind, 0)) for suite in suites for kind in ("failures", "errors"))
-    if findings or told.returncode:
-        print(told.stdout)
-    return max(findings, told.returncode), _metric(served, "foodextract_requests_total") - before
+    if findings or run.returncode:
+        print(run.stdout)
+    return max(findings, run.returncode), _metric(served, "foodextract_requests_total") - before
 
 
 def _metric(served: Served, name: str) -> int:
-    """The sum of a metric over its labels."""
+    """Return the sum of a metric over its labels."""
     lines = httpx.get(f"{served.address}/metrics", timeout=60, trust_env=False).text.splitlines()
     return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[ {{]", line)))
 
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the model.")] = loading.TINY_TUNED,
-    rounds: Annotated[int, typer.Option(min=1, help="How often SIGTERM and SIGKILL are sent.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of SIGTERM and SIGKILL.")] = 5,
     uploads: Annotated[int, typer.Option("--hostile", min=64, help="Hostile uploads.")] = 1000,
-    examples: Annotated[
-        int, typer.Option(min=1, help="Made-up requests of schemathesis, for each kind of test and path.")
-    ] = 100,
+    examples: Annotated[int, typer.Option(min=1, help="Requests of schemathesis per kind of test and path.")] = 100,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:
-    """Measure, print and write down."""
+    """Measure, print and save."""
     images = drawn_images(4)
     row = partial(
         make_row,
@@ -210,7 +196,7 @@ def main(
     )
     print("SIGKILL: seconds to ready, answers changed:", killed)
     with serving(model, "--deadline", "60") as served:
-        asyncio.run(attack(served, 64, images[0]))  # so that what is loaded once is loaded
+        asyncio.run(attack(served, 64, images[0]))  # warm-up
         begun, before = time.monotonic(), served.resident()
         outcomes = asyncio.run(attack(served, uploads, images[0]))
         grown, alive = growth(served.memory[-int(2 * (time.monotonic() - begun)) :]), served.process.poll() is None
@@ -219,7 +205,7 @@ def main(
         print(f"schemathesis: {findings} findings in {requests} requests")
     sent = {pair: count for pair, count in outcomes.items() if pair[0] != "honest"}
     n = sum(sent.values())
-    right = sum(count for (kind, told), count in sent.items() if told.startswith("4"))
+    right = sum(count for (kind, status), count in sent.items() if status.startswith("4"))
     rows += [
         row("hostile uploads", "refused_share", right / n, n=n),
         row("hostile uploads", "crashes", 1 - alive, unit="processes", n=1),
@@ -227,8 +213,8 @@ def main(
     rows.append(row("hostile uploads", "memory_growth_share", grown, n=n))
     rows.append(row("honest among them", "spoilt", outcomes["honest", "spoilt"], unit="answers", n=4))
     rows.append(row("schemathesis", "findings", findings, unit="findings", n=requests))
-    for (kind, told), count in sorted(outcomes.items()):
-        print(f"  {kind:22} {told:16} {count:5}")
+    for (kind, status), count in sorted(outcomes.items()):
+        print(f"  {kind:22} {status:16} {count:5}")
     write_part(results, rows)
 
 

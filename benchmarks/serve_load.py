@@ -1,11 +1,11 @@
-"""What the HTTP server does under load, beside a Flask server that answers one request at a time with the same weights.
+"""Measure the HTTP server under load, next to a Flask server that answers one request at a time with the same weights.
 
     python benchmarks/serve_load.py                          # adds to results/serving.json, and draws serving.png
     python benchmarks/serve_load.py --seconds 5 --overload-seconds 5 --results /tmp/serving.json      # does it run?
 
-First both servers are kept busy in turn, several times, by twice as many callers as our batch holds (throughput); the other one waits
-meanwhile. Then requests arrive at our server by the clock, whether or not it keeps up, at several multiples of that throughput: the last,
-twice as many as it can answer, is the overload. All over the loopback, with callers and server on the same cores.
+First the two servers take turns under twice as many callers as our batch holds (throughput). Then requests arrive at
+our server by the clock, whether or not it keeps up, at multiples of that throughput; the last load is twice what it
+can answer. Callers and servers share the cores and talk over the loopback.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ Outcome = tuple[int, float]  # status, 0 where no answer came, and seconds
 
 
 async def post(client: httpx.AsyncClient, image: bytes) -> Outcome:
-    """Ask once."""
+    """Send one image."""
     start = time.perf_counter()
     try:
         status = (await client.post("/predict", files={"image": image})).status_code
@@ -49,15 +49,15 @@ async def post(client: httpx.AsyncClient, image: bytes) -> Outcome:
     return status, time.perf_counter() - start
 
 
-async def with_client(address: str, story: Callable[[httpx.AsyncClient], Awaitable[list[Outcome]]]) -> list[Outcome]:
-    """Run a story with a client of many connections."""
+async def with_client(address: str, load: Callable[[httpx.AsyncClient], Awaitable[list[Outcome]]]) -> list[Outcome]:
+    """Run a load with a client of many connections."""
     limits = httpx.Limits(max_connections=400, max_keepalive_connections=100)
     async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits, trust_env=False) as client:
-        return await story(client)
+        return await load(client)
 
 
 async def busy(images: list[bytes], callers: int, seconds: float, client: httpx.AsyncClient) -> list[Outcome]:
-    """Each caller asks again as soon as it is answered."""
+    """Let each caller send the next request as soon as it is answered."""
     end, outcomes, supply = time.monotonic() + seconds, [], cycle(images)
 
     async def call() -> None:
@@ -69,16 +69,16 @@ async def busy(images: list[bytes], callers: int, seconds: float, client: httpx.
 
 
 async def by_the_clock(images: list[bytes], rate: float, seconds: float, client: httpx.AsyncClient) -> list[Outcome]:
-    """Requests arrive `rate` times a second, evenly, whether or not earlier ones are answered."""
-    start, supply, asked = time.monotonic(), cycle(images), []
+    """Send `rate` requests a second, evenly, whether or not earlier ones are answered."""
+    start, supply, tasks = time.monotonic(), cycle(images), []
     for number in range(int(rate * seconds)):
         await asyncio.sleep(max(0.0, start + number / rate - time.monotonic()))
-        asked.append(asyncio.create_task(post(client, next(supply))))
-    return await asyncio.gather(*asked)
+        tasks.append(asyncio.create_task(post(client, next(supply))))
+    return await asyncio.gather(*tasks)
 
 
 def throughput(address: str, images: list[bytes], seconds: float) -> tuple[float, int]:
-    """Images answered a second, and how many."""
+    """Return images answered per second, and how many."""
     start = time.monotonic()
     outcomes = asyncio.run(with_client(address, partial(busy, images, 2 * BATCH, seconds)))
     answered = sum(status == 200 for status, _ in outcomes)
@@ -88,7 +88,7 @@ def throughput(address: str, images: list[bytes], seconds: float) -> tuple[float
 def compared(
     addresses: Sequence[str], images: list[bytes], seconds: float, rounds: int
 ) -> list[list[tuple[float, int]]]:
-    """The throughput of each address, round by round, after a warm-up."""
+    """Return the throughput of each address, round by round, after a warm-up."""
     for address in addresses:
         throughput(address, images, seconds / 2)
     return list(
@@ -97,13 +97,13 @@ def compared(
 
 
 def flask(model: Path) -> AbstractContextManager[Served]:
-    """The Flask server, started."""
+    """Start the Flask server."""
     port = free_port()
     return started([sys.executable, str(FLASK), str(model), str(port)], port)
 
 
 def described(load: float, outcomes: list[Outcome], row: Callable[..., Row]) -> list[Row]:
-    """Latencies of what was answered, with intervals, and the share of each status."""
+    """Return latencies of answered requests, with intervals, and the share of each status."""
     latencies = [spent for status, spent in outcomes if status == 200]
     statuses, subject = Counter(status for status, _ in outcomes), f"ours, {load:g} x load"
     row = partial(row, subject)
@@ -124,17 +124,18 @@ def described(load: float, outcomes: list[Outcome], row: Callable[..., Row]) -> 
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the model that both serve.")] = loading.TINY_TUNED,
-    seconds: Annotated[float, typer.Option(min=1, help="For each round of each throughput.")] = 6,
+    model: Annotated[Path, typer.Option(help="Folder of the model of both servers.")] = loading.TINY_TUNED,
+    seconds: Annotated[float, typer.Option(min=1, help="Duration of a throughput round.")] = 6,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the two servers take turns.")] = 6,
-    load_seconds: Annotated[float, typer.Option(min=1, help="For each load but the last.")] = 20,
-    overload_seconds: Annotated[float, typer.Option(min=1, help="For the last load, twice the throughput.")] = 60,
+    load_seconds: Annotated[float, typer.Option(min=1, help="Duration of each load but the last.")] = 20,
+    overload_seconds: Annotated[float, typer.Option(min=1, help="Duration of the last load.")] = 60,
     results: Annotated[Path, typer.Option(help="Where the figures go; the plot goes beside it.")] = RESULTS,
 ) -> None:
-    """Measure, print, draw and write down."""
+    """Measure, print, draw and save."""
     images = drawn_images(16)
-    options = f"--seconds {seconds:g} --rounds {rounds} --load-seconds {load_seconds:g} --overload-seconds {overload_seconds:g}"
-    row = partial(make_row, "serve_load", command=f"python benchmarks/serve_load.py {options}")
+    durations = f"--load-seconds {load_seconds:g} --overload-seconds {overload_seconds:g}"
+    command = f"python benchmarks/serve_load.py --seconds {seconds:g} --rounds {rounds} {durations}"
+    row = partial(make_row, "serve_load", command=command)
     with serving(model, "--batch-size", str(BATCH)) as server:
         with flask(model) as other:
             theirs, ours = compared((other.address, server.address), images, seconds, rounds)
@@ -145,9 +146,8 @@ def main(
         rates = [np.array([value for value, _ in one]) for one in (ours, theirs)]
         rows.append(row("ours", "speedup_vs_flask", unit="x", n=rounds, **interval(rates[0], ratio, rates[1])))
         capacity = rows[1].value
-        print(
-            f"ours {capacity:.2f} images/s, flask {rows[0].value:.2f}: {rows[2].value:.2f} x ({rows[2].low} to {rows[2].high})"
-        )
+        speedup = f"{rows[2].value:.2f} x ({rows[2].low} to {rows[2].high})"
+        print(f"ours {capacity:.2f} images/s, flask {rows[0].value:.2f}: {speedup}")
         for load in LOADS:
             before = len(server.memory)
             duration = overload_seconds if load == LOADS[-1] else load_seconds
@@ -164,7 +164,7 @@ def main(
 
 
 def draw(rows: list[Row], capacity: float) -> Figure:
-    """Latencies, and the shares of the statuses, by load."""
+    """Plot latencies and shares of the statuses by load."""
     figures = {(one.subject, one.metric): one for one in rows}
     of = [{metric: figures[f"ours, {load:g} x load", metric] for metric in METRICS} for load in LOADS]
     figure, (times, shares) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")

@@ -1,10 +1,10 @@
-"""How long a replica takes from its start to ready, and what it holds in memory: tiny, and 256M and 500M at true size.
+"""Measure the start of a replica: seconds to ready and peak memory, for the tiny model and true-size 256M and 500M.
 
-    python benchmarks/serve_start.py                         # adds to results/serving.json
-    python benchmarks/serve_start.py --size tiny --results /tmp/serving.json         # does it run?
+    python benchmarks/serve_start.py                                           # adds to results/serving.json
+    python benchmarks/serve_start.py --size tiny --results /tmp/serving.json   # does it run?
 
-The large ones have random weights (see `extract.py`), saved as bf16, loaded as the server does on a CPU unless told otherwise. The files
-have just been written, so they come from the page cache: a cold disk adds its own time.
+The large models have random weights (see `extract.py`), saved as bf16 and loaded with the server's defaults on a CPU.
+The files are in the page cache, because they have just been written; a cold disk adds its own time.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from served import RESULTS, drawn_images, serving, write_part
 
 
 def measure(size: str, repeats: int, command: str) -> list[Row]:
-    """Seconds to ready (the longest of several), and the most memory until one answer is given, loading included."""
+    """Return the longest time to ready, and the peak memory until the first answer, loading included."""
     seconds, memory = [], []
     with tempfile.TemporaryDirectory() as folder:
         model, processor = build(size, loading.TINY_TUNED)
@@ -41,11 +41,11 @@ def measure(size: str, repeats: int, command: str) -> list[Row]:
 
 
 def main(
-    size: Annotated[list[str] | None, typer.Option(help="tiny, 256m or 500m; may be given more than once.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Starts of each.")] = 3,
+    size: Annotated[list[str] | None, typer.Option(help="tiny, 256m or 500m; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Starts of each size.")] = 3,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:
-    """Measure, print and write down."""
+    """Measure, print and save."""
     sizes = size or ["tiny", "256m", "500m"]
     command = f"python benchmarks/serve_start.py --repeats {repeats}" + "".join(
         f" --size {name}" for name in size or []

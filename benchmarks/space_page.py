@@ -1,12 +1,11 @@
-"""How soon the Space's page can be used, and how ten people at once are served; and its image for the README.
+"""Measure the Space's page: load time, and ten simultaneous users. Take its screenshot for the README.
 
     python benchmarks/space_page.py                # a minute; needs Chromium; writes results/space.json and space.png
     python benchmarks/space_page.py --only-image
 
-The app is started as `make space` does, with the bundled model. Then a headless Chromium without a cache opens it again
-and again: the time is from asking for the address until heading, drawings and button are there. After that ten pages
-ask about a drawing each, at once; those that show what the extractor itself says of their drawing are counted as
-answered. The image shows a drawing that is answered rightly.
+The app starts as in `make space`, with the bundled model. A headless Chromium without a cache opens it repeatedly:
+the load time ends when heading, drawings and button are there. Then ten pages submit a drawing each at once; a page
+counts as answered if it shows the extractor's own answer. The screenshot shows a correctly answered drawing.
 """
 
 import asyncio
@@ -38,21 +37,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "space.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 USERS = 10
-PATIENCE = 120_000  # milliseconds
+TIMEOUT = 120_000  # milliseconds
 
 
 @contextmanager
 def space() -> Iterator[tuple[str, float]]:
-    """The Space's address, and the seconds until it answered. Raises RuntimeError with its last words."""
+    """Start the Space; yield its address and the seconds until it answered. Raises RuntimeError with its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {
-        **os.environ,
-        "GRADIO_SERVER_PORT": str(port),
-        "FOODEXTRACT_MODEL": str(loading.TINY_TUNED),
-        "HF_HUB_OFFLINE": "1",
-    }
+    model = {"FOODEXTRACT_MODEL": str(loading.TINY_TUNED), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), **model}
     command = [sys.executable, str(ROOT / "demos" / "FoodExtract-Vision" / "app.py")]
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as process:  # noqa: S603
@@ -75,19 +70,19 @@ def _answers(address: str) -> bool:
 
 
 async def opened(browser: Browser, address: str) -> tuple[Page, float]:
-    """A page in a fresh profile, and the seconds until it could be used."""
+    """Open a page in a fresh profile; return it and the seconds until it was usable."""
     page = await (await browser.new_context(viewport={"width": 1080, "height": 780})).new_page()
-    page.set_default_timeout(PATIENCE)
+    page.set_default_timeout(TIMEOUT)
     begun = time.monotonic()
     await page.goto(address)
     for part in (page.get_by_role("heading", name="FoodExtract Vision"), page.locator(".gallery-item").nth(5)):
         await part.wait_for()
-    await expect(page.get_by_role("button", name="What is in it?")).to_be_enabled(timeout=PATIENCE)
+    await expect(page.get_by_role("button", name="What is in it?")).to_be_enabled(timeout=TIMEOUT)
     return page, time.monotonic() - begun
 
 
-async def asked(page: Page, file: Path) -> tuple[float, str]:
-    """Seconds from choosing a file to the answer on the screen, and its JSON."""
+async def submit(page: Page, file: Path) -> tuple[float, str]:
+    """Submit a file; return the seconds until its answer is on the screen, and the JSON."""
     begun = time.monotonic()
     await page.locator("input[type=file]").first.set_input_files(file)
     await page.locator(".answer h3").wait_for()
@@ -98,7 +93,7 @@ async def asked(page: Page, file: Path) -> tuple[float, str]:
 async def visit(
     address: str, loads: int, users: int, folder: Path, screenshot: Path
 ) -> tuple[list[float], list[tuple[float, str]]]:
-    """Return the seconds of each page load, and what `asked` returns for each of several simultaneous users."""
+    """Return the seconds of each load, and the results of simultaneous users; take the screenshot in between."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
@@ -108,21 +103,21 @@ async def visit(
             seconds.append(spent)
             await page.context.close()
         page, _ = await opened(browser, address)
-        await asked(page, folder / "shown.png")
+        await submit(page, folder / "shown.png")
         await page.wait_for_timeout(1000)  # it fades in
         await page.screenshot(path=screenshot)
         pages = [(await opened(browser, address))[0] for _ in range(users)]
-        waited = await asyncio.gather(*(asked(page, folder / f"{number}.png") for number, page in enumerate(pages)))
+        waited = await asyncio.gather(*(submit(page, folder / f"{number}.png") for number, page in enumerate(pages)))
         await browser.close()
     return seconds, waited
 
 
 def main(
-    loads: Annotated[int, typer.Option(min=1, help="How often the page is opened.")] = 20,
-    results: Annotated[Path, typer.Option(help="Where the figures go; the image goes beside it.")] = RESULTS,
+    loads: Annotated[int, typer.Option(min=1, help="Times to open the page.")] = 20,
+    results: Annotated[Path, typer.Option(help="Output file; the screenshot goes beside it.")] = RESULTS,
     only_image: Annotated[bool, typer.Option("--only-image", help="Measure nothing.")] = False,
 ) -> None:
-    """Measure, print, take the image and write down."""
+    """Measure, print, take the screenshot and save."""
     row = partial(make_row, "space_page", command=f"python benchmarks/space_page.py --loads {loads}")
     extractor = Extractor.from_pretrained(loading.TINY_TUNED, "cpu")
     with tempfile.TemporaryDirectory() as name, space() as (address, start):
@@ -139,8 +134,10 @@ def main(
     expected = [record.model_dump() for record in extractor.extract_many(drawings)]
     right = sum(json.loads(text) == record for (_, text), record in zip(answers, expected, strict=True))
     waited = [spent for spent, _ in answers]
-    print(f"first answer {start:.1f} s after start; page usable after at most {max(seconds):.2f} s in {loads} loads")
-    print(f"{USERS} at once: {right} answered rightly, after {min(waited):.1f} to {max(waited):.1f} s")
+    print(
+        f"first answer {start:.1f} s after the start; page usable after at most {max(seconds):.2f} s in {loads} loads"
+    )
+    print(f"{USERS} at once: {right} answered correctly, after {min(waited):.1f} to {max(waited):.1f} s")
     write_results(
         results,
         [

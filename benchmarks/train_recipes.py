@@ -1,17 +1,15 @@
 """Ways to train, from the seed projects' to ours, one change at a time; and the trainer of those that are not ours."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from foodextract.training.collate import IGNORED, Collator
-from foodextract.training.config import Stage, precision_of
-from foodextract.training.presets import PROFILES
+from foodextract.training.collate import IGNORED
+from foodextract.training.config import PROFILES, Stage, precision_of
 
 STAGES = {stage.name: stage for stage in (PROFILES["hub"].stage1, PROFILES["hub"].stage2)}
 SHARED, CACHED = (
@@ -31,7 +29,6 @@ class Recipe:
     answer_only: bool = False  # loss and LM head where an answer token follows, or on all text
     master: bool = False  # fp32 weights with the device's autocast, or bf16 weights
     prepared: bool = False
-    kept: bool = False  # on a CPU: memory that a step has freed, for the next
     batched: bool = False
     cached: bool = False  # what the frozen vision tower sees
     bf16: bool = False  # autocast where it is not the default
@@ -51,7 +48,6 @@ def ladder(stage: Stage, device: torch.device, parameters: int = 0, slow_bf16: b
         ("loss on the answer only", {"answer_only": True}),
         *([] if slow_bf16 else [("fp32 master weights", {"master": True})]),
         ("rows prepared once", {"prepared": True}),
-        *([("freed memory kept", {"kept": True})] if device.type == "cpu" else []),
         (SHARED, {"batched": True}),
     ]
     if stage.freeze:
@@ -77,17 +73,3 @@ class SeedTrainer(SFTTrainer):
         answered = labels[:, 1:] != IGNORED
         logits = model(**inputs, logits_to_keep=F.pad(answered, (0, 1))).logits
         return F.cross_entropy(logits.float(), labels[:, 1:][answered])
-
-
-def seed_collator(processor: ProcessorMixin, answer_only: bool) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """Decode, split into tiles and tokenize, in the way of the device."""
-    collator = Collator(processor)
-
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = collator(rows)
-        if not answer_only:
-            unseen = (batch["input_ids"] == processor.image_token_id) | (batch["attention_mask"] == 0)
-            batch["labels"] = batch["input_ids"].masked_fill(unseen, IGNORED)
-        return batch
-
-    return collate

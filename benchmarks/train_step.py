@@ -23,7 +23,7 @@ import json
 import re
 import tempfile
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -35,25 +35,19 @@ import torch
 import typer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, SmolVLMConfig, TrainerCallback
+from trl import SFTConfig
 
 from foodextract.data.dataset import as_conversations
 from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.results import commit, device_name, write_results
 from foodextract.models import loading
 from foodextract.training.cache import prepare, vision_features
-from foodextract.training.config import precision_of, training_config
+from foodextract.training.collate import Collator
+from foodextract.training.config import precision_of
 from foodextract.training.freezing import freeze
-from foodextract.training.throughput import (
-    Step,
-    flops_per_image,
-    matmul_rate,
-    memory_kept,
-    peak_memory,
-    reset_peak_memory,
-    wait_for,
-)
-from foodextract.training.trainer import PreparedTrainer
-from train_recipes import STAGES, Recipe, SeedTrainer, ladder, seed_collator
+from foodextract.training.throughput import Step, flops_per_image, matmul_rate, peak_memory, reset_peak_memory, wait_for
+from foodextract.training.trainer import FoodTrainer
+from train_recipes import STAGES, Recipe, SeedTrainer, ladder
 from train_report import Cell, save_plot, summarize
 from true_size import as_photograph, bf16_is_slow, build
 
@@ -96,7 +90,9 @@ def measure(
     """Train for some steps, and note what those behind the first `warm` cost."""
     device, stage = (
         torch.device(cell.device),
-        replace(STAGES[cell.stage], batch_size=cell.batch, accumulation=1, bf16=recipe.bf16),
+        replace(
+            STAGES[cell.stage], per_device_train_batch_size=cell.batch, gradient_accumulation_steps=1, bf16=recipe.bf16
+        ),
     )
     processor = copy.deepcopy(processor)
     loading.set_image_budget(processor, recipe.tiles)
@@ -112,23 +108,33 @@ def measure(
     precision = precision_of(stage, device, model.num_parameters())
     dtype = (precision.autocast or precision.weights) if recipe.master else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
-        config = training_config(stage, precision, device, Path(folder) / "trainer", steps=warm + steps)
-        config.save_strategy = "no"
-        config.bf16, config.fp16 = (recipe.master and on for on in (config.bf16, config.fp16))
+        config = SFTConfig(
+            output_dir=str(Path(folder) / "trainer" / "checkpoints"),
+            **stage.arguments(),
+            max_steps=warm + steps,
+            max_length=None,
+            activation_checkpointing=False,
+            bf16=recipe.master and precision.autocast is torch.bfloat16,
+            fp16=recipe.master and precision.autocast is torch.float16,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+            save_strategy="no",
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
         once = time.perf_counter()
         if recipe.prepared:
             rows = prepare(split, processor, folder)
             if recipe.cached:
-                rows = replace(
-                    rows,
-                    features=vision_features(
-                        model, rows, processor.image_processor, Path(folder) / "features.bin", dtype
-                    ),
-                )
+                rows.features = vision_features(model, rows, Path(folder) / "features.bin", dtype)
             once = (time.perf_counter() - once) / len(split)
-            trainer = PreparedTrainer(model, config, prepared=rows, processing_class=processor)
+            numbers = datasets.Dataset.from_dict({"row": range(len(rows))})
+            trainer = FoodTrainer(model, config, rows, numbers, processing_class=processor)
         else:
-            once, collate, rows = 0.0, seed_collator(processor, recipe.answer_only), as_conversations(split)
+            once, collate, rows = 0.0, Collator(processor, recipe.answer_only), as_conversations(split)
             trainer = SeedTrainer(model, config, train_dataset=rows, processing_class=processor, data_collator=collate)
             trainer.answer_only = recipe.answer_only
         data = []
@@ -137,7 +143,7 @@ def measure(
             batch = trainer.data_collator([trainer.train_dataset[row] for row in range(first, first + cell.batch)])
             data.append((time.perf_counter() - start) / cell.batch)
         if recipe.prepared:
-            step = trainer.step_of(model, cell.batch)
+            step = rows.step(cell.batch, "frozen" if stage.freeze else "trained")
         else:
             tokens, seen = batch["input_ids"].shape[1], float((batch["labels"] >= 0).sum() / cell.batch)
             head = seen if recipe.answer_only else tokens
@@ -145,8 +151,7 @@ def measure(
         clock = Clock()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
-        with memory_kept(device) if recipe.kept else nullcontext():
-            trainer.train()
+        trainer.train()
         memory = peak_memory(device) - idle
     seconds = [work / cell.batch + update / UPDATE for work, update in zip(clock.work, clock.update, strict=True)]
     flops, rate = flops_per_image(model.config, step), matmul_rate(device, dtype)

@@ -31,9 +31,7 @@ from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.reporting import tables
 from foodextract.schema import FoodRecord
-from foodextract.training.config import Stage
-from foodextract.training.lora import Lora
-from foodextract.training.presets import VISION
+from foodextract.training.config import VISION, Lora, Stage
 from foodextract.training.run import train_stage
 from recipes import Recipe, open_data
 
@@ -59,7 +57,7 @@ class Choice:
 
 def with_lora(factor: float) -> Callable[[list[Stage]], list[Stage]]:
     """Adapters everywhere but in the vision tower, at `factor` times the rate."""
-    lora = Lora(rank=16, alpha=16, dropout=0.05, exclude=r".*vision_model.*")
+    lora = Lora(exclude_modules=r".*vision_model.*")
     return lambda stages: [replace(stage, lora=lora, learning_rate=factor * stage.learning_rate) for stage in stages]
 
 
@@ -69,10 +67,12 @@ def with_all(**values: object) -> Callable[[list[Stage]], list[Stage]]:
 
 CHOICES = {
     REFERENCE: Choice(None),  # two stages, all weights, loss on the answer, JSON, one tile, fp32 master weights
-    ONE_STAGE: Choice(REFERENCE, lambda stages: [replace(stages[0], epochs=sum(stage.epochs for stage in stages))]),
+    ONE_STAGE: Choice(
+        REFERENCE, lambda stages: [replace(stages[0], num_train_epochs=sum(stage.num_train_epochs for stage in stages))]
+    ),
     "LoRA": Choice(ONE_STAGE, with_lora(1)),
     "LoRA at ten times the rate": Choice(ONE_STAGE, with_lora(10)),  # as is customary: a fair chance
-    "prompt in the loss": Choice(REFERENCE, with_all(whole_text=True)),
+    "prompt in the loss": Choice(REFERENCE, with_all(completion_only_loss=False)),
     "bf16 weights in stage 2": Choice(REFERENCE, bf16_stage2=True),
     "Python repr as target": Choice(REFERENCE, with_all(target="repr")),
     "5 tiles": Choice(REFERENCE, tiles=5),
@@ -86,8 +86,9 @@ def stages_of(name: str, reference: list[Stage]) -> list[Stage]:
 
 
 def steps_of(stage: Stage, images: int) -> int:
-    """Optimizer steps that see `images` images `stage.epochs` times."""
-    return max(1, round(stage.epochs * images / (stage.batch_size * stage.accumulation)))
+    """Optimizer steps that see `images` images `stage.num_train_epochs` times."""
+    batch = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
+    return max(1, round(stage.num_train_epochs * images / batch))
 
 
 def run(
@@ -186,7 +187,7 @@ def main(
     """Run what is missing and write the table."""
     settings = {"base": base, "data": data, "images": images, "test": test, "rates": [rate1, rate2], "batch": batch}
     work = work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    shared = {"batch_size": batch, "accumulation": 1, "schedule": "cosine"}
+    shared = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1, "lr_scheduler_type": "cosine"}
     drawn = open_data(Recipe(base, data, (), batch, 1, scenes=(images * 2 // 3, test)), work / "dataset")
     rows = datasets.DatasetDict(
         train=drawn["train"].select(range(min(images * 2 // 3, len(drawn["train"])))),

@@ -16,7 +16,6 @@ import datasets
 import torch
 from PIL import Image
 from torch.nn.utils import clip_grad_norm_
-from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -24,8 +23,7 @@ from foodextract.data.scenes import Split, draw_scene, plan_scene
 from foodextract.images import open_image
 from foodextract.inference.blip import TARGET, to_class
 from foodextract.models.loading import ModelError, choose_precision
-from foodextract.training.cache import augmentation
-from foodextract.training.collate import IGNORED
+from foodextract.training.collate import IGNORED, augmentation
 from foodextract.training.freezing import freeze
 
 __all__ = ["TARGET", "Captioning", "caption", "class_names", "stream", "to_class", "train"]
@@ -161,7 +159,7 @@ def augmented(recipe: Captioning, processor: ProcessorMixin) -> Callable[[Image.
     if not recipe.augment:
         return lambda image: image
     edge = processor.image_processor.size["height"]
-    return v2.Compose([v2.Resize((edge, edge)), augmentation(edge)])
+    return augmentation(edge)
 
 
 def checkpoint(folder: Path, recipe: Captioning, learning: dict, optimizer, scaler, log: list) -> None:

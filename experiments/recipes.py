@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 
 from foodextract.data import dataset, sources
 from foodextract.evaluation import evaluate
@@ -14,9 +15,7 @@ from foodextract.evaluation.results import Row, make_row, read_results, write_re
 from foodextract.models.loading import TINY_BASE
 from foodextract.reporting.tables import markdown_table
 from foodextract.schema import FoodRecord
-from foodextract.training.config import Stage
-from foodextract.training.lora import Lora
-from foodextract.training.presets import VISION
+from foodextract.training.config import VISION, Lora, Stage
 
 TINY = "tiny"  # what a recipe calls the tiny model of the same architecture
 COMMAND = os.environ.get("FOODEXTRACT_COMMAND", "a notebook of experiments/")
@@ -32,14 +31,15 @@ class Recipe:
     base: str  # Hub id or folder of the base model, or TINY
     data: str  # Hub id of the data set, or "scenes" for drawings
     learning_rates: Sequence[float]
-    batch_size: int
-    accumulation: int
-    epochs: float = 1
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    num_train_epochs: float = 1
     lora: Mapping[str, Any] | None = None  # fields of `Lora`; None trains the weights themselves
-    every: int = 0  # steps between checkpoints; 0: one an epoch
-    validation: int = 0  # images to choose the best checkpoint by; 0: the last one
-    fast: bool = True  # False: the plain SFTTrainer, for models that the fast path does not know
-    schedule: str = "constant_with_warmup"
+    save_steps: int = 0  # steps between checkpoints; 0: one an epoch
+    validation_rows: int = 0  # rows to choose the best checkpoint by; 0: the last one
+    metric_for_best_model: str = "item_f1"
+    cache: bool = True  # False for models other than SmolVLM
+    lr_scheduler_type: str = "constant_with_warmup"
     scenes: Sequence[int] = (1600, 200)  # how many to draw for training and test
 
     @property
@@ -50,14 +50,11 @@ class Recipe:
     def stages(self) -> list[Stage]:
         """The stages to train, one after the other."""
         names = ("tuned",) if len(self.learning_rates) == 1 else ("stage1", "stage2")
-        frozen = ((), ()) if not self.fast else ((VISION,), ())
-        shared = {
-            name: getattr(self, name)
-            for name in ("batch_size", "accumulation", "epochs", "every", "validation", "fast", "schedule")
-        }
-        adapters = Lora(**self.lora) if self.lora else None
+        frozen = ((VISION,), ()) if self.cache else ((), ())
+        shared = {name: getattr(self, name) for name in vars(self).keys() & Stage.__dataclass_fields__.keys()}
+        shared["lora"] = Lora(**self.lora) if self.lora else None
         return [
-            Stage(name, freeze, rate, lora=adapters, **shared)
+            Stage(name, freeze, rate, **shared)
             for name, freeze, rate in zip(names, frozen, self.learning_rates, strict=False)
         ]
 
@@ -104,3 +101,9 @@ def keep(path: str | Path, rows: Sequence[Row]) -> None:
     path, mine = Path(path), {row.benchmark for row in rows}
     others = [row for row in read_results(path) if row.benchmark not in mine] if path.exists() else []
     write_results(path, sorted([*others, *rows], key=lambda row: row.benchmark))
+
+
+def adapted_modules(model: torch.nn.Module) -> list[str]:
+    """The names of the modules that have an adapter, as the plain model names them."""
+    names = (name for name, _ in model.named_modules() if name.endswith(".lora_A"))
+    return [name.removeprefix("base_model.model.").removesuffix(".lora_A") for name in names]

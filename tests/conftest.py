@@ -24,6 +24,7 @@ from foodextract.data import dataset, sources
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.training import run as training
+from foodextract.training.trainer import Progress
 from hub_server import TOKEN, running_hub
 
 
@@ -53,12 +54,27 @@ def processor():
 @pytest.fixture
 def base():
     """The tiny base, fresh for every test, since training changes it in place."""
+    return load_base()
+
+
+def load_base():
     return loading.load_model(loading.TINY_BASE, loading.choose_device("cpu"), training=True)
 
 
 @pytest.fixture
-def die_in_second_epoch(monkeypatch):
-    """Run a training that is killed a third into its second epoch."""
+def train(processor, rows, tmp_path):
+    """Train a stage in a folder of the test, from a fresh tiny base unless a model is given."""
+
+    def run(stage, folder="out", model=None, split=None, **options):
+        arguments = model or load_base(), processor, stage, split or rows["train"], tmp_path / folder
+        return training.train_stage(*arguments, **options)
+
+    return run
+
+
+@pytest.fixture
+def die_in_second_epoch(train, monkeypatch):
+    """Call `train` and kill it a third into its second epoch."""
 
     class Killed(Exception):
         pass
@@ -69,9 +85,9 @@ def die_in_second_epoch(monkeypatch):
 
     def run(*arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(training.Progress, "on_step_end", die)
+            patch.setattr(Progress, "on_step_end", die)
             with pytest.raises(Killed):
-                training.train_stage(*arguments, **options)
+                train(*arguments, **options)
 
     return run
 

@@ -1,7 +1,7 @@
-"""The Space as people meet it: a headless Chromium drops images, presses keys and reads the answers off the screen.
+"""The Space in a browser: a headless Chromium drops images, presses keys and reads the answers off the screen.
 
-Screenshots are left in outputs/screens/. Without a browser these tests are skipped and say so; where REQUIRE_BROWSER is set, as in the
-repository's workflow, they fail instead.
+Screenshots go to outputs/screens/. Without a browser these tests are skipped; if REQUIRE_BROWSER is set, as in CI, they
+fail instead.
 """
 
 import base64
@@ -40,7 +40,7 @@ def browser():
 
 @pytest.fixture(params=[{"width": 1280, "height": 900}], ids=["desktop"])
 def opened(browser, page, request):
-    """The page in a window of its own; `param` are options of the window."""
+    """The page in a new window; `param` holds options of the window."""
     options = request.param if "viewport" in request.param else {"viewport": request.param}
     context = browser.new_context(
         accept_downloads=True, permissions=["camera", "clipboard-read", "clipboard-write"], **options
@@ -76,13 +76,13 @@ def shot(tab, name):
 
 
 def drop(tab, file, label="Image"):
-    """Put files into the place of this label."""
+    """Choose files for the input with this label."""
     place = tab.locator(".block", has=tab.get_by_text(label, exact=True)).filter(has=tab.locator("input[type=file]"))
     place.locator("input[type=file]").first.set_input_files(file)
 
 
 def answer_on_screen(tab):
-    """The JSON under the image, once there is one."""
+    """Wait for the JSON under the image and parse it."""
     code = tab.locator(".cm-content").first
     expect(code).to_contain_text("is_food", timeout=WAIT)
     return json.loads(code.inner_text())
@@ -120,7 +120,7 @@ def test_before_and_after(opened, drawing):
 
 
 def as_data_transfer(tab, file):
-    """What a mouse carries that drags this file."""
+    """Return the data transfer of a dragged file."""
     return tab.evaluate_handle(
         """data => {
             const bytes = Uint8Array.from(atob(data), one => one.charCodeAt(0)), transfer = new DataTransfer();
@@ -131,14 +131,14 @@ def as_data_transfer(tab, file):
     )
 
 
-def test_a_image_may_be_dragged_there(opened, drawing, tuned):
+def test_an_image_can_be_dragged(opened, drawing, tuned):
     opened.get_by_label("Drop an image file here to upload").first.dispatch_event(
         "drop", {"dataTransfer": as_data_transfer(opened, drawing[1])}
     )
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
 
 
-def test_a_image_may_be_pasted(opened, drawing, tuned):
+def test_an_image_can_be_pasted(opened, drawing, tuned):
     transfer = as_data_transfer(opened, drawing[1])
     opened.evaluate(
         "transfer => navigator.clipboard.write([new ClipboardItem({'image/png': transfer.files[0]})])", transfer
@@ -147,7 +147,7 @@ def test_a_image_may_be_pasted(opened, drawing, tuned):
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
 
 
-def test_a_image_may_be_taken_with_the_camera(opened):
+def test_an_image_can_be_taken_with_the_camera(opened):
     opened.get_by_role("button", name="Capture from camera").first.click()
     opened.get_by_text("Click to Access Webcam").click()
     opened.wait_for_function("document.querySelector('video').videoWidth > 0")
@@ -162,11 +162,11 @@ def test_the_json_can_be_copied(opened, drawing):
     assert FoodRecord.parse(opened.evaluate("navigator.clipboard.readText()")).model_dump() == record
 
 
-def test_a_image_that_is_taken_away_takes_its_answer_along(opened, drawing):
-    """And is no problem: nobody has asked for anything."""
+def test_removing_an_image_removes_its_answer(opened, drawing):
+    """And shows no error."""
     for name, label, answer in (("One image", "Image", ".answer"), ("Before / after", "Image to compare", ".pair")):
         opened.get_by_role("tab", name=name).click()
-        waiting = opened.get_by_text("The answer will stand here.").filter(visible=True)
+        waiting = opened.get_by_text("The answer appears here.").filter(visible=True)
         expect(waiting).to_be_visible()
         example = opened.locator(".gallery-item").filter(visible=True).first
         for give in (partial(drop, opened, drawing[1], label), example.click):
@@ -178,14 +178,14 @@ def test_a_image_that_is_taken_away_takes_its_answer_along(opened, drawing):
             expect(opened.locator(".problem")).to_have_count(0)
 
 
-def test_the_examples_for_programs_name_the_address_of_this_page(opened, page):
+def test_api_examples_have_the_url_of_this_page(opened, page):
     opened.get_by_role("tab", name="For programs").click()
     expect(opened.get_by_text(f"{page}gradio_api/mcp/").filter(visible=True)).to_be_visible()
     assert "127.0.0.1:7860" not in opened.locator("body").inner_text()
 
 
-def test_who_finds_the_queue_full_is_asked_to_come_again(opened):
-    """The server's 503, which test_demo.py brings about, is answered here by the browser's own hand."""
+def test_a_full_queue_is_a_friendly_message(opened):
+    """The browser fakes the server's 503, which test_demo.py provokes."""
     opened.route(
         "**/queue/join*",
         lambda route: route.fulfill(status=503, json={"detail": "Queue is full. Max size is 64 and size is 64."}),
@@ -194,7 +194,7 @@ def test_who_finds_the_queue_full_is_asked_to_come_again(opened):
     expect(opened.locator(".toast-body").last).to_contain_text("currently busy. Please try again", timeout=WAIT)
 
 
-def test_without_a_model_the_page_opens_and_says_why(browser, page_without_model):
+def test_a_page_without_a_model_says_why(browser, page_without_model):
     tab = browser.new_page()
     tab.goto(page_without_model)
     expect(tab.get_by_text("The model cannot be loaded, so nothing here can answer.")).to_be_visible(timeout=WAIT)
@@ -204,7 +204,7 @@ def test_without_a_model_the_page_opens_and_says_why(browser, page_without_model
     tab.close()
 
 
-def test_a_batch_with_a_broken_and_a_heavy_one(opened, tmp_path, tuned):
+def test_a_batch_with_a_broken_and_a_large_file(opened, tmp_path, tuned):
     made = list(scenes.draw_scenes(8, "test", 4))
     files = [tmp_path / f"{name}.png" for name in ("a", "b", "c", "d", "e", "f")]
     for file, scene in zip((files[0], files[1], files[3], files[4]), made, strict=True):
@@ -240,15 +240,15 @@ def test_a_batch_with_a_broken_and_a_heavy_one(opened, tmp_path, tuned):
     assert answered == [record.model_dump() for record in tuned.extract_many([scene.image for scene in made])]
 
 
-def test_by_keyboard_alone(opened, drawing, tuned):
+def test_keyboard_alone_is_enough(opened, drawing, tuned):
     """Tab to the upload, choose a file with Enter, tab on to the button, press it; then on to the next tab."""
 
     def until(name):
         for _ in range(60):
             opened.keyboard.press("Tab")
             label = opened.locator("button:focus, a:focus, input:focus").evaluate_all(
-                "found => found.map(element => element.innerText + ' ' + (element.getAttribute('aria-label') || '')).join()"
-            )  # never the page itself, which has the focus after its last control, and every text in it
+                "found => found.map(one => one.innerText + ' ' + (one.getAttribute('aria-label') || '')).join()"
+            )  # not the page itself, which has the focus after its last control
             if re.search(name, label, re.IGNORECASE):
                 return
         raise AssertionError(f"sixty times Tab did not lead to {name}")
@@ -280,7 +280,7 @@ def test_by_keyboard_alone(opened, drawing, tuned):
     indirect=True,
     ids=["phone", "phone-dark"],
 )
-def test_on_a_phone_nothing_sticks_out(opened, drawing, request):
+def test_nothing_overflows_on_a_phone(opened, drawing, request):
     drop(opened, drawing[1])
     answer_on_screen(opened)
     names = ["One image", "Before / after", "Many images", "How good is it?", "For programs"]
@@ -297,14 +297,19 @@ def test_on_a_phone_nothing_sticks_out(opened, drawing, request):
 CONTRAST = """texts => {
     const brush = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
     const over = (color, ground) => {
-        brush.fillStyle = `rgb(${ground})`; brush.fillRect(0, 0, 1, 1); brush.fillStyle = color; brush.fillRect(0, 0, 1, 1);
+        brush.fillStyle = `rgb(${ground})`;
+        brush.fillRect(0, 0, 1, 1);
+        brush.fillStyle = color;
+        brush.fillRect(0, 0, 1, 1);
         return [...brush.getImageData(0, 0, 1, 1).data].slice(0, 3);
     };
-    const ground = element => element ? over(getComputedStyle(element).backgroundColor, ground(element.parentElement)) : [255, 255, 255];
-    const light = rgb => rgb.map(one => one / 255).map(one => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, one, at) => sum + one * [0.2126, 0.7152, 0.0722][at], 0);
+    const ground = one =>
+        one ? over(getComputedStyle(one).backgroundColor, ground(one.parentElement)) : [255, 255, 255];
+    const linear = one => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4;
+    const light = rgb => rgb.reduce((sum, one, at) => sum + linear(one / 255) * [0.2126, 0.7152, 0.0722][at], 0);
     const contrast = text => {
-        const [low, high] = [over(getComputedStyle(text).color, ground(text)), ground(text)].map(light).sort((a, b) => a - b);
+        const colors = [over(getComputedStyle(text).color, ground(text)), ground(text)];
+        const [low, high] = colors.map(light).sort((a, b) => a - b);
         return (high + 0.05) / (low + 0.05);
     };
     return {page: light(ground(document.body)), worst: Math.min(...texts.map(contrast)), texts: texts.length};
@@ -316,7 +321,7 @@ CONTRAST = """texts => {
     [{"viewport": {"width": 1280, "height": 900}, "color_scheme": name} for name in ("light", "dark")],
     indirect=True,
 )
-def test_light_is_light_dark_is_dark_and_answers_can_be_read_in_both(opened, drawing, request):
+def test_answers_are_readable_in_light_and_dark_mode(opened, drawing, request):
     drop(opened, drawing[1])
     answer_on_screen(opened)
     opened.wait_for_timeout(1000)  # it fades in
@@ -348,7 +353,7 @@ def test_error_messages_are_friendly(opened, tmp_path):
     shot(opened, "too_large")
 
 
-def test_what_follows_an_example_is_read_as_carefully(opened, tmp_path):
+def test_an_upload_after_an_example_is_checked_too(opened, tmp_path):
     opened.locator(".gallery-item").first.click()
     answer_on_screen(opened)
     opened.get_by_role("button", name="Remove Image").first.click()

@@ -1,4 +1,4 @@
-"""A training that is interrupted, moved to another machine, or short of disk loses nothing that was finished."""
+"""A training that is interrupted, moved to another machine or short of disk loses nothing that was finished."""
 
 import json
 import os
@@ -16,10 +16,17 @@ from foodextract.models import loading
 from foodextract.models.loading import FINISHED, ModelError
 from foodextract.training import checkpoints
 from foodextract.training import run as training
-from foodextract.training.config import Stage
-from foodextract.training.presets import PROFILES
+from foodextract.training.config import PROFILES, Stage
+from foodextract.training.trainer import FoodTrainer
 
-STAGE1 = Stage("stage1", freeze=("model.vision_model",), learning_rate=7e-4, epochs=2, batch_size=8, accumulation=1)
+STAGE1 = Stage(
+    "stage1",
+    freeze=("model.vision_model",),
+    learning_rate=7e-4,
+    num_train_epochs=2,
+    per_device_train_batch_size=8,
+    gradient_accumulation_steps=1,
+)
 STAGE2 = replace(STAGE1, name="stage2", freeze=(), learning_rate=1e-5)
 
 
@@ -31,15 +38,19 @@ def losses(folder):
     return [entry["loss"] for entry in json.loads((folder / FINISHED).read_text())["log"]]
 
 
+def outcome(run):
+    return run.log, run.moved
+
+
 def resumed_at(monkeypatch):
-    """Where the trainings that follow begin: the checkpoints they resume from, by stage."""
-    found, train = {}, training.PreparedTrainer.train
+    """The checkpoints from which the following trainings resume, by stage."""
+    found, train = {}, FoodTrainer.train
 
     def note(self, resume_from_checkpoint=None):
         found[self.args.output_dir.split("/")[-2]] = resume_from_checkpoint and resume_from_checkpoint.split("/")[-1]
         return train(self, resume_from_checkpoint=resume_from_checkpoint)
 
-    monkeypatch.setattr(training.PreparedTrainer, "train", note)
+    monkeypatch.setattr(FoodTrainer, "train", note)
     return found
 
 
@@ -53,12 +64,12 @@ def whole(rows, processor, tmp_path_factory):
 
 
 def test_a_start_that_was_computed_again_does_not_cost_the_checkpoint_of_the_next_stage(
-    processor, rows, tmp_path, die_in_second_epoch, monkeypatch
+    train, tmp_path, die_in_second_epoch, monkeypatch
 ):
     """On a GPU, stage 1 trained again gives other last bits. The checkpoint of stage 2 must survive that."""
     model = fresh()
-    training.train_stage(model, processor, STAGE1, rows["train"], tmp_path)
-    die_in_second_epoch(model, processor, STAGE2, rows["train"], tmp_path)
+    train(STAGE1, "", model)
+    die_in_second_epoch(STAGE2, "", model)
     shutil.rmtree(tmp_path / "stage1")
     count = training.weights_moved
 
@@ -70,32 +81,30 @@ def test_a_start_that_was_computed_again_does_not_cost_the_checkpoint_of_the_nex
     model = fresh()
     with monkeypatch.context() as patch:
         patch.setattr(training, "weights_moved", other_bits)
-        training.train_stage(model, processor, STAGE1, rows["train"], tmp_path)
+        train(STAGE1, "", model)
     found = resumed_at(monkeypatch)
-    training.train_stage(model, processor, STAGE2, rows["train"], tmp_path)
+    train(STAGE2, "", model)
     assert found == {"stage2": "checkpoint-5"}  # 5 steps an epoch
 
 
-def test_weights_that_were_changed_between_the_stages_are_another_start(processor, rows, tmp_path, capsys):
+def test_weights_that_were_changed_between_the_stages_are_another_start(train, tmp_path, capsys):
     model = fresh()
-    training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1)
-    training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1)
+    train(STAGE1, "", model, max_steps=1)
+    train(STAGE2, "", model, max_steps=1)
     model = loading.load_model(tmp_path / "stage1", torch.device("cpu"), training=True)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1)
+    train(STAGE2, "", model, max_steps=1)
     assert f"stage2: retraining, and replacing {tmp_path / 'stage2'}: start differ" in capsys.readouterr().out
 
 
-def test_a_new_machine_resumes_from_the_copies(
-    processor, rows, tmp_path, die_in_second_epoch, monkeypatch, capsys, whole
-):
+def test_a_new_machine_resumes_from_the_copies(train, tmp_path, die_in_second_epoch, monkeypatch, capsys, whole):
     drive = tmp_path / "drive" / "FoodExtract"
     drive.parent.mkdir()
     options = {"keep_in": drive}
     model = fresh()
-    training.train_stage(model, processor, STAGE1, rows["train"], tmp_path / "one", **options)
-    die_in_second_epoch(model, processor, STAGE2, rows["train"], tmp_path / "one", **options)
+    train(STAGE1, "one", model, **options)
+    die_in_second_epoch(STAGE2, "one", model, **options)
     sizes = [
         (home / "stage2" / "checkpoints" / "checkpoint-5" / "optimizer.pt").stat().st_size
         for home in (drive, tmp_path / "one")
@@ -106,7 +115,7 @@ def test_a_new_machine_resumes_from_the_copies(
 
     found, model = resumed_at(monkeypatch), fresh()
     for stage in (STAGE1, STAGE2):
-        training.train_stage(model, processor, stage, rows["train"], tmp_path / "two", **options)
+        train(stage, "two", model, **options)
     assert found == {"stage2": "checkpoint-5"}
     assert "stage1: already trained" in capsys.readouterr().out
     assert losses(tmp_path / "two" / "stage1") == losses(whole / "stage1")
@@ -116,54 +125,52 @@ def test_a_new_machine_resumes_from_the_copies(
         assert not (drive / stage / "checkpoints").exists()  # the finished stage replaces them
 
 
-def test_a_stage_whose_cell_is_run_again_is_not_trained_on_top_of_itself(processor, rows, tmp_path, capsys):
+def test_a_stage_whose_cell_is_run_again_is_not_trained_on_top_of_itself(train, tmp_path, capsys):
     model, drive = fresh(), tmp_path / "drive"
-    once = training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1, keep_in=drive)
+    options = {"max_steps": 1, "keep_in": drive}
+    once = outcome(train(STAGE1, "", model, **options))
     first = {name: weights.clone() for name, weights in model.state_dict().items()}
-    training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive)
-    second = training.train_stage(
-        model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive
-    )  # the same cell
-    assert (
-        training.train_stage(model, processor, STAGE1, rows["train"], tmp_path, max_steps=1, keep_in=drive) == once
-    )  # an earlier one
+    train(STAGE2, "", model, **options)
+    second = outcome(train(STAGE2, "", model, **options))  # the same cell
+    assert outcome(train(STAGE1, "", model, **options)) == once  # an earlier cell
     assert capsys.readouterr().out.count("already trained") == 2
     assert all(torch.equal(weights, first[name]) for name, weights in model.state_dict().items())
-    assert training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, keep_in=drive) == second
+    assert outcome(train(STAGE2, "", model, **options)) == second
     for other in ({"retrain": True}, {"seed": 7}):
         with pytest.raises(
             ModelError, match="stage2: the model in memory has been through this stage; load the base again"
         ):
-            training.train_stage(model, processor, STAGE2, rows["train"], tmp_path, max_steps=1, **other)
+            train(STAGE2, "", model, max_steps=1, **other)
     assert (tmp_path / "stage2" / FINISHED).read_bytes() == (drive / "stage2" / FINISHED).read_bytes()
 
 
-def test_a_stage_that_is_trained_again_replaces_its_copy(processor, rows, tmp_path, capsys):
+def test_a_stage_that_is_trained_again_replaces_its_copy(train, tmp_path, capsys):
     drive = tmp_path / "drive"
     for options in ({}, {"retrain": True}, {"seed": 7}):
-        training.train_stage(
-            fresh(), processor, STAGE1, rows["train"], tmp_path / "out", max_steps=1, keep_in=drive, **options
-        )
+        train(STAGE1, "out", max_steps=1, keep_in=drive, **options)
         assert (tmp_path / "out" / "stage1" / FINISHED).read_bytes() == (drive / "stage1" / FINISHED).read_bytes()
     assert f"retraining, and replacing {drive / 'stage1'}: seed differ" in capsys.readouterr().out
 
 
-def test_a_kill_after_the_model_was_saved_costs_nothing(processor, rows, tmp_path, monkeypatch, capsys):
+def test_a_kill_after_the_model_was_saved_costs_nothing(train, tmp_path, monkeypatch, capsys):
     """Killed while `training.json` is written, before it is renamed, and before the checkpoints are deleted."""
 
     class Killed(Exception):
         pass
 
-    def die(*_, **__):
-        raise Killed
+    replace = Path.replace
+
+    def die(self, target):
+        if self.name.startswith(FINISHED):
+            raise Killed
+        return replace(self, target)
 
     for place, dying in (("write_text", _dies_at_the_end(Killed)), ("replace", die)):
-        out = tmp_path / place
         with monkeypatch.context() as patch:
             patch.setattr(Path, place, dying)
             with pytest.raises(Killed):
-                training.train_stage(fresh(), processor, STAGE1, rows["train"], out)
-        training.train_stage(fresh(), processor, STAGE1, rows["train"], out)
+                train(STAGE1, place)
+        train(STAGE1, place)
         assert "stage1: resumed from checkpoint-5" in capsys.readouterr().out
 
     def die_at_checkpoints(path, **_):
@@ -173,8 +180,8 @@ def test_a_kill_after_the_model_was_saved_costs_nothing(processor, rows, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(training.shutil, "rmtree", die_at_checkpoints)
         with pytest.raises(Killed):
-            training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "rmtree")
-    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "rmtree")
+            train(STAGE1, "rmtree")
+    train(STAGE1, "rmtree")
     assert "already trained" in capsys.readouterr().out
     assert not (tmp_path / "rmtree" / "stage1" / "checkpoints").exists()
 
@@ -221,52 +228,50 @@ def test_a_kill_while_a_copy_takes_its_place_leaves_one_of_both(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["stage1"]
 
 
-def test_a_copy_is_never_resumed_under_another_recipe(processor, rows, tmp_path, die_in_second_epoch, monkeypatch):
+def test_a_copy_is_never_resumed_under_another_recipe(train, tmp_path, die_in_second_epoch, monkeypatch):
     """The first copy under a new recipe fails. The checkpoint of the old one must not pass for it."""
     drive = tmp_path / "drive"
-    die_in_second_epoch(fresh(), processor, STAGE1, rows["train"], tmp_path / "one", keep_in=drive)
+    die_in_second_epoch(STAGE1, "one", keep_in=drive)
     with monkeypatch.context() as patch:
         patch.setattr(
             checkpoints, "_copy_small", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
-        die_in_second_epoch(fresh(), processor, STAGE1, rows["train"], tmp_path / "two", seed=7, keep_in=drive)
+        die_in_second_epoch(STAGE1, "two", seed=7, keep_in=drive)
     found = resumed_at(monkeypatch)
-    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "three", seed=7, keep_in=drive)
+    train(STAGE1, "three", seed=7, keep_in=drive)
     assert found == {"stage1": None}
 
 
-def test_a_full_drive_does_not_end_the_training(processor, rows, tmp_path, monkeypatch, capsys):
+def test_a_full_drive_does_not_end_the_training(train, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "_replace", full)
-    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path / "out", keep_in=tmp_path / "drive")
+    train(STAGE1, "out", keep_in=tmp_path / "drive")
     said = capsys.readouterr().out
     assert "stage1: cannot copy checkpoint-5 to" in said
     assert "stage1: cannot copy the finished stage to" in said
     assert (tmp_path / "out" / "stage1" / FINISHED).is_file()
 
 
-def test_a_drive_that_is_not_mounted_is_named_before_anything_is_done(processor, rows, tmp_path):
+def test_a_drive_that_is_not_mounted_is_named_before_anything_is_done(train, tmp_path):
     with pytest.raises(ModelError, match=r"keep_in is .*MyDrive/x, but .*MyDrive does not exist: mount the drive"):
-        training.train_stage(
-            fresh(), processor, STAGE1, rows["train"], tmp_path / "out", keep_in=tmp_path / "MyDrive" / "x"
-        )
+        train(STAGE1, "out", keep_in=tmp_path / "MyDrive" / "x")
     assert not (tmp_path / "out").exists()
 
 
-def test_seconds_add_up_over_an_interruption(processor, rows, tmp_path, die_in_second_epoch):
-    die_in_second_epoch(fresh(), processor, STAGE1, rows["train"], tmp_path)
+def test_seconds_add_up_over_an_interruption(train, tmp_path, die_in_second_epoch):
+    die_in_second_epoch(STAGE1, "")
     state = json.loads((tmp_path / "stage1" / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())
     first = state["log_history"][-1]["elapsed"]
-    training.train_stage(fresh(), processor, STAGE1, rows["train"], tmp_path)
+    run = train(STAGE1, "")
     elapsed = [entry["elapsed"] for entry in json.loads((tmp_path / "stage1" / FINISHED).read_text())["log"]]
     assert elapsed == sorted(elapsed)
     assert elapsed[4] == first
-    assert training.seconds_of(tmp_path / "stage1") > elapsed[-1] > first > 0
+    assert run.seconds > elapsed[-1] > first > 0
 
 
-def test_disk_is_what_was_computed(processor, rows, tmp_path):
+def test_disk_is_what_was_computed(train, processor, rows, tmp_path):
     """The largest sum of file sizes that a thread sees while both stages train, against the computed one."""
     stages = STAGE1, STAGE2
     peak, done = dict.fromkeys((stage.name for stage in stages), 0), threading.Event()
@@ -284,7 +289,7 @@ def test_disk_is_what_was_computed(processor, rows, tmp_path):
     try:
         for stage in stages:
             now[0] = stage.name
-            training.train_stage(model, processor, stage, rows["train"], tmp_path)
+            train(stage, "", model)
     finally:
         done.set()
         watcher.join()
@@ -306,7 +311,7 @@ def test_the_profile_hub_needs_at_most_12_gb():
     halves = [replace(stage, bf16=True) for stage in (hub.stage1, hub.stage2)]  # a GPU takes features in 16 bits
     needed = checkpoints.disk_needed(model, processor, halves, 2958)
     assert max(needed.values()) < 11e9  # one more for the base and the data set
-    assert checkpoints.disk_needed(model, processor, [replace(hub.stage1, epochs=4)], 2958)["stage1"] > 12e9
+    assert checkpoints.disk_needed(model, processor, [replace(hub.stage1, num_train_epochs=4)], 2958)["stage1"] > 12e9
 
 
 HUB_CONFIG = {

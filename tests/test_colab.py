@@ -13,8 +13,8 @@ from jupyter_client.manager import KernelManager
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
 from foodextract.names import CODE
-from foodextract.training import presets
-from foodextract.training.presets import PROFILES
+from foodextract.training import config as presets
+from foodextract.training.config import PROFILES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("experiments/*.ipynb")])

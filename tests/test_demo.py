@@ -1,4 +1,4 @@
-"""The Space as a program: its functions, its doors for other programs, ten users at once. What people see is in test_browser.py."""
+"""The Space as a program: its functions, its API, ten users at once. What people see is in test_browser.py."""
 
 import asyncio
 import base64
@@ -40,9 +40,9 @@ def demo():
     """The page's modules, loaded as `python app.py` finds them."""
     sys.path.insert(0, str(SPACE))
     import app
-    import asking
+    import predict
 
-    yield app, asking
+    yield app, predict
     sys.path.remove(str(SPACE))
 
 
@@ -53,9 +53,9 @@ def image(tmp_path):
 
 
 def test_the_space_answers_like_the_command_line(demo, tuned, image):
-    app, asking = demo
-    assert Path(asking.MODEL) == loading.newest_tuned()
-    if Path(asking.MODEL) == loading.TINY_TUNED:
+    app, predict = demo
+    assert Path(predict.MODEL) == loading.newest_tuned()
+    if Path(predict.MODEL) == loading.TINY_TUNED:
         assert FoodRecord.parse(app.extract(image)) == tuned.extract(image)
     html, text = app.show(image)
     record = FoodRecord.parse(text)
@@ -65,37 +65,37 @@ def test_the_space_answers_like_the_command_line(demo, tuned, image):
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
-def test_before_and_after_have_the_image_budget_of_the_tuned_model(tiles, tmp_path, monkeypatch):
-    """Though the base comes with 17 tiles, as SmolVLM2 does: notebook 01 measured both alike."""
+def test_both_models_have_the_image_budget_of_the_tuned_one(tiles, tmp_path, monkeypatch):
+    """The base comes with 17 tiles, as SmolVLM2 does, but notebook 01 measures both alike."""
     for name, folder, budget in (("MODEL", loading.TINY_TUNED, tiles), ("BASE", loading.TINY_BASE, 17)):
         shutil.copytree(folder, tmp_path / name)
         loading.load_processor(folder, budget).save_pretrained(tmp_path / name)
         monkeypatch.setenv(f"FOODEXTRACT_{name}", str(tmp_path / name))
-    asking = runpy.run_path(str(SPACE / "asking.py"))
-    before, after = (asking[name].prepare([Image.new("RGB", (64, 64))]) for name in ("UNTUNED", "TUNED"))
+    predict = runpy.run_path(str(SPACE / "predict.py"))
+    before, after = (predict[name].prepare([Image.new("RGB", (64, 64))]) for name in ("UNTUNED", "TUNED"))
     assert before["pixel_values"].shape[1] == after["pixel_values"].shape[1] == tiles
     assert before["input_ids"].tolist() == after["input_ids"].tolist()
 
 
 def test_bad_input_is_a_friendly_message(demo, tmp_path, image, monkeypatch):
-    app, asking = demo
+    app, predict = demo
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(gr.Error, match="format"):
         app.extract(str(tmp_path / "b.png"))
     with pytest.raises(gr.Error, match="format"):
-        asking.compared(str(tmp_path / "b.png"))
+        predict.compare(str(tmp_path / "b.png"))
     with pytest.raises(gr.Error, match="There is no image yet"):
         app.extract(None)
-    monkeypatch.setattr(asking, "MAX_BYTES", 5)
-    for ask in (asking.record_of, asking.compared):
+    monkeypatch.setattr(predict, "MAX_BYTES", 5)
+    for ask in (predict.predict_one, predict.compare):
         with pytest.raises(gr.Error, match=r"The file a\.png is larger than 0 MB: shrink it first"):
             ask(image)
 
 
 def test_a_model_that_cannot_be_loaded_is_a_friendly_message(demo, image, monkeypatch):
-    app, asking = demo
+    app, predict = demo
     for broken in ("/no/such/folder", None):
-        monkeypatch.setattr(asking, "TUNED", asking.load(broken))
+        monkeypatch.setattr(predict, "TUNED", predict.load(broken))
         with pytest.raises(
             gr.Error, match=r"cannot be loaded: (folder is neither a folder nor a Hub id|.*FOODEXTRACT_BASE)"
         ):
@@ -103,26 +103,28 @@ def test_a_model_that_cannot_be_loaded_is_a_friendly_message(demo, image, monkey
 
 
 def test_what_the_model_writes_cannot_become_markup(demo):
-    _, asking = demo
+    _, predict = demo
     record = FoodRecord(is_food=1, image_title="<script>", food_items=["<b>"], drink_items=[])
-    html = asking.as_html(record, asking.Confidence(0.5, [-0.1], []), 1)
+    html = predict.record_as_html(record, predict.Confidence(0.5, [-0.1], []), 1)
     assert "<script>" not in html
     assert "&lt;b&gt;" in html
 
 
-def test_no_model_is_sure_to_the_full(demo):
-    _, asking = demo
+def test_confidence_is_never_100_percent(demo):
+    _, predict = demo
     shares = {0.5: "50 %", 0.994: "99 %", 0.995: "&gt; 99 %", 1.0: "&gt; 99 %"}
-    assert {share: asking.percent(share) for share in shares} == shares
+    assert {share: predict.percent(share) for share in shares} == shares
     food = FoodRecord(is_food=1, image_title="tea", food_items=[], drink_items=["tea"])
-    assert "sure that this is food or drink: &gt; 99 %" in asking.as_html(food, asking.Confidence(0.999, [], [0.0]), 1)
+    assert "sure that this is food or drink: &gt; 99 %" in predict.record_as_html(
+        food, predict.Confidence(0.999, [], [0.0]), 1
+    )
     neither = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
-    assert "sure of that: 80 %" in asking.as_html(neither, asking.Confidence(0.8, [], []), 1)
+    assert "sure of that: 80 %" in predict.record_as_html(neither, predict.Confidence(0.8, [], []), 1)
 
 
 def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
-    _, asking = demo
-    measured = asking.provenance.find(loading.TINY_TUNED)
+    _, predict = demo
+    measured = predict.provenance.find(loading.TINY_TUNED)
     photographs = dataclasses.replace(measured, dataset="somebody/photographs")
     for model, evidence, known in (
         (loading.TINY_TUNED, measured, True),
@@ -132,16 +134,16 @@ def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
         ("owner/name", None, False),
         ("owner/name", dataclasses.replace(measured, base_model=names.HUB_BASE), False),
     ):
-        monkeypatch.setattr(asking, "MODEL", str(model))
-        monkeypatch.setattr(asking, "PROVENANCE", evidence)
-        assert ("never seen a photograph" in asking.notice()) == known, model
+        monkeypatch.setattr(predict, "MODEL", str(model))
+        monkeypatch.setattr(predict, "PROVENANCE", evidence)
+        assert ("never seen a photograph" in predict.notice()) == known, model
 
 
-def test_a_broken_file_does_not_spoil_the_batch(demo, tmp_path, image):
-    _, asking = demo
+def test_a_broken_file_in_a_batch_affects_no_other(demo, tmp_path, image):
+    _, predict = demo
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    table, as_csv, as_jsonl = asking.batch([image, str(tmp_path / "broken.jpg"), image])
-    assert [bool(row[5]) for row in table] == [False, True, False]
+    html, as_csv, as_jsonl = predict.predict_many([image, str(tmp_path / "broken.jpg"), image])
+    assert re.findall(r"<tr><th scope=.row.>.*?</th><td( class=.wrong.)?", html) == ["", ' class="wrong"', ""]
     rows = [json.loads(line) for line in Path(as_jsonl).read_text().splitlines()]
     with open(as_csv, newline="") as lines:
         cells = list(csv.DictReader(lines))
@@ -149,26 +151,31 @@ def test_a_broken_file_does_not_spoil_the_batch(demo, tmp_path, image):
     assert rows[1].keys() == {"file", "error"}
     assert json.loads(cells[0]["food_items"]) == rows[0]["food_items"]
     with pytest.raises(gr.Error, match="more than the 50"):
-        asking.batch([image] * 51)
+        predict.predict_many([image] * 51)
+
+
+def answers(outputs):
+    """The lines of answers.jsonl."""
+    return [json.loads(line) for line in Path(outputs[2]).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_file_that_is_too_large_does_not_spoil_the_batch_and_is_not_opened(demo, tmp_path, image, monkeypatch, place):
-    _, asking = demo
+def test_a_large_file_in_a_batch_is_not_opened_and_affects_no_other(demo, tmp_path, image, monkeypatch, place):
+    _, predict = demo
     heavy = tmp_path / "heavy.png"
     heavy.write_bytes(Path(image).read_bytes() + bytes(100_000))
-    monkeypatch.setattr(asking, "MAX_BYTES", 90_000)
+    monkeypatch.setattr(predict, "MAX_BYTES", 90_000)
     paths = [image, image]
     paths.insert(place, str(heavy))
-    table, _, _ = asking.batch(paths)
-    assert [row[5].partition(":")[0] for row in table if row[5]] == ["the file heavy.png is larger than 0 MB"]
-    assert table[place][0] == "heavy.png"
-    assert all(row[1] for row in table if not row[5])
-    [alone], *_ = asking.batch([str(heavy)])
-    assert alone[5]
+    rows = answers(predict.predict_many(paths))
+    assert [row["file"] for row in rows if "error" in row] == ["heavy.png"]
+    assert rows[place]["error"].startswith("the file heavy.png is larger than 0 MB")
+    assert sum("is_food" in row for row in rows) == 2
+    [alone] = answers(predict.predict_many([str(heavy)]))
+    assert alone["error"]
 
 
-def test_answers_to_download_are_deleted_with_what_was_uploaded(demo, image):
+def test_downloads_are_deleted_with_uploads(demo, image):
     app, _ = demo
     _, as_csv, as_jsonl = app.many([image])
     paths = [Path(button.value["path"]) for button in (as_csv, as_jsonl)]
@@ -178,7 +185,7 @@ def test_answers_to_download_are_deleted_with_what_was_uploaded(demo, image):
 
 
 FORKED = """
-import multiprocessing, os, pickle, sys, types
+import json, os, pickle, sys, types
 import gradio as gr
 
 def GPU(duration):
@@ -205,20 +212,20 @@ def GPU(duration):
 
 durations = []
 sys.modules["spaces"] = types.SimpleNamespace(GPU=GPU)
-import asking
-for ask in (asking.record_of, asking.compared):
+import predict
+for ask in (predict.predict_one, predict.compare):
     try:
         ask(sys.argv[2])
     except gr.Error as error:
         print(error.message)
-table, *_ = asking.batch(sys.argv[1:])
-print(table[0][1], table[1][5])
+first, second = map(json.loads, open(predict.predict_many(sys.argv[1:])[2]))
+print(first["is_food"], second["error"])
 print(*durations)
 """
 
 
-def test_on_zero_gpu_messages_are_as_friendly(tmp_path, image):
-    """There a function runs in a process of its own, from which only results and `gr.Error` come back."""
+def test_errors_are_the_same_on_zero_gpu(tmp_path, image):
+    """ZeroGPU runs a function in a process of its own, from which only results and `gr.Error` come back."""
     (tmp_path / "b.png").write_bytes(b"no image")
     env = {
         **os.environ,
@@ -232,27 +239,24 @@ def test_on_zero_gpu_messages_are_as_friendly(tmp_path, image):
     alone, compared, both, durations = run.stdout.splitlines()
     assert alone.startswith("Not an image in a format we read")
     assert compared == alone
-    assert re.match("(yes|no) not an image in a format we read", both)
+    assert re.match("[01] not an image in a format we read", both)
     assert durations == "22 60 24"
 
 
 def test_the_page_shows_the_figures_of_its_model(demo, monkeypatch):
-    _, asking = demo
-    measured = asking.provenance.find(loading.TINY_TUNED)
-    monkeypatch.setattr(asking, "PROVENANCE", measured)
+    _, predict = demo
+    measured = predict.provenance.find(loading.TINY_TUNED)
+    monkeypatch.setattr(predict, "PROVENANCE", measured)
     assert (
         metric_table([row for row in read_results(ROOT / "results" / "offline.json") if row.low is not None])
-        in asking.figures()
+        in predict.figures()
     )
-    assert asking.provenance.base_of(measured) == str(loading.TINY_BASE)
-    monkeypatch.setattr(asking, "PROVENANCE", None)
-    assert "Nobody has measured" in asking.figures()
+    assert predict.provenance.base_of(measured) == str(loading.TINY_BASE)
+    monkeypatch.setattr(predict, "PROVENANCE", None)
+    assert "has no evaluation" in predict.figures()
 
 
-# -------------------------------------------------------------------------------------------------------------------- other programs
-
-
-def test_ten_users_at_once_all_get_their_own_answers_in_the_order_in_which_they_asked(page, tuned):
+def test_ten_users_at_once_get_their_own_answers_in_order(page, tuned):
     made = list(scenes.draw_scenes(9, "test", 10))
 
     async def ask(user, file):
@@ -282,7 +286,7 @@ def test_ten_users_at_once_all_get_their_own_answers_in_the_order_in_which_they_
     assert done == events
 
 
-def test_only_extract_is_for_programs(page):
+def test_only_extract_is_public(page):
     assert list(Client(page, verbose=False).view_api(return_format="dict")["named_endpoints"]) == ["/extract"]
 
 
@@ -299,8 +303,8 @@ def test_the_http_example_of_the_page_works(demo, page, tuned, image, tmp_path):
     assert FoodRecord.parse(answer) == tuned.extract(image)
 
 
-def test_the_mcp_door_has_the_tool(page, image, tuned):
-    """Without a library for it: the two messages that a client sends to a server that keeps no session."""
+def test_mcp_offers_the_tool(page, image, tuned):
+    """Send the two messages of a client to a stateless server, without a library."""
 
     def ask(method, **params):
         body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
@@ -329,8 +333,8 @@ def answer_to(page, data):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_address_is_not_fetched(page, stream):
-    """A server that listens hears nothing of it, and the caller is told what to do."""
+def test_a_url_is_not_fetched(page, stream):
+    """A listening server gets no connection, and the error names the remedy."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(0.5)
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/lunch.png"
@@ -347,13 +351,12 @@ def test_neither_data_in_a_path_nor_files_of_the_machine_are_read(page, image):
         assert answer_to(page, {"path": path})[0] == "error"
 
 
-def test_bodies_are_bounded_before_they_are_read(page):
-    """Those that announce their length at once, the others when they have become too long; files may have more of it than text."""
-
-    for door in ("mcp/", "call/extract"):
+def test_large_bodies_are_rejected_before_they_are_read(page):
+    """By their declared or their actual length; files may be larger than text."""
+    for path in ("mcp/", "call/extract"):
         for content in (bytes(40 * 2**20), iter([bytes(2**20)] * 40)):
             assert (
-                httpx.post(f"{page}gradio_api/{door}", content=content, timeout=60, trust_env=False).status_code == 413
+                httpx.post(f"{page}gradio_api/{path}", content=content, timeout=60, trust_env=False).status_code == 413
             )
     file = httpx.post(
         f"{page}gradio_api/upload", files={"files": ("a.png", bytes(40 * 2**20))}, timeout=60, trust_env=False
@@ -362,8 +365,8 @@ def test_bodies_are_bounded_before_they_are_read(page):
     assert "larger than 20 MB: shrink it first" in answer_to(page, {"path": file.json()[0]})[1]["error"]
 
 
-def test_who_finds_the_queue_full_is_told_to_come_again(page, image):
-    """In words that are Gradio's own; 503 is what its page turns into "currently busy, please try again"."""
+def test_a_full_queue_is_503(page, image):
+    """The page turns 503 into "currently busy, please try again"."""
     path = httpx.post(f"{page}gradio_api/upload", files={"files": Path(image).read_bytes()}, trust_env=False).json()[0]
     body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
 
@@ -386,7 +389,7 @@ def test_who_finds_the_queue_full_is_told_to_come_again(page, image):
     ("settings", "offline"),
     [({}, "1"), ({"FOODEXTRACT_MODEL": "a/b"}, "0"), ({"HF_HUB_OFFLINE": "1", "FOODEXTRACT_MODEL": "a/b"}, "1")],
 )
-def test_a_model_that_is_named_may_be_fetched(settings, offline):
+def test_make_space_allows_downloads_for_a_named_model(settings, offline):
     unset = {
         name: value
         for name, value in os.environ.items()
@@ -397,9 +400,6 @@ def test_a_model_that_is_named_may_be_fetched(settings, offline):
         subprocess.run(command, cwd=ROOT, env=unset | settings, capture_output=True, text=True).stdout
         == f"{offline}.\n"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------- front matter
 
 
 def test_front_matter_and_pins_agree():

@@ -24,12 +24,9 @@ from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
 from foodextract.names import HUB_DATASET
-from foodextract.training import lora
-from foodextract.training import run as training
-from foodextract.training.cache import prepare, whole_text
 from foodextract.training.collate import IGNORED, Collator, audit
-from foodextract.training.config import Stage
-from foodextract.training.presets import VISION
+from foodextract.training.config import VISION, Lora, Stage
+from foodextract.training.run import train_stage
 
 EXPERIMENTS = Path(recipes.__file__).parent
 SMALL_256M = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
@@ -62,19 +59,20 @@ def test_recipes_are_those_of_the_originals(name, base, rates, batches, lora, mo
     stages = recipe.stages()
     assert (recipe.base, recipe.data) == (base, HUB_DATASET)
     assert [stage.learning_rate for stage in stages] == rates
-    assert {(stage.batch_size, stage.accumulation) for stage in stages} == {batches}
-    assert {stage.epochs for stage in stages} == {1}
-    assert {stage.lora and (stage.lora.rank, stage.lora.alpha, stage.lora.dropout) for stage in stages} == {lora}
+    for stage in stages:
+        assert (stage.per_device_train_batch_size, stage.gradient_accumulation_steps) == batches
+        assert stage.num_train_epochs == 1
+        assert (stage.lora and (stage.lora.r, stage.lora.lora_alpha, stage.lora.lora_dropout)) == lora
 
 
 def test_what_is_special_in_each_recipe(monkeypatch):
     [tuned] = recipes.Recipe(**parameters("gemma_3n_lora", "hub", monkeypatch)["hub"]).stages()
-    assert tuned.every == 5
-    assert tuned.validation > 0
-    assert (tuned.lora.exclude, tuned.lora.also) == (None, ())
+    assert (tuned.save_steps, tuned.metric_for_best_model) == (5, "loss")
+    assert tuned.validation_rows > 0
+    assert (tuned.lora.exclude_modules, tuned.lora.modules_to_save) == (None, ())
     [tuned] = recipes.Recipe(**parameters("smolvlm2_256m_lora", "hub", monkeypatch)["hub"]).stages()
     assert tuned.freeze == (VISION,)
-    assert list(tuned.lora.also) == ["lm_head", "embed_tokens"]
+    assert list(tuned.lora.modules_to_save) == ["lm_head", "embed_tokens"]
     first, second = recipes.Recipe(**parameters("smolvlm2_256m_two_stage", "hub", monkeypatch)["hub"]).stages()
     assert (first.freeze, second.freeze) == ((VISION,), ())
     captions = captioning.Captioning(**parameters("blip_partial", "hub", monkeypatch)["hub"])
@@ -95,29 +93,27 @@ def test_an_experiment_replaces_its_own_rows_only(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------------------- adapters
 
 
-LORA = lora.Lora(rank=4, alpha=8, dropout=0.0, exclude=r".*vision_model.*", also=("lm_head", "embed_tokens"))
-TUNE = Stage("tuned", (VISION,), 5e-3, epochs=1, batch_size=8, accumulation=1, lora=LORA)
+LORA = Lora(4, 8, 0.0, exclude_modules=r".*vision_model.*", modules_to_save=("lm_head", "embed_tokens"))
+QUICK = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+TUNE = Stage("tuned", (VISION,), 5e-3, num_train_epochs=1, lora=LORA, **QUICK)
 
 
 def test_only_excluding_keeps_adapters_out_of_the_vision_tower(base):
     frozen = loading.load_model(loading.TINY_BASE, CPU, training=True)
-    inside = [
-        name
-        for name in lora.adapted_modules(lora.attach(frozen, replace(LORA, exclude=None)))
-        if "vision_model" in name
-    ]
-    assert len(inside) == 6 * base.config.vision_config.num_hidden_layers
-    names = lora.adapted_modules(lora.attach(base, LORA))
+    everywhere = recipes.adapted_modules(peft.get_peft_model(frozen, replace(LORA, exclude_modules=None).config()))
+    layers = base.config.vision_config.num_hidden_layers
+    assert len([name for name in everywhere if "vision_model" in name]) == 6 * layers
+    names = recipes.adapted_modules(peft.get_peft_model(base, LORA.config()))
     assert "model.text_model.layers.0.self_attn.q_proj" in names
     assert not [name for name in names if "vision_model" in name]
     assert not [name for name, p in base.named_parameters() if p.requires_grad and "vision_model" in name]
 
 
-def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tmp_path):
+def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, train, tmp_path):
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
-    log, moved = training.train_stage(base, processor, replace(TUNE, epochs=4), rows["train"], tmp_path)
-    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    by_module = {m.module: m for m in moved}
+    run = train(replace(TUNE, num_train_epochs=4), "", base)
+    assert run.log[-1]["loss"] < 0.7 * run.log[0]["loss"]
+    by_module = {m.module: m for m in run.moved}
     assert by_module["vision_model"].weights_moved == 0
     assert by_module["lm_head"].weights_moved > 0
     merged = dict(base.named_parameters())
@@ -129,23 +125,18 @@ def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tm
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "tuned" / "adapter").get_base_model()
     saved = loading.load_model(tmp_path / "tuned", CPU)
     images = [row["image"].convert("RGB") for row in rows["test"].select(range(8))]
-    finished = loading.load_model(loading.TINY_BASE, CPU, training=True)
-    training.train_stage(finished, processor, replace(TUNE, epochs=4), rows["train"], tmp_path)  # not trained again
+    finished = train(replace(TUNE, num_train_epochs=4), "").model  # not trained again
     assert all(torch.equal(a, b) for a, b in zip(finished.parameters(), base.parameters(), strict=True))
     answers = [Extractor(model, processor).generate_texts(images) for model in (base, saved, loaded, finished)]
     assert answers[0] == answers[1] == answers[2] == answers[3]
     assert answers[0] != Extractor(loading.load_model(loading.TINY_BASE, CPU), processor).generate_texts(images)
 
 
-def test_interrupted_adapters_end_like_uninterrupted_ones(processor, rows, tmp_path, die_in_second_epoch):
-    stage = replace(TUNE, lora=replace(LORA, dropout=0.05), epochs=2)
-    whole, broken, again = (loading.load_model(loading.TINY_BASE, CPU, training=True) for _ in range(3))
-    training.train_stage(whole, processor, stage, rows["train"], tmp_path / "whole")
-
-    die_in_second_epoch(broken, processor, stage, rows["train"], tmp_path / "broken")
-    training.train_stage(again, processor, stage, rows["train"], tmp_path / "broken")
-    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
+def test_interrupted_adapters_end_like_uninterrupted_ones(train, die_in_second_epoch):
+    stage = replace(TUNE, lora=replace(LORA, lora_dropout=0.05), num_train_epochs=2)
+    whole = train(stage, "whole").model
+    die_in_second_epoch(stage, "broken")
+    torch.testing.assert_close(dict(train(stage, "broken").model.named_parameters()), dict(whole.named_parameters()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- Gemma
@@ -182,18 +173,18 @@ def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(row
         "tuned",
         (),
         1e-2,
-        epochs=4,
-        batch_size=8,
-        accumulation=1,
-        lora=lora.Lora(16, 8),
-        every=4,
-        validation=4,
-        fast=False,
+        num_train_epochs=4,
+        lora=Lora(16, 8),
+        save_steps=4,
+        validation_rows=4,
+        metric_for_best_model="loss",
+        cache=False,
+        **QUICK,
     )
-    log, _ = training.train_stage(model, processor, stage, rows["train"].select(range(20)), tmp_path)
+    log = train_stage(model, processor, stage, rows["train"].select(range(20)), tmp_path).log
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
     again, _ = gemma.load(recipes.TINY, CPU)
-    training.train_stage(again, processor, stage, rows["train"].select(range(20)), tmp_path)
+    train_stage(again, processor, stage, rows["train"].select(range(20)), tmp_path)
     assert "already trained" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     written = json.loads((tmp_path / "tuned" / loading.FINISHED).read_text())
@@ -201,8 +192,8 @@ def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(row
     with torch.no_grad():
         model.model.embed_vision.embedding_projection.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="the loss became NaN at step 1"):
-        training.train_stage(
-            model, processor, replace(stage, validation=0), rows["train"].select(range(8)), tmp_path / "nan"
+        train_stage(
+            model, processor, replace(stage, validation_rows=0), rows["train"].select(range(8)), tmp_path / "nan"
         )
 
 
@@ -319,7 +310,7 @@ def test_each_row_of_the_ablation_has_one_change():
     reference = [Stage("stage1", (VISION,), 5e-4, 1), Stage("stage2", (), 1e-4, 0.5)]
     assert ablation.stages_of("reference", reference) == reference
     [only] = ablation.stages_of("one stage", reference)
-    assert only == replace(reference[0], epochs=1.5)  # as many images in all
+    assert only == replace(reference[0], num_train_epochs=1.5)  # as many images in all
     [lora] = ablation.stages_of("LoRA", reference)
     assert replace(lora, lora=None) == only
     for name, choice in ablation.CHOICES.items():
@@ -344,19 +335,6 @@ def test_ablation_pairs_by_seed_and_has_students_interval():
     )  # t for 2 degrees of freedom, s = 0.1
     assert found["reference", "item_f1_micro"].value == pytest.approx(0.6)
     assert ablation.interval([0.9, 1.0, 1.0], 0)[1] == 1  # no share is more than all
-
-
-def test_loss_on_all_text_leaves_out_images_and_padding_only(rows, processor, tmp_path):
-    split = rows["train"].select(range(4))
-    prepared = prepare(split, processor, tmp_path)
-    batch = whole_text(prepared).gather([0, 1, 2, 3])
-    kept = (batch["attention_mask"] == 1) & (batch["input_ids"] != processor.image_token_id)
-    assert (batch["labels"] != IGNORED).equal(kept)
-    plain = Collator(processor)([as_conversations(split)[n] for n in range(4)])
-    for mine, theirs in zip(batch["input_ids"], plain["input_ids"], strict=True):
-        assert mine[: len(theirs)].equal(theirs[: len(mine)])
-    text = processor.tokenizer.decode(prepare(split, processor, tmp_path, "repr").gather([0])["input_ids"][0])
-    assert "{'is_food': " in text
 
 
 def test_ablation_is_taken_up_where_it_was(tmp_path, monkeypatch):
@@ -396,14 +374,14 @@ def test_notebooks_say_what_they_are_an_archive_of(path):
         assert f"**{told}**" in first
 
 
-TINY_RUN = {"scenes": [32, 8], "every": 0, "validation": 0, "epochs": 1}
+TINY_RUN = {"scenes": [32, 8], "save_steps": 0, "validation_rows": 0, "num_train_epochs": 1}
 
 
 @pytest.mark.notebooks
 @pytest.mark.parametrize(
     ("name", "changes", "more"),
     [
-        ("gemma_3n_lora", {**TINY_RUN, "every": 2, "validation": 4}, {"eval_images": 4}),
+        ("gemma_3n_lora", {**TINY_RUN, "save_steps": 2, "validation_rows": 4}, {"eval_images": 4}),
         ("smolvlm2_256m_lora", TINY_RUN, {}),
         ("smolvlm2_256m_two_stage", TINY_RUN, {}),
         ("blip_partial", {"steps": 4, "batch_size": 4}, {"eval_images": 8}),

@@ -23,7 +23,7 @@ from foodextract.hub import publish
 from foodextract.models.loading import TINY_TUNED
 from foodextract.reporting import cards
 from foodextract.schema import FoodRecord
-from foodextract.training.presets import PROFILES
+from foodextract.training.config import PROFILES
 from hub_server import Fault, Repository
 
 ID = "somebody/images"

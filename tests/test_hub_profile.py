@@ -20,7 +20,7 @@ from original import BROKEN, DIRT, EXACT_COPY, SPECIAL, parquet, rows_of_the_ori
 ROOT = Path(__file__).parents[1]
 ZERO, ONE = "00_create_vlm_dataset.ipynb", "01_fine_tune_vlm_v3_smolVLM_500m.ipynb"
 IMAGES, MODEL, SPACE = "somebody/food-images", "somebody/food-500m", "somebody/food-demo"
-QUICK = {"epochs": 1, "batch_size": 4, "accumulation": 2}
+QUICK = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
 pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(1800)]
 
@@ -173,10 +173,10 @@ import os, sys
 sys.path.insert(0, {str(ROOT / "demos" / "FoodExtract-Vision")!r})
 from PIL import Image
 Image.new("RGB", (80, 60), "white").save("white.png")
-import app, asking
+import app, predict
 print(app.extract("white.png"))
-budgets = [model.processor.image_processor.size["longest_edge"] for model in (asking.TUNED, asking.UNTUNED)]
-print(budgets, app.asking.BASE)
+budgets = [model.processor.image_processor.size["longest_edge"] for model in (predict.TUNED, predict.UNTUNED)]
+print(budgets, app.predict.BASE)
 """
     record, told = in_a_new_process(hub, home, script, FOODEXTRACT_MODEL=MODEL).strip().splitlines()[-2:]
     FoodRecord.parse(record)

@@ -19,7 +19,7 @@ from foodextract.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 ZERO, ONE = "00_create_vlm_dataset.ipynb", "01_fine_tune_vlm_v3_smolVLM_500m.ipynb"
-SMALL = {"stage1": {"epochs": 1}, "stage2": {"epochs": 1}, "eval_batch": 8}
+SMALL = {"stage1": {"num_train_epochs": 1}, "stage2": {"num_train_epochs": 1}, "eval_batch": 8}
 
 pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(1800)]
 
@@ -101,7 +101,7 @@ def test_the_notebook_killed_in_both_stages_resumes_on_another_machine(drawn, tm
     """Killed in stage 1 and run again in the same place; killed in stage 2 and run again where only `keep_in` is left."""
     kept = tmp_path / "drive" / "FoodExtract"
     kept.parent.mkdir()
-    epochs = {"epochs": 3, "batch_size": 8, "accumulation": 1}  # of 5 steps
+    epochs = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # of 5 steps
     parameters = {
         "profile": "offline", "dataset": str(drawn), "stage1": epochs, "stage2": epochs, "eval_images": 4, "keep_in": str(kept),
     }  # fmt: skip

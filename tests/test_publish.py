@@ -36,7 +36,7 @@ from foodextract.names import HUB_BASE
 from foodextract.reporting import cards
 from foodextract.reporting.tables import NAMES
 from foodextract.schema import FoodRecord
-from foodextract.training import presets
+from foodextract.training import config as presets
 from hub_server import LARGE, TOKEN, Fault, Repository, environment, running_hub
 
 ROOT = Path(__file__).parents[1]
@@ -281,8 +281,8 @@ def test_the_space_contains_this_package():
         if name.startswith("foodextract/"):
             assert data == (ROOT / "src" / name).read_bytes(), name
     assert {name.partition("/")[0] for name in sent} == {
-        "README.md", "LICENSE", "NOTICE", "app.py", "asking.py", "limits.py", "requirements.txt", "thumbnail.png",
-        "foodextract",
+        "README.md", "LICENSE", "NOTICE", "app.py", "predict.py", "limits.py", "style.css", "requirements.txt",
+        "thumbnail.png", "foodextract",
     }  # fmt: skip
 
 

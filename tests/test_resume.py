@@ -16,7 +16,7 @@ from foodextract.__main__ import app
 from foodextract.models import loading
 
 FOUR_EPOCHS = json.dumps(
-    {"epochs": 4, "batch_size": 8, "accumulation": 1}
+    {"num_train_epochs": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 )  # of 5 steps, each of which ends with a checkpoint
 
 

@@ -12,7 +12,7 @@ TRAIN = """
 import {first}
 from foodextract.data import dataset
 from foodextract.models import loading
-from foodextract.training import presets
+from foodextract.training import config as presets
 from foodextract.training import run as training
 
 stage = presets.PROFILES["offline"].stage1

@@ -18,7 +18,7 @@ from foodextract.__main__ import app
 from foodextract.models.loading import FINISHED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHORT = {"epochs": 1, "batch_size": 4, "accumulation": 1}
+SHORT = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 
 
 def losses(folder: Path) -> list[float]:
@@ -29,7 +29,15 @@ def test_two_processes_train_like_one(drawn, tmp_path):
     """The same global batch of 8: one process with 2 x 4, or two with 4 each."""
     common = ["--profile", "offline", "--max-steps", "3"]
     one = CliRunner().invoke(
-        app, ["train", str(drawn), "-o", str(tmp_path / "one"), *common, *_stages(SHORT | {"accumulation": 2})]
+        app,
+        [
+            "train",
+            str(drawn),
+            "-o",
+            str(tmp_path / "one"),
+            *common,
+            *_stages(SHORT | {"gradient_accumulation_steps": 2}),
+        ],
     )
     assert one.exit_code == 0, one.output
     launch = [
@@ -73,7 +81,15 @@ def test_two_processes_with_half_the_weights_each_train_like_one(drawn, tmp_path
     assert sharding["FSDP_VERSION"] == "2"
     common = ["--profile", "offline", "--max-steps", "3"]
     one = CliRunner().invoke(
-        app, ["train", str(drawn), "-o", str(tmp_path / "one"), *common, *_stages(SHORT | {"accumulation": 2})]
+        app,
+        [
+            "train",
+            str(drawn),
+            "-o",
+            str(tmp_path / "one"),
+            *common,
+            *_stages(SHORT | {"gradient_accumulation_steps": 2}),
+        ],
     )
     assert one.exit_code == 0, one.output
     script = tmp_path / "sharded.py"
@@ -108,12 +124,15 @@ def _stages(values: dict) -> list[str]:
     [
         (["nowhere"], "nowhere holds no data set"),
         (["nowhere", "--profile", "cloud"], "there is no profile 'cloud': take one of hub, offline"),
-        (["nowhere", "--stage1", "{epochs: 1}"], "--stage1 and --stage2 take JSON"),
+        (["nowhere", "--stage1", "{num_train_epochs: 1}"], "--stage1 and --stage2 take JSON"),
         (
             ["nowhere", "--stage2", '{"epoch": 1}'],
-            "stage2: epoch: unexpected keyword argument (the values of a stage are name, freeze, learning_rate, epochs",
+            "stage2: epoch: unexpected keyword argument (the values of a stage are name, freeze, learning_rate, num_train",
         ),
-        (["nowhere", "--stage1", '{"epochs": "many"}'], "stage1: epochs: input should be a valid number"),
+        (
+            ["nowhere", "--stage1", '{"num_train_epochs": "many"}'],
+            "stage1: num_train_epochs: input should be a valid number",
+        ),
         (["nowhere", "--stage1", '{"freeze": "model.vision_model"}'], "stage1: freeze: input should be a valid tuple"),
     ],
 )

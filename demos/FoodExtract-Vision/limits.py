@@ -1,18 +1,18 @@
-"""What the page takes from strangers: so many bytes, counted before anybody decodes them, and no address that it would have to fetch."""
+"""Limits on what the page accepts: bytes, counted before anything is decoded, and no URLs."""
 
-import asking
+import predict
 from gradio import processing_utils
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_UPLOAD = asking.MAX_IMAGES * asking.MAX_BYTES + 2**20  # files on their way to the disk; each is weighed there
-MAX_TEXT = asking.MAX_BYTES * 4 // 3 + 2**20  # JSON, in which MCP sends an image as base64
+MAX_UPLOAD = predict.MAX_IMAGES * predict.MAX_BYTES + 2**20  # bytes of files, which go to disk and are checked there
+MAX_TEXT = predict.MAX_BYTES * 4 // 3 + 2**20  # bytes of JSON, in which MCP sends an image as base64
 
 
-class Limited:
-    """Tell a sender whose body is too large so (413), by what it announces or else by what has come."""
+class BodyLimit:
+    """ASGI middleware that answers 413 to a body that is too large, by its declared or its actual length."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -21,29 +21,28 @@ class Limited:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        most = MAX_UPLOAD if scope["path"].endswith("/upload") else MAX_TEXT
-        message = f"More than {most / 2**20:.0f} MB at once are too much: send fewer or smaller images."
-        if int(Headers(scope=scope).get("content-length", 0)) > most:
+        limit = MAX_UPLOAD if scope["path"].endswith("/upload") else MAX_TEXT
+        message = f"The body exceeds {limit / 2**20:.0f} MB: send fewer or smaller images."
+        if int(Headers(scope=scope).get("content-length", 0)) > limit:
             await PlainTextResponse(message, 413)(scope, receive, send)
             return
-        read = 0
+        received = 0
 
         async def counted() -> Message:
-            nonlocal read
+            nonlocal received
             part = await receive()
-            read += len(part.get("body", b""))
-            if read > most:
+            received += len(part.get("body", b""))
+            if received > limit:
                 raise HTTPException(413, message)
             return part
 
         await self.app(scope, counted, send)
 
 
-async def fetch_nothing(url: str, cache_dir: str) -> str:
-    """In the place of Gradio's download, which takes whatever there is, however large, while the model waits."""
-    raise asking.complaint(
-        f"nothing is fetched from {url[:100]}: send the image itself, as a file, or over MCP as a data URL"
-    )
+async def reject_url(url: str, cache_dir: str) -> str:
+    """Replace Gradio's download of URLs, which has no size limit."""
+    raise predict.user_error(f"{url[:100]} is not fetched: send the image itself, as a file, or over MCP as a data URL")
 
 
-processing_utils.async_ssrf_protected_download = fetch_nothing
+# Private, because Gradio has no setting for it, and a subclass of each component would write .pyi files beside app.py.
+processing_utils.async_ssrf_protected_download = reject_url

@@ -1,9 +1,9 @@
-"""Ask vLLM itself, without a GPU, whether it reads an exported folder as this project does.
+"""Check without a GPU that vLLM builds the same model input from an exported folder as this project.
 
     python deploy/vllm/check_export.py exported --vllm /path/to/its/environment/bin/vllm
 
-`vllm launch render` takes the options of `vllm serve` and stops short of the model: it turns a request into the tokens that the model would
-be given. The options are those of the folder's serve.sh, the request is the client's, and the tokens must be those of our extractor.
+`vllm launch render` takes the options of `vllm serve`, but only turns a request into the tokens of the model. The
+options come from serve.sh in the folder, the request from client.py. The tokens must equal those of our extractor.
 """
 
 import io
@@ -25,37 +25,37 @@ from foodextract import schema
 from foodextract.data.scenes import draw_scenes
 from foodextract.inference.extractor import Extractor
 
-SHAPES = ((256, 256), (2000, 300), (90, 1200), (33, 47))  # pixels of the images that are asked about
-PATIENCE = 900  # seconds until vLLM has started: it imports a great deal
+SHAPES = ((256, 256), (2000, 300), (90, 1200), (33, 47))  # pixels of the test images
+START_TIMEOUT = 900  # seconds; vLLM imports slowly
 
 
 def render_command(folder: Path, vllm: str, port: int) -> list[str]:
-    """What serve.sh would run, but for the address, and for `launch render` in place of `serve`."""
+    """Return the command of serve.sh with another address, and `launch render` instead of `serve`."""
     [line] = [line for line in (folder / "serve.sh").read_text().splitlines() if line.startswith("exec vllm serve")]
     options = shlex.split(line.removesuffix('"$@"'))[3:]
     return [vllm, "launch", "render", *options, "--host", "127.0.0.1", "--port", str(port)]
 
 
-def differences(asked: dict, told: dict, tokens: list[int]) -> list[str]:
-    """In what vLLM's reading of a request differs from what was meant."""
-    wanted = {"temperature": asked["temperature"], "max_tokens": ANSWER_TOKENS}
-    params = told["sampling_params"]
+def differences(body: dict, rendered: dict, tokens: list[int]) -> list[str]:
+    """List the differences between vLLM's rendering of a request and the request."""
+    wanted = {"temperature": body["temperature"], "max_tokens": ANSWER_TOKENS}
+    params = rendered["sampling_params"]
     found = [
         f"{name} {params.get(name)} instead of {value}" for name, value in wanted.items() if params.get(name) != value
     ]
     guided = (params.get("structured_outputs") or {}).get("json")
     if (json.loads(guided) if isinstance(guided, str) else guided) != schema.guided_schema():
         found.append("another JSON schema")
-    if told["token_ids"] != tokens:
-        found.append(f"{len(told['token_ids'])} tokens instead of {len(tokens)}, or others")
+    if rendered["token_ids"] != tokens:
+        found.append(f"{len(rendered['token_ids'])} tokens instead of {len(tokens)}, or different ones")
     return found
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="What `foodextract export vllm` wrote.")],
-    vllm: Annotated[str, typer.Option(help="The command `vllm`, of an environment of its own.")] = "vllm",
+    vllm: Annotated[str, typer.Option(help="Path of the command `vllm` in its own environment.")] = "vllm",
 ) -> None:
-    """Exit status: 0 when every request is read as it was meant."""
+    """Compare vLLM's requests with ours. Exit status: 0 if they are equal."""
     extractor = Extractor.from_pretrained(folder, "cpu")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,7 +70,7 @@ def main(
         ) as server,
     ):
         try:
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + START_TIMEOUT
             while not _answers(address):
                 if server.poll() is not None or time.monotonic() > end:
                     log.seek(0)
@@ -79,18 +79,16 @@ def main(
             scene = next(draw_scenes(83, "test", 1)).image
             for shape in SHAPES:
                 scene.resize(shape).save(file := io.BytesIO(), "PNG")
-                asked = request(file.getvalue(), "foodextract")
-                told = httpx.post(f"{address}/v1/chat/completions/render", json=asked, timeout=120, trust_env=False)
-                if told.is_error:
+                body = request(file.getvalue(), "foodextract")
+                rendered = httpx.post(f"{address}/v1/chat/completions/render", json=body, timeout=120, trust_env=False)
+                if rendered.is_error:
                     log.seek(0)
-                    raise RuntimeError(f"vLLM answered {told.status_code}: {told.text}\n{log.read()[-3000:]}")
+                    raise RuntimeError(f"vLLM answered {rendered.status_code}: {rendered.text}\n{log.read()[-3000:]}")
                 tokens = extractor.prepare_image(file.getvalue())["input_ids"][0].tolist()
-                found = differences(asked, told.json(), tokens)
+                found = differences(body, rendered.json(), tokens)
                 failed |= bool(found)
-                print(
-                    f"{shape[0]} x {shape[1]}: {'; '.join(found) or f'the same {len(tokens)} tokens, schema and limits'}",
-                    flush=True,
-                )
+                result = "; ".join(found) or f"the same {len(tokens)} tokens, schema and limits"
+                print(f"{shape[0]} x {shape[1]}: {result}", flush=True)
         finally:
             server.terminate()
     raise typer.Exit(int(failed))

@@ -1,4 +1,4 @@
-"""Ask a vLLM server that runs an exported model (`serve.sh`) about images, one JSON line each.
+"""Send images to a vLLM server with an exported model (see its serve.sh); print one JSON line each.
 
 python deploy/vllm/client.py lunch.jpg --endpoint http://localhost:8000/v1
 """
@@ -16,11 +16,11 @@ from foodextract.data.teacher import Teacher, as_data_url, question
 from foodextract.images import ImageError
 from foodextract.schema import AnswerError, FoodRecord
 
-ANSWER_TOKENS = 256  # the export leaves room for no more
+ANSWER_TOKENS = 256  # the context length of the export allows no more
 
 
 def request(image: bytes, model: str, endpoint: str = "") -> dict:
-    """The body of a chat-completions request: our prompt, our schema, greedy. Raises ImageError."""
+    """Return the body of a chat-completions request: our prompt, our schema, greedy. Raises ImageError."""
     body = question(Teacher(endpoint, model, max_tokens=ANSWER_TOKENS), as_data_url(image, Teacher.max_edge))
     body["response_format"]["json_schema"]["schema"] = schema.guided_schema()
     return body
@@ -31,12 +31,12 @@ def main(
     endpoint: Annotated[
         str, typer.Option(help="Up to and including /v1; OPENAI_API_KEY holds its key.")
     ] = "http://localhost:8000/v1",
-    model: Annotated[str, typer.Option(help="Its name at that endpoint.")] = "foodextract",
+    model: Annotated[str, typer.Option(help="Name of the model at the endpoint.")] = "foodextract",
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds to an answer. A busy or broken server is asked twice more.")
+        float, typer.Option(min=0.1, help="Seconds per request. Failed requests are retried twice.")
     ] = 60.0,
 ) -> None:
-    """Exit status: 0 when every image was answered, else 1."""
+    """Print an answer for each image. Exit status: 0 if all were answered, else 1."""
     client = openai.OpenAI(base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout)
     failed = False
     for path in images:

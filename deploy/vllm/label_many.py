@@ -1,15 +1,14 @@
-"""Millions of images → records, on every GPU of a Ray cluster: vLLM answers, Ray Data hands out the work.
+"""Label millions of images on all GPUs of a Ray cluster: vLLM answers, Ray Data distributes the work.
 
     python deploy/vllm/label_many.py IMAGES ANSWERS --model EXPORTED --gpus 8
 
-The sorted list of files, written down once in ANSWERS/files.txt, is cut into shards. A worker loads the engine once, answers shard after
-shard, and gives each answer file its name only when it is whole: ANSWERS/00000017.jsonl is finished, or is not there. Started again, the
-same command does the shards that are missing. Every image gets one line, {"file", …} with its record or its error.
+The sorted list of files, written once to ANSWERS/files.txt, is cut into shards. A worker loads the engine once and
+answers shard after shard. ANSWERS/00000017.jsonl appears when it is complete. Rerun the command to do the missing
+shards. Every image gets one line: {"file", …} with its record or its error.
 
-Where the engine fails on a shard, its images are asked about one by one; where it fails on every one of them, it is to blame, and the job
-ends.
+If the engine fails on a shard, its images are sent one by one. If it fails on each of them, the job ends.
 
-Needs an environment of its own (requirements.txt beside this file), with this package installed by `pip install --no-deps`.
+Needs an environment of its own (requirements.txt beside this file) with this package (`pip install --no-deps`).
 """
 
 import json
@@ -30,14 +29,12 @@ Answer = Callable[[list[list[dict]]], list[str]]  # conversations → texts
 
 
 def shards(images: Path, answers: Path, size: int) -> list[dict[str, Any]]:
-    """What is still to do, as {"shard", "files"} rows. The list of files is made once, so that a later run cuts it in the same places."""
+    """Return the missing shards as {"shard", "files"} rows. The list of files is fixed by the first run."""
     answers.mkdir(parents=True, exist_ok=True)
     listed = answers / "files.txt"
     if not listed.exists():
         names = [path.relative_to(images).as_posix() for path in find_images([images])]
-        _write_whole(
-            listed, json.dumps({"shard_size": size}) + "\n" + "".join(json.dumps(name) + "\n" for name in names)
-        )
+        _write_atomically(listed, "".join(json.dumps(line) + "\n" for line in [{"shard_size": size}, *names]))
     head, *names = map(json.loads, listed.read_text().splitlines())
     size = head["shard_size"]
     cut = [
@@ -48,7 +45,7 @@ def shards(images: Path, answers: Path, size: int) -> list[dict[str, Any]]:
 
 
 def answer_shard(row: dict[str, Any], images: Path, answers: Path, answer: Answer) -> dict[str, int]:
-    """Answer one shard and write its file. How many images were answered, and how many have an error instead."""
+    """Answer one shard and write its file. Returns how many images were answered, and how many failed."""
     lines, conversations = [{"file": name} for name in row["files"]], {}
     for line in lines:
         try:
@@ -66,26 +63,26 @@ def answer_shard(row: dict[str, Any], images: Path, answers: Path, answer: Answe
                     line["error"] = str(error)
             case Exception() as error:
                 line["error"] = f"the engine failed: {error}"
-    _write_whole(_answer_file(answers, row["shard"]), "".join(json.dumps(line) + "\n" for line in lines))
+    _write_atomically(_answer_file(answers, row["shard"]), "".join(json.dumps(line) + "\n" for line in lines))
     failed = sum("error" in line for line in lines)
     return {"shard": row["shard"], "answered": len(lines) - failed, "failed": failed}
 
 
 def _texts(conversations: list[list[dict]], answer: Answer) -> list[str | Exception]:
-    """The text for each conversation, or what the engine raises when it is asked about that one alone."""
+    """Return the text of each conversation, or the error the engine raises for that one alone."""
     try:
         return answer(conversations)
     except Exception as error:
         if len(conversations) == 1:
             return [error]
-        told = [text for conversation in conversations for text in _texts([conversation], answer)]
-        if all(isinstance(text, Exception) for text in told):
+        texts = [text for conversation in conversations for text in _texts([conversation], answer)]
+        if all(isinstance(text, Exception) for text in texts):
             raise
-        return told
+        return texts
 
 
 def vllm_answers(model: Path) -> Answer:
-    """vLLM in this process, greedy, under the schema."""
+    """Load vLLM in this process; it answers greedily under the schema."""
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -108,7 +105,7 @@ def vllm_answers(model: Path) -> Answer:
 
 
 class Worker:
-    """One on each GPU: loads the engine once, then answers shards."""
+    """A Ray actor, one per GPU: loads the engine once, then answers shards."""
 
     def __init__(self, images: Path, answers: Path, load: Callable[[], Answer]) -> None:
         self.images, self.answers, self.answer = images, answers, load()
@@ -120,7 +117,7 @@ class Worker:
 def label(
     images: Path, answers: Path, load: Callable[[], Answer], size: int, workers: int, gpus_each: float
 ) -> dict[str, int]:
-    """Answer every shard that is missing; how many images this run answered, and how many have an error instead."""
+    """Answer the missing shards. Returns how many images this run answered, and how many failed."""
     import ray
 
     total = {"answered": 0, "failed": 0}
@@ -139,23 +136,23 @@ def _answer_file(answers: Path, shard: int) -> Path:
     return answers / f"{shard:08}.jsonl"
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text)
     partial.replace(path)
 
 
 def main(
-    images: Annotated[Path, typer.Argument(help="Folder that every node sees; its subfolders count too.")],
+    images: Annotated[Path, typer.Argument(help="Folder that every node can read, with subfolders.")],
     answers: Annotated[Path, typer.Argument(help="Folder for the answers.")],
     model: Annotated[Path, typer.Option(help="Folder that `foodextract export vllm` wrote.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Workers, one a GPU.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Workers, one per GPU.")] = 1,
     shard: Annotated[
-        int, typer.Option(min=1, help="Images a shard: what an interruption costs at most, for each worker.")
+        int, typer.Option(min=1, help="Images per shard: the most that an interruption costs each worker.")
     ] = 2000,
 ) -> None:
-    """Label IMAGES, or what is left of them."""
-    model = model.resolve()  # a worker has a folder of its own
+    """Label IMAGES, or the rest of them."""
+    model = model.resolve()  # workers run in other folders
     print(json.dumps(label(images, answers, lambda: vllm_answers(model), shard, gpus, 1)))
 
 

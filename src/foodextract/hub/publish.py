@@ -50,7 +50,7 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
     "dataset": (
         "README.md", "data/*.parquet", "report.json", "rejects.jsonl", "issues.jsonl", "near_duplicates.jsonl",
     ),
-    "space": ("README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py"),
+    "space": ("README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py", "*.css"),
 }  # fmt: skip
 BUNDLED = "models/bundled/*/*"
 PACKAGE = ("**/*.py", "py.typed", "data/**/*.txt", f"{BUNDLED}.json", f"{BUNDLED}.jinja", f"{BUNDLED}.safetensors")

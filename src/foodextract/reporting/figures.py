@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ContextDecorator
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,11 +24,11 @@ from foodextract.schema import FoodRecord
 WIDTH, FONT, LINE = 7.8, 8, 0.16  # inches, points, inches; a notebook adds 0.1 inches on each side
 COLORS = ("#bab0ac", "#9ecae9", "#4c78a8", "#f2b134", "#72b7b2", "#b279a2")  # base gray, stages blue, then baselines
 GRAY, RIGHT, INVENTED, MISSED = "#555555", "#2e7d32", "#c62828", "#b26a00"
-LOSSES = {"answer_loss": "loss on the answer", "unlikelihood_loss": "unlikelihood loss, unweighted"}
+LOSSES = {"answer_loss": "loss on the answer", "unlikelihood_loss": "unlikelihood loss, weighted"}
 
 Lines = Sequence[tuple[str, str]]  # lines of text, each with its color
 
-STYLE = {"font.size": FONT, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE: Any = {"font.size": FONT, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 _styled = cast(ContextDecorator, plt.rc_context(STYLE))
 
 
@@ -55,7 +55,7 @@ def contact_sheet(
             axis.axis("off")
             for number, (text, color) in enumerate(wrapped[i]):
                 offset = (0, -4 - 72 * LINE * number)
-                style = {"va": "top", "fontsize": FONT, "color": color, "parse_math": False}
+                style: Any = {"va": "top", "fontsize": FONT, "color": color, "parse_math": False}
                 axis.annotate(text, (0, 0), offset, "axes fraction", "offset points", **style)
         top += row_height
     return figure
@@ -161,12 +161,12 @@ def before_after(rows: Sequence[Row], names: Mapping[str, str] = NAMES) -> Figur
         mine = [row for row in wanted if row.subject == subject]
         x = [metrics.index(row.metric) + (i - (len(subjects) - 1) / 2) * width for row in mine]
         axis.bar(
-            x, [row.value for row in mine], 0.93 * width, yerr=_errors((row.value, row.low, row.high) for row in mine),
+            x, [row.value for row in mine], 0.93 * width, yerr=_errors((row.value, *row.interval) for row in mine),
             color=COLORS[i % len(COLORS)], label=subject_name(subject), capsize=2, error_kw={"elinewidth": 1},
         )  # fmt: skip
     broken = [metric.replace("is_food_", "is food_").replace("_", "\n", 1).replace("_", " ") for metric in metrics]
     axis.set_xticks(range(len(metrics)), broken)
-    axis.set_ylim(min([0, *(row.low - 0.03 for row in wanted if row.low < 0)]), 1.05)
+    axis.set_ylim(min(0, *(row.interval[0] - 0.03 * (row.interval[0] < 0) for row in wanted)), 1.05)
     figure.legend(ncols=min(4, len(subjects)), loc="outside upper center")
     return figure
 

@@ -1,53 +1,113 @@
-"""What one run of training is: its values, its precision, and how TRL is told."""
+"""The settings of a stage of training, and the presets of the two profiles."""
 
 import os
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from peft import LoraConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from trl import SFTConfig
 
-from foodextract.models.loading import ModelError, Precision, choose_precision
-from foodextract.training.lora import Lora
+from foodextract.models.loading import BUNDLED, ModelError, Precision, choose_device, choose_precision
+
+VISION = "model.vision_model"  # the name prefix of the vision tower's parameters
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA adapters on all linear layers, with the names of peft's LoraConfig.
+
+    Freezing a module does not keep adapters out of it; `exclude_modules`, a regular expression for whole module names, does.
+    """
+
+    r: int = 16
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    exclude_modules: str | None = None
+    modules_to_save: tuple[str, ...] = ()  # trained as a whole and saved with the adapters
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    def config(self) -> LoraConfig:
+        values = vars(self) | {"modules_to_save": list(self.modules_to_save) or None}
+        return LoraConfig(target_modules="all-linear", **values)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of training: the recipe is these values and nothing else."""
+    """The settings of one stage. Those that TRL or transformers have keep their names."""
 
     name: str
-    freeze: tuple[str, ...]  # prefixes of parameter names that stay as they are
+    freeze: tuple[str, ...]  # name prefixes of the parameters that do not train
     learning_rate: float
-    epochs: float = 2
-    batch_size: int = 8  # images on the device at once
-    accumulation: int = 4  # such batches an optimizer step
-    warmup: float = 0.03  # share of the steps
-    schedule: str = "constant_with_warmup"  # of the learning rate, by its name in transformers; plain "constant" would ignore the warm-up
-    validation: int = 0  # images to choose the best checkpoint by; 0: train on all, keep the last
-    every: int = 0  # steps between checkpoints; 0: one an epoch
-    lora: Lora | None = (
-        None  # adapters instead of the weights themselves; merged into them at the end, and saved in `adapter` as well
-    )
-    target: str = "json"  # what the answer is written as: "json", or "repr" as the projects this one grew from did it
-    whole_text: bool = False  # loss on prompt and tile markers too, as they did it
-    against_repeats: float = (
-        0  # weight of a second loss, on words that the title or list in hand holds already; 0: none
-    )
-    augment: bool = False  # mirror, crop, turn and recolor; the vision tower then has to look at every image every time
-    fast: bool = True  # rows prepared once, shortcuts in the step: the same losses; False is the plain SFTTrainer
-    bf16: bool = False  # autocast to bf16 where `choose_precision` would not
-    compile: bool = False  # torch.compile: the first step takes minutes, the later ones less than without
+    num_train_epochs: float = 2
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 4
+    warmup_steps: float = 0.03  # below 1: a share of all steps
+    lr_scheduler_type: str = "constant_with_warmup"
+    save_steps: int = 0  # optimizer steps between checkpoints; 0: one checkpoint an epoch
+    validation_rows: int = 0  # rows held out to choose the best checkpoint; 0: keep the last
+    metric_for_best_model: Literal["item_f1", "loss"] = "item_f1"
+    lora: Lora | None = None  # train adapters instead of the weights, and merge them at the end
+    target: Literal["json", "repr"] = "json"  # how answers are written; "repr" is the form of the original projects
+    completion_only_loss: bool = True  # False: loss on the prompt too, as in the original projects
+    unlikelihood_weight: float = 0  # weight of the loss on repeated words, see `trainer.unlikelihood_loss`
+    augment: bool = False  # change images at random; their features are then not cached
+    cache: bool = True  # read rows that were prepared once; the losses stay the same
+    bf16: bool = False  # bf16 autocast, also where `choose_precision` prefers fp32
+    torch_compile: bool = False
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # for `changed`
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings that SFTConfig takes as they are."""
+        names = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+        return {name: getattr(self, name) for name in (*names, "warmup_steps", "lr_scheduler_type")}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The presets of one environment: a GPU with the Hub, or a CPU without either."""
+
+    base_model: str
+    source: str
+    dataset_id: str  # read where `source` is the Hub
+    stage1: Stage
+    stage2: Stage
+    tiles: int = 1  # image budget
+    needs_gpu: bool = False
+
+    def require_gpu(self, allow_cpu: bool = False, gpu: str = "T4") -> None:
+        """Raise ModelError where a GPU is needed but missing, unless `allow_cpu`. `gpu` is the one to choose in Colab."""
+        if self.needs_gpu and not allow_cpu and choose_device().type == "cpu":
+            raise ModelError(
+                "this profile needs a GPU, and there is none here. In Colab choose Runtime > Change runtime type > "
+                f"{gpu} GPU and run all cells again. To run on the CPU anyway, which takes days, set allow_cpu = True"
+            )
+
+
+def _load_profile(path: Path) -> Profile:
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    for name in ("stage1", "stage2"):
+        values[name]["name"] = name
+    if (BUNDLED / values["base_model"]).is_dir():
+        values["base_model"] = str(BUNDLED / values["base_model"])
+    return TypeAdapter(Profile).validate_python(values)
+
+
+PROFILES = {name: _load_profile(PRESETS / f"{name}.toml") for name in ("hub", "offline")}
 
 
 def changed(stage: Stage, values: Mapping[str, Any]) -> Stage:
-    """The stage with other `values`, as JSON or YAML spells them. Raises ModelError for one that a stage does not have or cannot use.
+    """Return the stage with other `values`, as JSON or YAML spells them.
 
-    >>> changed(Stage("stage1", freeze=(), learning_rate=2e-4), {"learning_rate": "1e-4"}).learning_rate  # a text in YAML: it lacks a dot
+    Raises ModelError for a value that a stage does not have or cannot use.
+
+    >>> changed(Stage("stage1", freeze=(), learning_rate=2e-4), {"learning_rate": "1e-4"}).learning_rate  # a string in YAML
     0.0001
     """
     try:
@@ -58,58 +118,13 @@ def changed(stage: Stage, values: Mapping[str, Any]) -> Stage:
 
 
 def is_sharded() -> bool:
-    """Does accelerate spread the weights over processes? Parts of the model then cannot run alone, nor a forward in two parts."""
+    """Whether accelerate shards the weights over processes. Parts of the model then cannot run alone."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def precision_of(stage: Stage, device: torch.device, parameters: int = 0) -> Precision:
-    """What suits the device and a model of so many parameters, or bf16 autocast where the stage asks for it."""
+    """Choose the precision for the device and a model of so many parameters, or bf16 autocast where the stage sets `bf16`."""
     chosen = choose_precision(device, training=True, parameters=parameters)
     if not stage.bf16 or chosen.autocast is torch.bfloat16:
         return chosen
     return replace(chosen, autocast=torch.bfloat16, reason="fp32 weights, bf16 autocast: the stage asks for it")
-
-
-def training_config(
-    stage: Stage,
-    precision: Precision,
-    device: torch.device,
-    checkpoints: Path,
-    seed: int = 42,
-    steps: int = -1,
-    report_to: str = "none",
-) -> SFTConfig:
-    """A stage in the words of transformers and TRL."""
-    rhythm = "steps" if stage.every else "epoch"
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        num_train_epochs=stage.epochs,
-        max_steps=steps,
-        per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=stage.accumulation,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule,
-        warmup_steps=stage.warmup,
-        max_length=None,  # the default of 1024 cuts image tokens off
-        activation_checkpointing=False,  # on by default in TRL, and not needed with one tile an image
-        bf16=precision.autocast is torch.bfloat16,
-        fp16=precision.autocast is torch.float16,
-        use_cpu=device.type == "cpu",
-        save_strategy=rhythm,
-        save_steps=stage.every or 500,
-        save_total_limit=1,
-        eval_strategy=rhythm if stage.validation else "no",
-        eval_steps=stage.every or None,
-        load_best_model_at_end=bool(stage.validation),
-        metric_for_best_model=("item_f1" if stage.fast else "loss") if stage.validation else None,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a NaN must be seen
-        report_to=report_to,
-        torch_compile=stage.compile,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        ddp_find_unused_parameters=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        seed=seed,
-    )

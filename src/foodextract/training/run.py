@@ -1,57 +1,66 @@
-"""Two stages of full fine-tuning with TRL: what each one freezes, how it runs, and proof of which weights it moved."""
+"""One stage of fine-tuning in its folder: what is finished, what can be resumed, and proof of the weights it moved.
 
-import gc
+    run = StageRun(model, processor, stage, rows["train"], "outputs")
+    if not run.finished:
+        trainer = run.build_trainer(training_arguments(run))
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+        run.finish(trainer)
+    run.log, run.moved
+
+`train_stage` is these lines; notebook 01 spells out the arguments and the trainer.
+"""
+
 import hashlib
 import json
 import os
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 from accelerate import PartialState
-from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, set_seed
-from trl import SFTConfig, SFTTrainer
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import SFTConfig
 
 from foodextract.data.dataset import as_conversations, record_of, scopes_of
 from foodextract.evaluation import evaluate
 from foodextract.evaluation.results import write_results
 from foodextract.inference.extractor import Extractor
-from foodextract.models.loading import FINISHED, ModelError, Precision
+from foodextract.models.loading import FINISHED, ModelError
 from foodextract.models.weights import checksum, snapshot, whole_state
 from foodextract.training.cache import (
     PIXELS,
-    Prepared,
+    PreparedRows,
     are_stored,
-    augmentation,
     features_shape,
+    most_tiles,
     prepare,
     vision_features,
-    whole_text,
 )
 from foodextract.training.checkpoints import (
     CHECKPOINTS,
     RECIPE,
-    Keeper,
+    Backup,
     check_keep_in,
     differences,
     finished_recipe,
     full_disk_named,
     interrupted_recipe,
     last_checkpoint,
+    started_recipe,
 )
-from foodextract.training.collate import Collator
-from foodextract.training.config import Stage, is_sharded, precision_of, training_config
+from foodextract.training.collate import Collator, augmentation
+from foodextract.training.config import VISION, Stage, is_sharded, precision_of
 from foodextract.training.freezing import Moved, freeze, weights_moved
-from foodextract.training.lora import attach, untie
-from foodextract.training.throughput import memory_kept, performance_rows, reset_peak_memory
-from foodextract.training.trainer import PreparedTrainer, Progress
+from foodextract.training.throughput import performance_rows, reset_peak_memory
+from foodextract.training.trainer import FoodTrainer
 
-PERFORMANCE = "performance.json"  # how fast a stage went, in the format of results/, beside its weights
+PERFORMANCE = "performance.json"  # the speed of a stage, in the format of results/, beside its weights
 
 
 def train_stage(
@@ -60,164 +69,312 @@ def train_stage(
     stage: Stage,
     split: datasets.Dataset,
     out: str | Path,
-    *,
-    seed: int = 42,
-    max_steps: int = -1,
-    report_to: str = "none",
-    retrain: bool = False,
-    keep_in: str | Path | None = None,
-) -> tuple[list[dict[str, float]], list[Moved]]:
+    **options: Any,
+) -> "StageRun":
     """Train `model` in place on a split of the data set and save it, with its processor, to `out`/stage.name.
 
-    Every stage starts with a fresh optimizer. A stage that finished here with the same recipe (settings, rows, seed and start) is loaded,
-    not trained again, unless `retrain` says so. An interrupted stage resumes from its last checkpoint. `keep_in` is a folder that outlives
-    this machine: checkpoints and the finished stage are copied there, and read back where `out` lacks them (`checkpoints.Keeper`). When
-    a GPU's memory does not suffice, smaller batches are accumulated to the same effective batch. `report_to` is a tracker of transformers,
-    such as "tensorboard" (its files go to `out`/runs).
-
-    The start of a stage is the checksum of the model's weights or, when the model is the outcome of an earlier stage, the recipe of that
-    stage: training it again on a GPU need not give the same bits, and must not invalidate the next stage's checkpoint.
-
-    Returns the log (loss, learning rate, gradient norm by step) and the table of moved weights; `seconds_of` says how long it took.
-    Raises ModelError when the loss stops being a number, when the disk is full and when not even one image fits; the folder then keeps
-    its last whole checkpoint. Raises it before anything is done when the tracker is not installed, the parent folder of `keep_in` does
-    not exist, or the model has been through this stage already and should be trained anew.
+    `options` are those of StageRun, which is returned.
     """
-    began = time.perf_counter()
-    if report_to != "none" and not find_spec(report_to):
-        raise ModelError(f"nothing can be reported to {report_to!r}: `pip install {report_to}` first, or leave it out")
-    check_keep_in(keep_in)
-    folder = Path(out) / stage.name
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(
-        Path(out) / "runs" / stage.name
-    )  # transformers would choose a folder that is removed
-    checkpoints = folder / CHECKPOINTS
-    keeper = Keeper(folder, Path(keep_in) / stage.name) if keep_in else None
-    processes = PartialState()
-    freeze(model, stage.freeze)
-    start, been_through = _start(model, folder)
-    if stage.lora and stage.lora.also:
-        untie(model)
-    before = snapshot(model)
-    recipe = json.dumps(
-        {**asdict(stage), "start": start, "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
+    run = StageRun(model, processor, stage, split, out, **options)
+    if not run.finished:
+        trainer = run.build_trainer(training_arguments(run))
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+        run.finish(trainer)
+    return run
+
+
+def training_arguments(run: "StageRun") -> SFTConfig:
+    """The stage's settings as TRL takes them."""
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        **run.stage.arguments(),
+        max_length=None,  # the default of 1,024 cuts image tokens off
+        activation_checkpointing=False,  # on by default in TRL; one tile an image does not need it
+        seed=run.seed,
+        **run.settings(),
     )
-    if been_through and (retrain or finished_recipe(folder) != recipe):
-        raise ModelError(
-            f"{stage.name}: the model in memory has been through this stage; load the base again to train it anew"
-        )
-    with processes.main_process_first():
+
+
+class StageRun:
+    """A stage of training in the folder `out`/stage.name, where it starts, resumes or is found finished.
+
+    A stage that finished with the same recipe (settings, rows, seed and start) is loaded into `model`, unless `retrain`. `checkpoint` is
+    where an interrupted one resumes. The start is the checksum of the weights or, for the result of an earlier stage, the recipe of that
+    stage: training it again on a GPU need not give the same bits, and must not invalidate the checkpoints of the next stage.
+
+    `keep_in` is a folder for backups (`checkpoints.Backup`). `report_to` is a tracker of transformers, such as "tensorboard", whose files
+    go to `out`/runs. Raises ModelError before anything is done when the tracker is not installed, the parent folder of `keep_in` does not
+    exist, or the model went through this stage before and should be trained again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        stage: Stage,
+        split: datasets.Dataset,
+        out: str | Path,
+        *,
+        seed: int = 42,
+        max_steps: int = -1,
+        report_to: str = "none",
+        retrain: bool = False,
+        keep_in: str | Path | None = None,
+    ) -> None:
+        self.began = time.perf_counter()
+        if report_to != "none" and not find_spec(report_to):
+            raise ModelError(
+                f"nothing can be reported to {report_to!r}: `pip install {report_to}` first, or leave it out"
+            )
+        check_keep_in(keep_in)
+        self.model, self.processor, self.stage, self.split, self.seed = model, processor, stage, split, seed
+        self.max_steps, self.report_to = max_steps, report_to
+        self.folder = Path(out) / stage.name
+        self.checkpoints = self.folder / CHECKPOINTS
+        self.backup = Backup(self.folder, Path(keep_in) / stage.name) if keep_in else None
+        # transformers would write to a folder that is removed at the end.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(out) / "runs" / stage.name)
+        freeze(model, stage.freeze)
+        start, known = _start(model, self.folder)
+        if stage.lora and stage.lora.modules_to_save:
+            untie(model)
+        self.before = snapshot(model)
+        values = {"start": start, "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
+        self.recipe = json.dumps(asdict(stage) | values)
+        if known and (retrain or finished_recipe(self.folder) != self.recipe):
+            raise ModelError(
+                f"{stage.name}: the model in memory has been through this stage; load the base again to train it anew"
+            )
+        processes = PartialState()
+        with processes.main_process_first():
+            if processes.is_main_process:
+                _open_folder(self.folder, self.recipe, self.backup, retrain)
+        self.finished = finished_recipe(self.folder) == self.recipe
+        self.log: list[dict[str, float]] = []
+        self.moved: list[Moved] = []
+        self.precision = precision_of(stage, model.device, model.num_parameters())
+        if self.finished:
+            self._load()
+            return
+        reset_peak_memory(model.device)
         if processes.is_main_process:
-            _take_up(folder, recipe, keeper, retrain)
-    if finished_recipe(folder) == recipe:
-        finished = json.loads((folder / FINISHED).read_text())
-        if processes.is_main_process:
-            print(f"{stage.name}: already trained; loaded from {folder}", flush=True)
-            if keeper:
-                keeper.keep_finished()
-            shutil.rmtree(checkpoints, ignore_errors=True)  # where a kill came after the stage had finished
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
-        model.name_or_path = str(folder)
-        return [entry for entry in finished["log"] if "loss" in entry], [Moved(**row) for row in finished["moved"]]
-    precision = precision_of(stage, model.device, model.num_parameters())
-    reset_peak_memory(model.device)
-    progress = Progress(stage.name, stage.learning_rate)
-    run = stage
-    if stage.fast and model.device.type == "cuda":  # the whole effective batch at once, if it fits
-        run = replace(stage, batch_size=stage.batch_size * stage.accumulation, accumulation=1)
-    if processes.is_main_process:
-        print(f"{stage.name}: {precision.reason}; batches of {run.batch_size} x {run.accumulation}", flush=True)
-    while True:
-        try:
-            with full_disk_named(stage.name, checkpoints):
-                set_seed(seed)  # adapters start at random
-                trained = attach(model, stage.lora) if stage.lora else model
-                config = training_config(run, precision, model.device, checkpoints, seed, max_steps, report_to)
-                trainer = _trainer(model, trained, processor, run, split, config, precision)
-                trainer.remove_callback(PrinterCallback)
-                trainer.add_callback(progress)
-                if keeper:
-                    trainer.add_callback(keeper)
-                prepared_in = time.perf_counter() - began
-                resumed = last_checkpoint(checkpoints)
-                if resumed and processes.is_main_process:
-                    print(f"{stage.name}: resumed from {Path(resumed).name}", flush=True)
-                with memory_kept(model.device):
-                    trainer.train(resume_from_checkpoint=resumed)
-            break
-        except torch.OutOfMemoryError as error:
-            if run.batch_size == 1:
-                raise ModelError(
-                    f"{stage.name}: not even one image at a time fits into memory; take fewer tiles"
-                ) from error
-            if is_sharded():
-                raise ModelError(
-                    f"{stage.name}: batches of {run.batch_size} do not fit into memory; take a smaller batch_size"
-                ) from error
-            fewer = 1 if run.batch_size % 2 else run.batch_size // 2
-            run = replace(run, batch_size=fewer, accumulation=run.accumulation * run.batch_size // fewer)
-            print(f"out of memory: going on with batches of {run.batch_size} x {run.accumulation}")
-            if stage.lora:
-                trained.unload()
-            model.load_state_dict(before, strict=False)
-            torch.cuda.empty_cache()
-    log = [entry for entry in trainer.state.log_history if {"loss", "eval_loss", "eval_item_f1"} & entry.keys()]
-    step = trainer.step_of(model, run.batch_size) if stage.fast else None
-    cache = trainer.prepared.home if stage.fast else None
-    del trainer
-    gc.collect()  # maps of deleted files hold their disk space
-    if stage.lora:
-        if processes.is_main_process:
-            trained.save_pretrained(folder / "adapter")
-        trained.merge_and_unload()
-    moved = weights_moved(model, before)
-    processes.wait_for_everyone()
-    state = whole_state(model)
-    after = checksum(snapshot(model))
-    if processes.is_main_process:
-        for used in (*checkpoints.glob("features-*"), *([cache / PIXELS] if cache else [])):
-            used.unlink(missing_ok=True)
-        with full_disk_named(stage.name, checkpoints):
-            model.save_pretrained(folder, state_dict=state)
-            processor.save_pretrained(folder)
-        finished = {
-            **asdict(run),
-            "recipe": recipe,
-            "weights": after,
-            "seconds": prepared_in + (log[-1]["elapsed"] if log else 0),
-            "processes": processes.num_processes,
-            "precision": precision.reason,
-            "log": log,
-            "moved": [asdict(m) for m in moved],
+            print(f"{stage.name}: {self.precision.reason}", flush=True)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The last whole checkpoint of an interrupted run."""
+        return last_checkpoint(self.checkpoints)
+
+    @property
+    def seconds(self) -> float:
+        """How long the finished stage took: all its steps, and the preparation of its last run."""
+        return json.loads((self.folder / FINISHED).read_text())["seconds"]
+
+    @property
+    def peft_config(self) -> LoraConfig | None:
+        return self.stage.lora.config() if self.stage.lora else None
+
+    @property
+    def callbacks(self) -> list[Backup]:
+        return [self.backup] if self.backup else []
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of SFTConfig that follow from the device, the precision and the rhythm of checkpoints."""
+        stage, device = self.stage, self.model.device
+        rhythm = "steps" if stage.save_steps else "epoch"
+        return {
+            "max_steps": self.max_steps,
+            "bf16": self.precision.autocast is torch.bfloat16,
+            "fp16": self.precision.autocast is torch.float16,
+            "use_cpu": device.type == "cpu",
+            "torch_compile": stage.torch_compile,
+            "dataloader_pin_memory": device.type == "cuda",
+            "ddp_find_unused_parameters": False,
+            "save_strategy": rhythm,
+            "save_steps": stage.save_steps or 500,
+            "save_total_limit": 1,
+            "eval_strategy": rhythm if stage.validation_rows else "no",
+            "eval_steps": stage.save_steps or None,
+            "load_best_model_at_end": bool(stage.validation_rows),
+            "metric_for_best_model": stage.metric_for_best_model if stage.validation_rows else None,
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,  # show a NaN
+            "report_to": self.report_to,
+            "disable_tqdm": True,  # `trainer.Progress` has a bar
+            "remove_unused_columns": False,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
         }
-        if step and progress.seconds:
-            dtype = precision.autocast or precision.weights
-            done = progress.images // processes.num_processes, progress.seconds, processes.num_processes
-            rows = performance_rows(stage.name, model.config, step, *done, model.device, dtype)
-            write_results(folder / PERFORMANCE, rows)
-            print("\n".join(f"{row.metric:>20} {row.value:10.3f} {row.unit}" for row in rows))
-        with full_disk_named(stage.name, checkpoints):
-            unfinished = folder / f"{FINISHED}.partial"
-            unfinished.write_text(json.dumps(finished, indent=1))
-            unfinished.replace(folder / FINISHED)
-        if keeper:
-            keeper.keep_finished()
-        shutil.rmtree(checkpoints)
-    model.name_or_path = str(folder)
-    processes.wait_for_everyone()
-    return [entry for entry in log if "loss" in entry], moved
+
+    def build_trainer(self, args: SFTConfig) -> FoodTrainer:
+        train_rows, held_out, collator = self.rows()
+        return FoodTrainer(
+            model=self.model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=held_out,
+            data_collator=collator,
+            processing_class=self.processor,
+            peft_config=self.peft_config,
+            unlikelihood_weight=self.stage.unlikelihood_weight,
+            score=self.score,
+            callbacks=self.callbacks,
+        )
+
+    def rows(self) -> tuple[datasets.Dataset, datasets.Dataset | None, PreparedRows | Collator]:
+        """Rows to train on, held-out rows, and their collator: `Collator`, or `PreparedRows` with `stage.cache`.
+
+        Raises ModelError for images of several tiles that should be augmented, and when the disk is full.
+        """
+        stage, images = self.stage, self.processor.image_processor
+        if stage.validation_rows and is_sharded():
+            message = "validation generates answers, which takes whole weights: leave it out, or use configs/ddp.yaml"
+            raise ModelError(f"{stage.name}: {message}")
+        augment = None
+        if stage.augment:
+            if most_tiles(images) > 1:
+                raise ModelError(
+                    "images of several tiles cannot be augmented, since their tiles must fit together: take 1 tile"
+                )
+            augment = augmentation(images.max_image_size["longest_edge"])
+        held_out = set(self.held_out())
+        split = as_conversations(self.split, stage.target)
+        collator: Collator | PreparedRows = Collator(self.processor, stage.completion_only_loss, augment)
+        if stage.cache:
+            split = datasets.Dataset.from_dict({"row": range(len(split))})
+            with full_disk_named(stage.name, self.checkpoints):
+                collator = self._prepare()
+            collator.augment = augment
+        train_rows = split.select([number for number in range(len(split)) if number not in held_out])
+        return train_rows, split.select(sorted(held_out)) if held_out else None, collator
+
+    def held_out(self) -> list[int]:
+        """About `stage.validation_rows` rows by whole groups of look-alikes, whatever the order of the rows."""
+        count, groups, chosen = self.stage.validation_rows, {}, []
+        for number, group in enumerate(self.split["group"] if count else ()):
+            groups.setdefault(group, []).append(number)
+        for group in sorted(groups, key=lambda group: hashlib.sha256(f"validation {group}".encode()).digest()):
+            if len(chosen) < count:
+                chosen += groups[group]
+        return sorted(chosen)
+
+    def score(self) -> float:
+        """The item F1 of answers to the held-out images."""
+        rows = self.split.select(self.held_out())
+        labels, scopes = [record_of(row) for row in rows.remove_columns("image")], scopes_of(rows)
+        batch = self.stage.per_device_train_batch_size
+        answers = evaluate.predict(Extractor(self.model, self.processor).generate_texts, rows["image"], batch, "validation")
+        return evaluate.validation_f1(labels, answers, scopes)
+
+    def _prepare(self) -> PreparedRows:
+        """The rows, prepared once for all stages. Features of a frozen vision tower replace the pixels, if the disk has room for both."""
+        model, processes = self.model, PartialState()
+        dtype = self.precision.autocast or self.precision.weights
+        path = self.checkpoints / f"features-{dtype}.bin".replace("torch.", "")  # another GPU may use another type
+        stored, only = are_stored(path), {"completion_only_loss": self.stage.completion_only_loss}
+        with processes.main_process_first():
+            home = self.folder.parent
+            rows = prepare(self.split, self.processor, home, self.stage.target, with_pixels=not stored, **only)
+        if is_sharded():
+            rows.shared = 0  # a forward in two parts needs whole weights
+        trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(VISION))
+        if is_sharded() or trained or self.stage.augment:
+            return rows
+        needed = features_shape(model, rows).numel() * dtype.itemsize
+        if not stored and needed > 0.5 * shutil.disk_usage(self.checkpoints).free:
+            print(
+                f"features of {needed / 1e9:.0f} GB would fill more than half of the free disk, so they are not cached"
+            )
+            return rows
+        with processes.main_process_first():
+            rows.features = vision_features(model, rows, path, dtype)
+        processes.wait_for_everyone()
+        rows.pixels = None
+        if processes.is_main_process:
+            (rows.home / PIXELS).unlink(missing_ok=True)  # `prepare` writes them again for stage 2
+        return rows
+
+    def finish(self, trainer: FoodTrainer) -> None:
+        """Merge adapters, count the moved weights, save the model and what was measured, and delete the checkpoints."""
+        stage, model, processes, progress = self.stage, self.model, PartialState(), trainer.progress
+        log = [entry for entry in trainer.state.log_history if {"loss", "eval_loss", "eval_item_f1"} & entry.keys()]
+        self.log = [entry for entry in log if "loss" in entry]
+        prepared = trainer.data_collator if stage.cache else None
+        if prepared:
+            frozen = not any(p.requires_grad for name, p in model.named_parameters() if name.startswith(VISION))
+            step = prepared.step(trainer.args.per_device_train_batch_size, "frozen" if frozen else "trained")
+            prepared.close()
+        if isinstance(trainer.model, PeftModel):
+            if processes.is_main_process:
+                trainer.model.save_pretrained(self.folder / "adapter")
+            trainer.model.merge_and_unload()
+        trainer.release()
+        self.moved, self.before = weights_moved(model, self.before), {}
+        processes.wait_for_everyone()
+        state, after = whole_state(model), checksum(snapshot(model))
+        if processes.is_main_process:
+            for used in (*self.checkpoints.glob("features-*"), *([prepared.home / PIXELS] if prepared else [])):
+                used.unlink(missing_ok=True)
+            with full_disk_named(stage.name, self.checkpoints):
+                model.save_pretrained(self.folder, state_dict=state)
+                self.processor.save_pretrained(self.folder)
+            if prepared and progress.seconds:
+                number, dtype = processes.num_processes, self.precision.autocast or self.precision.weights
+                done = progress.images // number, progress.seconds, number
+                rows = performance_rows(stage.name, model.config, step, *done, model.device, dtype)
+                write_results(self.folder / PERFORMANCE, rows)
+                print("\n".join(f"{row.metric:>20} {row.value:10.3f} {row.unit}" for row in rows))
+            finished = asdict(stage) | {
+                "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
+                "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
+                "recipe": self.recipe,
+                "weights": after,
+                "seconds": progress.began - self.began + (log[-1]["elapsed"] if log else 0),
+                "processes": processes.num_processes,
+                "precision": self.precision.reason,
+                "log": log,
+                "moved": [asdict(module) for module in self.moved],
+            }
+            with full_disk_named(stage.name, self.checkpoints):
+                unfinished = self.folder / f"{FINISHED}.partial"
+                unfinished.write_text(json.dumps(finished, indent=1))
+                unfinished.replace(self.folder / FINISHED)
+            if self.backup:
+                self.backup.save_finished()
+            shutil.rmtree(self.checkpoints)
+        model.name_or_path = str(self.folder)
+        self.finished = True
+        processes.wait_for_everyone()
+
+    def _load(self) -> None:
+        """Load the finished stage into the model."""
+        finished = json.loads((self.folder / FINISHED).read_text())
+        if PartialState().is_main_process:
+            print(f"{self.stage.name}: already trained; loaded from {self.folder}", flush=True)
+            if self.backup:
+                self.backup.save_finished()
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # left where a kill came after the stage had finished
+        self.model.load_state_dict(type(self.model).from_pretrained(self.folder, dtype=self.model.dtype).state_dict())
+        self.model.name_or_path = str(self.folder)
+        self.log = [entry for entry in finished["log"] if "loss" in entry]
+        self.moved = [Moved(**row) for row in finished["moved"]]
 
 
-def seconds_of(folder: str | Path) -> float:
-    """How long the stage took that finished in `folder`: its steps in all runs, and the preparation of the last run."""
-    return json.loads((Path(folder) / FINISHED).read_text())["seconds"]
+def untie(model: PreTrainedModel) -> None:
+    """Give the LM head its own weights where it shares those of the embedding.
+
+    Both train as copies when they are among `Lora.modules_to_save`; saved as tied weights, one of them would be lost.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _start(model: PreTrainedModel, folder: Path) -> tuple[str, bool]:
-    """What identifies the weights that a stage starts from (see `train_stage`), and whether they have been through this very stage.
+    """Identify the weights that a stage starts from (see StageRun), and whether they went through this very stage before.
 
-    They have when its cell is run twice in one kernel: the model is then the outcome of the stage that finished in `folder`, or of one
-    that followed it, and the start is the one that the stage had.
+    They did when a cell runs twice in one kernel: the model is then the result of the stage that finished in `folder`, or of a later one,
+    and the start is that of the finished stage.
     """
     now, finished = checksum(snapshot(model)), Path(model.name_or_path) / FINISHED
     found = json.loads(finished.read_text()) if finished.is_file() else {}
@@ -233,135 +390,20 @@ def _digest(recipe: str) -> str:
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
 
-def _take_up(folder: Path, recipe: str, keeper: Keeper | None, retrain: bool) -> None:
-    """Leave in `folder` what this recipe can be resumed from: its finished stage, its checkpoints, or nothing yet."""
-    checkpoints = folder / CHECKPOINTS
+def _open_folder(folder: Path, recipe: str, backup: Backup | None, retrain: bool) -> None:
+    """Leave in `folder` what this recipe can resume from: its finished stage, its checkpoints, or an empty folder."""
     if not retrain:
-        if recipe in (finished_recipe(folder), interrupted_recipe(folder)) or (keeper and keeper.read_back(recipe)):
+        known = finished_recipe(folder), interrupted_recipe(folder)
+        if recipe in known or (backup and backup.restore(recipe)) or started_recipe(folder) == recipe:
             return
-        if (checkpoints / RECIPE).is_file() and (
-            checkpoints / RECIPE
-        ).read_text() == recipe:  # no checkpoint yet, perhaps features
-            return
-        for place in (folder, *([keeper.kept] if keeper else [])):
+        for place in (folder, *([backup.kept] if backup else [])):
             if other := finished_recipe(place) or interrupted_recipe(place):
                 changed = differences(recipe, other)
                 print(
                     f"{folder.name}: retraining, and replacing {place}: {changed} differ from the run there", flush=True
                 )
-    elif keeper:
-        shutil.rmtree(keeper.kept, ignore_errors=True)
+    elif backup:
+        shutil.rmtree(backup.kept, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    checkpoints.mkdir(parents=True)
-    (checkpoints / RECIPE).write_text(recipe)
-
-
-def _trainer(
-    model: PreTrainedModel,
-    trained: PreTrainedModel | PeftModel,
-    processor: ProcessorMixin,
-    stage: Stage,
-    split: datasets.Dataset,
-    config: SFTConfig,
-    precision: Precision,
-) -> SFTTrainer:
-    """The trainer of a stage, with its rows prepared next to the folder of `config`'s checkpoints.
-
-    `trained` is the model, or the adapters around it.
-    """
-    if stage.validation and is_sharded():
-        raise ModelError(
-            f"{stage.name}: validation generates answers, which takes whole weights: leave it out, or use configs/ddp.yaml"
-        )
-    held_out = validation_rows(split, stage.validation)
-    if not stage.fast:
-        if stage.augment or stage.against_repeats or stage.whole_text or stage.target != "json":
-            raise ModelError(
-                f"{stage.name}: augment, against_repeats, whole_text and target belong to the fast path: leave fast=False out"
-            )
-        seen = sorted(set(range(len(split))) - set(held_out))
-        return SFTTrainer(
-            trained,
-            config,
-            train_dataset=as_conversations(split.select(seen)),
-            eval_dataset=as_conversations(split.select(held_out)) if held_out else None,
-            processing_class=processor,
-            data_collator=Collator(processor),
-        )
-    unseen = split.select(held_out)
-    labels, scopes = [record_of(row) for row in unseen.remove_columns("image")], scopes_of(unseen)
-
-    def score() -> float:
-        answers = evaluate.predict(
-            Extractor(model, processor).generate_texts, unseen["image"], stage.batch_size, "validation"
-        )
-        return evaluate.validation_f1(labels, answers, scopes)
-
-    prepared = _prepared(model, processor, stage, split, Path(config.output_dir), precision)
-    return PreparedTrainer(
-        trained,
-        config,
-        prepared=prepared,
-        held_out=held_out,
-        score=score if held_out else None,
-        against_repeats=stage.against_repeats,
-        processing_class=processor,
-    )
-
-
-def validation_rows(split: datasets.Dataset, count: int) -> list[int]:
-    """About `count` rows by whole groups of look-alikes, the same whatever the order of the rows."""
-    groups: dict[str, list[int]] = {}
-    for number, group in enumerate(split["group"] if count else ()):
-        groups.setdefault(group, []).append(number)
-    chosen: list[int] = []
-    for group in sorted(groups, key=lambda group: hashlib.sha256(f"validation {group}".encode()).digest()):
-        if len(chosen) >= count:
-            break
-        chosen += groups[group]
-    return sorted(chosen)
-
-
-def _prepared(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    stage: Stage,
-    split: datasets.Dataset,
-    checkpoints: Path,
-    precision: Precision,
-) -> Prepared:
-    """The rows, once for all stages.
-
-    The features of a frozen vision tower replace the pixels, unless the disk has no room for both at once.
-    """
-    dtype = precision.autocast or precision.weights
-    features_file = checkpoints / f"features-{dtype}.bin".replace("torch.", "")  # another GPU may take another type
-    stored = are_stored(features_file)
-    with PartialState().main_process_first():
-        prepared = prepare(split, processor, checkpoints.parents[1], stage.target, with_pixels=not stored)
-    if is_sharded():
-        prepared = prepared.unshared()
-    if stage.whole_text:
-        prepared = whole_text(prepared)
-    if stage.augment:
-        if prepared.shape[0] > 1:
-            raise ModelError(
-                "images of several tiles cannot be augmented, since their tiles must fit together: take 1 tile"
-            )
-        return replace(prepared, augment=augmentation(prepared.shape[1]))
-    if is_sharded() or any(parameter.requires_grad for parameter in model.model.vision_model.parameters()):
-        return prepared
-    needed = features_shape(model, prepared).numel() * dtype.itemsize
-    if not stored and needed > 0.5 * shutil.disk_usage(checkpoints).free:
-        print(
-            f"what the frozen vision tower sees would take {needed / 1e9:.0f} GB, more than half of the free disk: not stored"
-        )
-        return prepared
-    with PartialState().main_process_first():
-        features = vision_features(model, prepared, processor.image_processor, features_file, dtype)
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        (prepared.home / PIXELS).unlink(
-            missing_ok=True
-        )  # a frozen tower looks only once; `prepare` writes them again for stage 2
-    return replace(prepared, pixels=None, features=features)
+    (folder / CHECKPOINTS).mkdir(parents=True)
+    (folder / CHECKPOINTS / RECIPE).write_text(recipe)

@@ -1,15 +1,13 @@
-"""How much arithmetic a training step needs, and how much of what the device can do is achieved.
+"""Arithmetic and speed of a training step.
 
-One multiplication with its addition counts as two operations. A backward pass costs as much as the forward for the gradient of what comes
-in, and as much again for the gradient of the weights.
+A multiplication with its addition counts as two operations. A backward pass costs one forward for the gradient of the input, and one
+more for the gradient of the weights.
 """
 
-import ctypes
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +20,13 @@ from foodextract.evaluation.results import Row, make_row
 
 @dataclass(frozen=True)
 class Step:
-    """What one image puts through the model in training."""
+    """The mean work of one image in training."""
 
-    tiles: float  # tiles of the image
-    own_tokens: float  # tokens of its own: image, question, answer
-    shared_tokens: float  # tokens that a whole batch shares
+    tiles: float
+    own_tokens: float  # of image, question and answer
+    shared_tokens: float  # read once a batch
     batch: int  # rows that share them
-    answer_tokens: float  # positions that the LM head sees
+    answer_tokens: float  # positions of the LM head
     vision: str  # "cached", "frozen" (forward only) or "trained"
 
 
@@ -46,24 +44,24 @@ def flops_per_image(config: PretrainedConfig, step: Step) -> float:
     v, t = config.vision_config, config.get_text_config()
     patches, d = (v.image_size // v.patch_size) ** 2, v.hidden_size
     layer = 8 * patches * d**2 + 4 * patches * d * v.intermediate_size + 4 * patches**2 * d
-    seeing = step.tiles * (v.num_hidden_layers * layer + 2 * patches * v.num_channels * v.patch_size**2 * d)
+    vision = step.tiles * (v.num_hidden_layers * layer + 2 * patches * v.num_channels * v.patch_size**2 * d)
     shuffle = config.scale_factor**2
-    connecting = step.tiles * 2 * (patches / shuffle) * (d * shuffle) * t.hidden_size
+    connector = step.tiles * 2 * (patches / shuffle) * (d * shuffle) * t.hidden_size
     heads = t.num_attention_heads * t.head_dim
     weights = t.hidden_size * (2 * heads + 2 * t.num_key_value_heads * t.head_dim + 3 * t.intermediate_size)
     tokens = step.own_tokens + step.shared_tokens / step.batch
-    looking_back = step.own_tokens * (step.shared_tokens + step.own_tokens / 2) + step.shared_tokens**2 / 2 / step.batch
-    layers = t.num_hidden_layers * (2 * weights * tokens + 4 * heads * looking_back)
-    writing = layers + 2 * t.hidden_size * t.vocab_size * step.answer_tokens
-    seeings, connectings = {"cached": (0, 2), "frozen": (1, 2), "trained": (3, 3)}[step.vision]
-    return seeings * seeing + connectings * connecting + 3 * writing
+    attended = step.own_tokens * (step.shared_tokens + step.own_tokens / 2) + step.shared_tokens**2 / 2 / step.batch
+    layers = t.num_hidden_layers * (2 * weights * tokens + 4 * heads * attended)
+    text = layers + 2 * t.hidden_size * t.vocab_size * step.answer_tokens
+    visions, connectors = {"cached": (0, 2), "frozen": (1, 2), "trained": (3, 3)}[step.vision]
+    return visions * vision + connectors * connector + 3 * text
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.5) -> float:
-    """Operations a second that the device reaches here and now in a square matrix product: what "share of the peak" refers to."""
+    """Operations per second of a square matrix product on the device, measured now. The `mfu` is a share of it."""
     size = size or (8192 if device.type == "cuda" else 1536)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    a @ b  # the first one sets things up
+    a @ b  # warm up
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         wait_for(device)
@@ -75,13 +73,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was told; a CPU always has."""
+    """Wait until a GPU has done its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from here; on a CPU that works on Linux only."""
+    """Let `peak_memory` count from here. On a CPU this works on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -90,32 +88,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU since the last reset; elsewhere the most main memory that this process held."""
+    """Peak bytes: allocated on the GPU since the last reset, or held by this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def memory_kept(device: torch.device) -> Iterator[None]:
-    """Keep what is freed in here for the next tensor, on a CPU with glibc; nothing changes elsewhere.
-
-    glibc gives tensors of more than some MB back to the kernel, which fills every page with zeros when the next one asks for it. The
-    numbers are those of mallopt(3); in the end stand the values that glibc comes to by itself, and the memory is given back.
-    """
-    if device.type != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        yield
-        return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(mmap_max, 65536)
-        libc.mallopt(mmap_threshold, 32 * 2**20)
-        libc.mallopt(trim_threshold, 64 * 2**20)
-        libc.malloc_trim(0)
 
 
 def performance_rows(
@@ -128,7 +104,7 @@ def performance_rows(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Row]:
-    """How fast training was that took `images` through each of `devices` in `seconds`; the rate of a matrix product is measured here."""
+    """Result rows for a training that took `images` images through each of `devices` in `seconds`."""
     rate, flops = images * devices / seconds, flops_per_image(config, step)
     row = partial(make_row, "training", stage, n=images * devices, command="foodextract train")
     return [

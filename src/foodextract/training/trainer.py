@@ -1,187 +1,236 @@
-"""SFTTrainer fed with prepared rows: the same loss as the plain path, with far less arithmetic.
+"""SFTTrainer with the loss of this project, and micro-batches that fit into memory.
 
-What is left out of a step, without changing its result beyond rounding:
+Compared with SFTTrainer, a step leaves out work that does not change its result beyond rounding:
 
-- the system message, the same in all rows, runs through the text model once a step, not once a row (its keys and values are shared);
-- the LM head sees only positions that are followed by a token of the answer;
-- a frozen vision tower is not run at all: its features were computed once;
-- resizing, normalizing and tokenizing were done before (`prepared`).
+- the LM head runs only on positions that are followed by a target token;
+- tokens that all rows share (the system message) run through the text model once a batch, where a batch names their number;
+- a frozen vision tower does not run where a batch brings its features.
 """
 
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl import SFTTrainer
 
 from foodextract.models.loading import ModelError
-from foodextract.training.cache import Prepared, normalize, real
+from foodextract.training.cache import PreparedRows, is_real, normalize
+from foodextract.training.checkpoints import full_disk_named, last_checkpoint
 from foodextract.training.collate import IGNORED
-from foodextract.training.throughput import Step, wait_for
+from foodextract.training.config import is_sharded
+from foodextract.training.throughput import wait_for
 
 
-class PreparedTrainer(SFTTrainer):
-    """An SFTTrainer whose data set is row numbers of a `Prepared`, and whose step takes the shortcuts above.
+class FoodTrainer(SFTTrainer):
+    """SFTTrainer for batches of `Collator` or `PreparedRows`; `args.output_dir` is `<stage>/checkpoints`.
 
-    `held_out` rows are not trained on; `evaluate` takes their loss and, as `eval_item_f1`, what `score` returns. `against_repeats` weighs
-    a second loss, `said_again`.
+    `unlikelihood_weight` weighs `unlikelihood_loss`; both parts are then logged as `answer_loss` and `unlikelihood_loss`. `score` returns
+    `eval_item_f1`, where `metric_for_best_model` is "item_f1".
     """
 
     def __init__(
-        self,
-        *args: Any,
-        prepared: Prepared,
-        held_out: Sequence[int] = (),
-        score: Callable[[], float] | None = None,
-        against_repeats: float = 0,
-        **kwargs: Any,
+        self, *args: Any, unlikelihood_weight: float = 0, score: Callable[[], float] | None = None, **kwargs: Any
     ) -> None:
-        self.prepared, self.prefix, self.score, self.against_repeats = prepared, prepared.prefix, score, against_repeats
-        unseen, as_they_are = set(held_out), replace(prepared, augment=None)  # what is measured is not augmented
+        super().__init__(*args, **kwargs)
+        self.unlikelihood_weight, self.score = unlikelihood_weight, score
+        self.parts = {"answer_loss": 0.0, "unlikelihood_loss": 0.0}  # summed since the last log entry
+        self.stage = Path(self.args.output_dir).parent.name
+        self.progress = Progress(self.stage)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(self.progress)
 
-        def collate(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-            numbers = [row["row"] for row in rows]
-            return (as_they_are if numbers[0] in unseen else prepared).gather(numbers)
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train with the largest micro-batches that fit into memory; the effective batch stays.
 
-        super().__init__(
-            *args,
-            train_dataset=datasets.Dataset.from_dict({"row": sorted(set(range(len(prepared))) - unseen)}),
-            eval_dataset=datasets.Dataset.from_dict({"row": list(held_out)}) if held_out else None,
-            data_collator=collate,
-            **kwargs,
-        )
+        On a GPU, prepared rows start with the whole effective batch at once. Out of memory, training restarts from its last checkpoint
+        with half as many rows at a time and twice the accumulation. Raises ModelError when not even one row fits, when the disk is full,
+        and when the loss is not a number.
+        """
+        args = self.args
+        if args.device.type == "cuda" and isinstance(self.data_collator, PreparedRows):
+            args.per_device_train_batch_size *= args.gradient_accumulation_steps
+            args.gradient_accumulation_steps = 1
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        start = {} if is_sharded() else {name: p.detach().to("cpu", copy=True) for name, p in trainable.items()}
+        while True:
+            rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+            if self.is_world_process_zero():
+                print(f"{self.stage}: batches of {rows} x {steps}", flush=True)
+                if resume_from_checkpoint:
+                    print(f"{self.stage}: resumed from {Path(resume_from_checkpoint).name}", flush=True)
+            self._train_batch_size = args.train_batch_size
+            try:
+                with full_disk_named(self.stage, Path(args.output_dir)):
+                    return super().train(resume_from_checkpoint, **kwargs)
+            except torch.OutOfMemoryError as error:
+                if rows == 1:
+                    message = "not even one image at a time fits into memory; take fewer tiles"
+                    raise ModelError(f"{self.stage}: {message}") from error
+                if is_sharded():
+                    message = f"batches of {rows} do not fit into memory; take a smaller per_device_train_batch_size"
+                    raise ModelError(f"{self.stage}: {message}") from error
+            print(f"{self.stage}: out of memory, retrying with smaller batches", flush=True)
+            args.per_device_train_batch_size = 1 if rows % 2 else rows // 2
+            args.gradient_accumulation_steps = steps * rows // args.per_device_train_batch_size
+            self.optimizer, self.model_wrapped = None, self.model
+            for name, weights in start.items():
+                trainable[name].data.copy_(weights)
+            gc.collect()
+            torch.cuda.empty_cache()
+            set_seed(args.seed)
+            resume_from_checkpoint = last_checkpoint(Path(args.output_dir))
 
-    def step_of(self, model: PreTrainedModel, batch: int) -> Step:
-        """What an image puts through the model, on average."""
-        start, end = self.prepared.answers.mean(0)
-        trains = any(parameter.requires_grad for parameter in model.model.vision_model.parameters())
-        vision = "cached" if self.prepared.features is not None else "trained" if trains else "frozen"
-        return Step(
-            float(self.prepared.tiles.mean()), float(end), self.prefix.shape[1], batch, float(end - start), vision
-        )
+    def release(self) -> None:
+        """Free the optimizer, the gradients and the dataloaders, while the trainer may still have a name in a notebook."""
+        handler = self.callback_handler
+        handler.train_dataloader = handler.eval_dataloader = handler.optimizer = handler.lr_scheduler = None
+        self.optimizer = self.lr_scheduler = None
+        self.model.zero_grad()
+        self.accelerator.free_memory()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The held-out rows, without augmentation."""
+        collator = self.data_collator
+        if collator.augment:
+            self.data_collator = replace(collator, augment=None)
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss on the held-out rows and, what decides which checkpoint is best, the F1 of the items in generated answers."""
+        """The loss on the held-out rows and, with `score`, the item F1 of generated answers."""
         metrics = super().evaluate(*args, **kwargs)
-        if self.score:
+        if self.score and self.args.metric_for_best_model == "item_f1":
             metrics["eval_item_f1"] = self.score()
             self.log({"eval_item_f1": metrics["eval_item_f1"]})
         return metrics
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the two parts of the loss beside their sum."""
+        if "loss" in logs and self.unlikelihood_weight:
+            for name, value in self.parts.items():
+                logs[name] = float(self.accelerator.gather(value).mean()) / self.args.logging_steps
+                self.parts[name] = 0.0
+        super().log(logs, *args, **kwargs)
+
     def compute_loss(
         self,
         model: PreTrainedModel,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Mean cross-entropy over the answer tokens of all rows of the optimizer step, as in SFTTrainer; and what repeats cost."""
+        """Mean cross-entropy over the target tokens of all rows of the optimizer step, as in SFTTrainer, and the unlikelihood loss."""
         with self.accelerator.autocast():
-            logits, targets = self._answers(model, inputs)
+            logits, targets = self._predict(model, inputs)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        # `count` covers all processes, while DDP averages their gradients.
+        across = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        scale = self.accelerator.num_processes if across else 1
         loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
-        if self.against_repeats:
+        if self.unlikelihood_weight:
             rows = (inputs["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
-            loss = (
-                loss
-                + self.against_repeats
-                * said_again(logits, targets, rows, *_marks(self.processing_class.tokenizer))
-                / count
-            )
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # `count` is of all processes, and DDP takes the mean of their gradients
-        return loss
+            marks = _marks(self.processing_class.tokenizer)
+            repeats = self.unlikelihood_weight * unlikelihood_loss(logits, targets, rows, *marks) / count
+            if model.training:
+                self.parts["answer_loss"] += loss.detach() * scale
+                self.parts["unlikelihood_loss"] += repeats.detach() * scale
+            loss = loss + repeats
+        return loss * scale if across else loss
 
-    def _answers(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (K, vocabulary) at the K positions before an answer token, and those tokens (K,)."""
-        ids, labels, tiles = inputs["input_ids"], inputs["labels"], inputs["tiles"]
+    def _predict(self, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (K, vocabulary) at the K positions before a target token, and those tokens (K,)."""
+        given = dict(inputs)
+        ids, labels, shared = given.pop("input_ids"), given.pop("labels"), given.pop("shared", 0)
+        tiles = given.pop("tiles", None)
         inner = self.accelerator.unwrap_model(model)
         inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-        cache = DynamicCache(config=inner.config)
-        if self.prefix.shape[1]:
-            model(input_ids=self.prefix.to(ids.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.batch_repeat_interleave(len(ids))
-        if "features" in inputs:
-            tokens = inner.model.connector(inputs["features"][real(tiles, inputs["features"].shape[1])])
-            images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[tokens.flatten(0, 1)])}}
-        else:
-            images = {"pixel_values": normalize(inputs["pixels"], tiles, self.processing_class.image_processor)}
-        answered = labels[:, 1:] != IGNORED
-        logits = model(
-            input_ids=ids,
-            attention_mask=inputs["attention_mask"],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=F.pad(answered, (0, 1)),
-            **images,
-        ).logits
-        return logits, labels[:, 1:][answered]
+        if shared:
+            given["past_key_values"] = past = DynamicCache(config=inner.config)
+            model(input_ids=ids[:1, :shared], past_key_values=past, use_cache=True, logits_to_keep=1)
+            past.batch_repeat_interleave(len(ids))
+        if "features" in given:
+            features = given.pop("features")
+            tokens = inner.model.connector(features[is_real(tiles, features.shape[1])])
+            outputs = BaseModelOutputWithPooling(pooler_output=[tokens.flatten(0, 1)])
+            given["mm_encoder_outputs"] = {"image": outputs}
+        elif "pixels" in given:
+            given["pixel_values"] = normalize(given.pop("pixels"), tiles, self.processing_class.image_processor)
+        labels = labels[:, shared + 1 :]
+        targets = labels != IGNORED
+        keep = F.pad(targets, (0, 1))
+        logits = model(input_ids=ids[:, shared:], use_cache=bool(shared), logits_to_keep=keep, **given).logits
+        return logits, labels[targets]
 
 
-def said_again(
+def unlikelihood_loss(
     logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, opens: torch.Tensor
 ) -> torch.Tensor:
-    """Unlikelihood of words that the title or list in hand holds already, summed over the K answer tokens.
+    """Unlikelihood of words that the current title or list already holds, summed over the K target tokens.
 
-    Cross-entropy says little against naming an item twice: labels never do. Asked what else there is in an image that it cannot read, a
-    small model then says once more what it is sure of. Equation 4 of Welleck et al., Neural Text Generation with Unlikelihood
-    Training, 2020, with words of the same list as candidates.
+    Labels never name an item twice, so cross-entropy hardly punishes it, and a small model repeats what it is sure of. This is equation 4
+    of Welleck et al., Neural Text Generation with Unlikelihood Training (2020), with the words of the same list as candidates.
 
-    `logits` (K, vocabulary) and `targets` (K,) as in the loss; `rows` (K,) says whose answer a token is of; `words` and `opens`
-    (vocabulary,) mark tokens with a letter, and those that begin a list.
+    `logits` (K, vocabulary) and `targets` (K,) as in the loss; `rows` (K,) is the row of each token; `words` and `opens` (vocabulary,)
+    mark tokens with a letter and tokens that begin a list.
     """
     lists = opens.to(targets.device)[targets].cumsum(0)
     before = ((rows[:, None] == rows) & (lists[:, None] == lists)).tril(-1) & words.to(targets.device)[targets]
-    said = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    repeated = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     token, earlier = (before & (targets[:, None] != targets)).nonzero(as_tuple=True)
-    said[token, targets[earlier]] = True
-    chance = logits.float().softmax(-1)[said]
+    repeated[token, targets[earlier]] = True
+    chance = logits.float().softmax(-1)[repeated]
     return -torch.log1p(-chance.clamp(max=1 - 1e-6)).sum()
 
 
 @cache
 def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
     """(vocabulary,) bool each: tokens with a letter, and tokens that begin a list. Special tokens are neither."""
-    texts = [
-        "" if number in tokenizer.all_special_ids else tokenizer.decode([number]) for number in range(len(tokenizer))
-    ]
+    special = set(tokenizer.all_special_ids)
+    texts = ["" if number in special else tokenizer.decode([number]) for number in range(len(tokenizer))]
     return torch.tensor([any(map(str.isalpha, text)) for text in texts]), torch.tensor(["[" in text for text in texts])
 
 
 class Progress(TrainerCallback):
-    """One bar a stage, in images, with the last loss: plain text, so that notebooks, logs and terminals all show it.
+    """A plain-text progress bar in images, for notebooks, logs and terminals alike, and the clock of a stage.
 
-    Keeps the time that steps took, and writes to each entry of the log how long the stage has run, interruptions left out (`elapsed`,
-    seconds). Skips the checkpoint after the last step, since the finished stage is saved next; when checkpoints are compared
-    (`load_best_model_at_end`), the last one is written too. Raises ModelError at the first loss that is not a number.
+    `elapsed` in each log entry is the training time in seconds, without interruptions. The checkpoint after the last step is skipped, since
+    the finished stage is saved next, unless checkpoints are compared (`load_best_model_at_end`).
     """
 
-    def __init__(self, name: str, learning_rate: float) -> None:
-        self.name, self.learning_rate = name, learning_rate
-        self.seconds, self.images = 0.0, 0  # spent in steps, the first one left out: it warms up
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seconds, self.images = 0.0, 0  # in steps, without the first one, which warms up
 
     def on_train_begin(self, args, state, control, **_):
         self.per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        hidden = not state.is_world_process_zero
         total, done = state.max_steps * self.per_step, state.global_step * self.per_step
+        hidden = not state.is_world_process_zero
         self.bar = tqdm(total=total, initial=done, desc=self.name, unit="image", disable=hidden)
-        self.first = state.global_step
-        self.began = time.perf_counter()
+        self.first, self.began = state.global_step, time.perf_counter()
         self.earlier = max(
             (entry.get("elapsed", 0) for entry in state.log_history), default=0
-        )  # of the runs before an interruption
+        )  # before an interruption
 
     def on_step_begin(self, args, state, control, **_):
         self.start = time.perf_counter()
@@ -192,12 +241,9 @@ class Progress(TrainerCallback):
             self.seconds += time.perf_counter() - self.start
             self.images += self.per_step
         self.bar.update(self.per_step)
-        self._skip_last_checkpoint(args, state, control)
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **_):
-        self._skip_last_checkpoint(args, state, control)
-
-    def _skip_last_checkpoint(self, args, state, control):
         if state.global_step >= state.max_steps and not args.load_best_model_at_end:
             control.should_save = False
 
@@ -207,7 +253,7 @@ class Progress(TrainerCallback):
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
                 raise ModelError(
-                    f"{self.name}: the loss became NaN at step {state.global_step}; lower its learning rate ({self.learning_rate}) "
+                    f"{self.name}: the loss became NaN at step {state.global_step}; lower its learning rate ({args.learning_rate}) "
                     "or look for broken labels. The last checkpoint is kept"
                 )
             self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", step=state.global_step)

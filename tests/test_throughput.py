@@ -1,11 +1,6 @@
 """The arithmetic of a training step at SmolVLM2-500M's size, against the sums done by hand from its published configuration."""
 
-import ctypes
-import multiprocessing
-import resource
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +10,6 @@ from foodextract.training.throughput import (
     Step,
     flops_per_image,
     matmul_rate,
-    memory_kept,
     peak_memory,
     performance_rows,
     reset_peak_memory,
@@ -79,37 +73,3 @@ def test_the_peak_of_memory_counts_from_the_reset():
     assert peak_memory(cpu) > before + 0.9 * size
     reset_peak_memory(cpu)
     assert peak_memory(cpu) < before + 0.5 * size
-
-
-def what_tensors_ask_for() -> dict[str, list[int]]:
-    """Pages that the kernel was asked for, and bytes held: as usual and before, while memory is kept, and behind that."""
-
-    def tensors(count: int) -> int:
-        """The pages that so many tensors of 200 MB, one after the other, asked for."""
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(count):
-            torch.ones(200_000_000, dtype=torch.uint8)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    def held() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    pages, memory = [tensors(20)], [held()]
-    with memory_kept(torch.device("cpu")):
-        tensors(1)
-        pages.append(tensors(20))
-        memory.append(held())
-    return {"pages": pages, "memory": [*memory, held()]}
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc is what gives memory back too early")
-def test_freed_memory_is_kept_for_the_next_tensor_and_given_back_in_the_end():
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as fresh:  # what earlier tests freed would be reused in this one
-        found = fresh.submit(what_tensors_ask_for).result()
-    as_usual, kept = found["pages"]
-    before, during, after = found["memory"]
-    assert kept < as_usual / 5
-    assert during > before + 150_000_000
-    assert after < before + 50_000_000
