@@ -16,19 +16,8 @@ from foodextract.models.loading import ModelError
 
 HEAVY = [
     *("accelerate", "datasets", "fastapi", "gradio", "inflect", "jupyter_core", "matplotlib", "num2words", "onnx"),
-    *(
-        "onnxruntime",
-        "openai",
-        "pandas",
-        "peft",
-        "pyarrow",
-        "scipy",
-        "sklearn",
-        "sympy",
-        "timm",
-        "torch._dynamo",
-        "trl",
-    ),
+    *("onnxruntime", "openai", "pandas", "peft", "pyarrow", "scipy", "sklearn", "sympy"),
+    *("timm", "torch._dynamo", "trl"),
 ]
 EXTRACT = """
 import json, sys
