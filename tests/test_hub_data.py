@@ -329,7 +329,7 @@ def test_it_is_fetched_once_for_a_revision(online, request, tmp_path, kind, caps
     online.requests.clear()
     again = dataset.open_dataset(ID, tmp_path / "built", seed=1)
     assert unchanged(tmp_path / "built") == before
-    assert online.asked("GET", "resolve") == 0
+    assert online.count("GET", "resolve") == 0
     assert {split: rows._fingerprint for split, rows in again.items()} == {
         split: rows._fingerprint for split, rows in first.items()
     }
