@@ -338,7 +338,7 @@ def test_a_revision_is_fetched_once(online, request, tmp_path, kind, capsys):
     online.requests.clear()
     again = dataset.open_dataset(ID, tmp_path / "built", seed=1)
     assert unchanged(tmp_path / "built") == before
-    assert online.asked("GET", "resolve") == 0
+    assert online.count("GET", "resolve") == 0
     assert {split: rows._fingerprint for split, rows in again.items()} == {
         split: rows._fingerprint for split, rows in first.items()
     }
