@@ -262,7 +262,9 @@ class StageRun:
         rows = self.split.select(self.held_out())
         labels, scopes = [record_of(row) for row in rows.remove_columns("image")], scopes_of(rows)
         batch = self.stage.per_device_train_batch_size
-        answers = evaluate.predict(Extractor(self.model, self.processor).generate_texts, rows["image"], batch, "validation")
+        answers = evaluate.predict(
+            Extractor(self.model, self.processor).generate_texts, rows["image"], batch, "validation"
+        )
         return evaluate.validation_f1(labels, answers, scopes)
 
     def _prepare(self) -> PreparedRows:
