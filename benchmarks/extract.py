@@ -1,15 +1,16 @@
-"""What one answer costs on a CPU: ours and `transformers.pipeline` as the seed projects use it, change by change.
+"""What one answer costs on this machine's CPU: ours beside `transformers.pipeline` as the seed projects use it, lever
+by lever.
 
     python benchmarks/extract.py                # 500M and 256M at true size; writes results/extract_cpu.json
     python benchmarks/extract.py --size tiny --images 2 --results /tmp/extract.json    # does it run?
 
-Weights are random (`true_size.py`) and would never end an answer, so every subject is made to write the same one: a
-large number is added to the next token's logit, which costs nothing. The seed's pipeline writes it within its 256 new
-tokens, too. Subjects take turns on the same drawn images in one process. Times are CPU-seconds of that process, so
-other programs do not count. Where a CPU computes bf16 slower than fp32, the seed's way is measured in fp32, its best there.
-Without `--processor` the prompt differs from the real one by some tokens (the file records how many), and a grammar
-mask is about 20 microseconds per token cheaper.
-"""
+Weights are random (`true_size.py`) and would never end an answer: every subject is therefore made to write the same one
+(a large number is added to the next token's logit, which costs nothing), the seed's pipeline under its 256 new tokens
+too. All subjects see the same drawn images, one after the other, alternately, in one process; times are CPU-seconds of
+the whole process, which other programs on the machine do not count towards. Where the CPU computes bf16 slower than
+fp32, the seed's way is measured in fp32, which is its best there. Without `--processor` the prompt differs by some
+tokens from the real one's (their number is written down), and a grammar mask is cheaper by some 20 microseconds a
+token."""
 
 import copy
 import gc
@@ -153,7 +154,9 @@ class Subject:
 
 
 def alternately(subjects: dict[str, Subject], images: list[bytes]) -> dict[str, list[dict[str, float]]]:
-    """Return CPU-seconds by phase and in `total`, per subject and image. Subjects take turns and warm up on image 1."""
+    """CPU-seconds by phase, and in `total`, of every subject for every image, one subject after the other; they warm up
+    on the first.
+    """
     spent = defaultdict(list)
     for number, file in enumerate([images[0], *images]):
         for name, subject in subjects.items():

@@ -1,4 +1,6 @@
-"""Hostile requests: truncated images, false image sizes, other file types, broken HTTP, slow clients."""
+"""Requests that nobody honest sends: images cut short, or said to be enormous, other files, broken HTTP, callers in no
+hurry.
+"""
 
 import io
 import json
@@ -84,7 +86,10 @@ def _form(name: bytes, body: bytes) -> bytes:
 
 
 def hostile(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """Yield `count` requests: the kind, and the bytes to send. Send those with `slow` in their kind in small pieces."""
+    """The first `count` of an endless series: the kind, and the bytes of a request to send.
+
+    Kinds with `slow` are to be trickled.
+    """
     rng = np.random.default_rng(seed)
     noise = Image.fromarray(rng.integers(0, 256, (200, 300, 3), dtype=np.uint8))
     whole = [_encoded(noise, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")]

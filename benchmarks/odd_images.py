@@ -1,4 +1,6 @@
-"""Images unlike any training image: noise, blanks, single pixels, ribbons, and text with instructions for the model."""
+"""Images that nobody trained a model on: noise, blanks, single pixels, ribbons, and text that tells the model what to
+do.
+"""
 
 from collections.abc import Iterator
 

@@ -35,11 +35,11 @@ class Recipe:
 
 
 def ladder(stage: Stage, device: torch.device, parameters: int = 0, slow_bf16: bool = False) -> list[Recipe]:
-    """Return the recipes from the seed's to ours, one change each. On a CPU that trains in fp32, bf16 is one more.
+    """From the seed's recipe to ours, one change a rung; on a CPU that trains such a model in fp32 also what bf16
+    arithmetic would add.
 
-    Where a device computes bf16 slower than fp32 (a CPU without AVX-512), the seed's recipe gets fp32 weights, too.
-    That is its best, and no change is about number formats.
-    """
+    Where a device computes bf16 slower than fp32 (a CPU without AVX-512), the seed's recipe gets fp32 weights, too: it
+    is to be measured at its best, and no rung is about number formats."""
     changes: list[tuple[str, dict[str, Any]]] = [
         ("5 tiles", {"tiles": 5}),
         ("1 tile", {"tiles": 1}),

@@ -1,10 +1,9 @@
 """Is every answer a record, whatever weights and image? Does the grammar, the batch or the precision change an answer?
 
-    python benchmarks/valid.py                  # 2,000 images for each of 3 models; writes results/extract_valid.json
+    python benchmarks/valid.py                  # 2,000 images each for three sets of weights; writes results/extract_valid.json
 
-Validity is measured on the images of `odd_images.py`. Comparisons use drawn scenes, which the tuned model has answers
-for. Answers that differ are printed.
-"""
+The odd images are those of `odd_images.py`; the comparisons are made on drawn scenes, where the tuned model says
+something. Answers that differ are printed."""
 
 from collections.abc import Iterable
 from itertools import islice

@@ -1,7 +1,9 @@
-"""What each choice of the recipe is worth: the same images, the same number of them seen, one change a row, several seeds.
+"""What each choice of the recipe is worth: the same images, the same number of them seen, one change a row, several
+seeds.
 
     python experiments/ablation.py                        # drawn scenes and the tiny base; writes results/ablation.json and .png
-    python experiments/ablation.py --base HuggingFaceTB/SmolVLM2-500M-Video-Instruct --dataset berkeruveyik/vlm-food-4k-not-food-dataset \\
+    python experiments/ablation.py --base HuggingFaceTB/SmolVLM2-500M-Video-Instruct --dataset
+    berkeruveyik/vlm-food-4k-not-food-dataset \\
         --rate1 2e-4 --rate2 2e-6 --images 6000 --out results/ablation_500m.json      # the same at true size, on a GPU
 
 A row is finished with a seed when its figures lie in the working folder; the same command takes up what is missing.
@@ -126,7 +128,9 @@ def interval(values: Sequence[float], least: float) -> tuple[float, float]:
 
 
 def summary(runs: list[Row]) -> list[Row]:
-    """Over seeds: the mean of each row's figures, and of the difference to the row it is measured against, seed by seed."""
+    """Over seeds: the mean of each row's figures, and of the difference to the row it is measured against, seed by
+    seed.
+    """
     of: dict[tuple[str, str], dict[str, float]] = {}
     for row in runs:
         name, seed = row.subject.split(" | ")

@@ -1,4 +1,6 @@
-"""Small stand-ins for what the profile `hub` downloads: a base with SmolVLM2's files and ids, and the dirty dataset."""
+"""What the profile `hub` finds on the Hub, in small: a base with SmolVLM2's files and token ids, and the original's
+dirty data set.
+"""
 
 import io
 import json
@@ -20,7 +22,9 @@ SPECIAL |= {49153 + 6 * row + column: f"<row_{row + 1}_col_{column + 1}>" for ro
 
 
 def save_base(folder: Path) -> None:
-    """Write SmolVLM2-500M-Video-Instruct's files: its ids, 17 tiles an image and bf16, but tiny weights."""
+    """SmolVLM2-500M-Video-Instruct as its repository has it: the files, ids, image budget of 17 tiles and bf16; the
+    weights are tiny.
+    """
     folder.mkdir(parents=True)
     _save_tokenizer(folder)
     vision = {
@@ -55,8 +59,7 @@ def save_base(folder: Path) -> None:
         "image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor", "do_convert_rgb": True,
         "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        "resample": 1, "max_image_size": {"longest_edge": 512}, "rescale_factor": 1 / 255,
-        "size": {"longest_edge": 2048},
+        "resample": 1, "max_image_size": {"longest_edge": 512}, "rescale_factor": 1 / 255, "size": {"longest_edge": 2048},
         "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}},
     }  # fmt: skip
     template = (TINY_BASE / "chat_template.jinja").read_text()
@@ -70,7 +73,9 @@ def save_base(folder: Path) -> None:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """Give the tiny base's words the ids of SmolVLM2's special tokens. Ids without a word get an unused one."""
+    """The words of the tiny base, under the ids of SmolVLM2's special tokens; ids that have no word get one that nobody
+    writes.
+    """
     tiny = json.loads((TINY_BASE / "tokenizer.json").read_text())
     words = [word for word in tiny["model"]["vocab"] if not (word.startswith("<") and word.endswith(">"))]
     first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -93,10 +98,8 @@ def _save_tokenizer(folder: Path) -> None:
     }
     more = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     settings = {
-        "tokenizer_class": "GPT2Tokenizer", "processor_class": "SmolVLMProcessor", "model_max_length": 8192,
-        "add_prefix_space": False, "additional_special_tokens": more, "clean_up_tokenization_spaces": False,
-        "truncation_side": "left",
-        **names,
+        "tokenizer_class": "GPT2Tokenizer", "processor_class": "SmolVLMProcessor", "model_max_length": 8192, "add_prefix_space": False,
+        "additional_special_tokens": more, "clean_up_tokenization_spaces": False, "truncation_side": "left", **names,
         "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>", "image_token": "<image>",
     }  # fmt: skip
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -124,7 +127,7 @@ EXACT_COPY, BROKEN, TURNED, TRANSPARENT = 8, 9, 10, 11
 
 
 def rows_of_the_original(count: int = 48) -> list[dict[str, Any]]:
-    """Return rows with the original's columns. Labels are JSON or Python reprs, and some are dirty."""
+    """Rows with the original's columns: labels as JSON or as Python reprs, some of them dirty, and images as they come."""
     rows = []
     for number, scene in enumerate(draw_scenes(11, "train", count)):
         label = scene.record.model_dump()

@@ -43,7 +43,8 @@ def parameters(name, profile, monkeypatch):
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- recipes
+# ----------------------------------------------------------------------------------------------------------------------
+# ---------- recipes
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,8 @@ def test_an_experiment_replaces_its_own_rows_only(tmp_path):
     assert [(r.benchmark, r.value) for r in read_results(tmp_path / "r.json")] == [("a", 0.2), ("b", 0.3)]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- adapters
+# ----------------------------------------------------------------------------------------------------------------------
+# --------- adapters
 
 
 LORA = Lora(4, 8, 0.0, exclude_modules=r".*vision_model.*", modules_to_save=("lm_head", "embed_tokens"))
@@ -132,6 +134,7 @@ def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tr
     assert answers[0] != Extractor(loading.load_model(loading.TINY_BASE, CPU), processor).generate_texts(images)
 
 
+@pytest.mark.slow
 def test_interrupted_adapters_end_like_uninterrupted_ones(train, die_in_second_epoch):
     stage = replace(TUNE, lora=replace(LORA, lora_dropout=0.05), num_train_epochs=2)
     whole = train(stage, "whole").model
@@ -139,7 +142,8 @@ def test_interrupted_adapters_end_like_uninterrupted_ones(train, die_in_second_e
     torch.testing.assert_close(dict(train(stage, "broken").model.named_parameters()), dict(whole.named_parameters()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- Gemma
+# ----------------------------------------------------------------------------------------------------------------------
+# ------------ Gemma
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +171,7 @@ def test_gemma_answers_alike_alone_and_in_a_batch(tiny_gemma, rows, monkeypatch)
     assert extractor.generate_texts(images) == [extractor.generate_texts([image])[0] for image in images]
 
 
+@pytest.mark.slow
 def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(rows, tmp_path, capsys):
     model, processor = gemma.load(recipes.TINY, CPU)
     stage = Stage(
@@ -214,7 +219,8 @@ def test_largest_activations_are_found(tiny_gemma, rows):
     assert found["lm_head"] >= logits.abs().max() * 0.99  # softcapping comes behind the head
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- BLIP
+# ----------------------------------------------------------------------------------------------------------------------
+# ------------- BLIP
 
 
 CLASSES = ("pizza", "banana", "apple pie")
@@ -272,6 +278,7 @@ def test_blip_sees_what_the_tiny_base_sees(base):
     )  # the class token takes a little attention
 
 
+@pytest.mark.slow
 def test_an_interrupted_loop_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
     def fresh():
         return blip.load(recipes.TINY, CPU), captioning.stream(CAPTIONS, "train", CLASSES[:2])
@@ -303,7 +310,8 @@ def test_an_interrupted_loop_ends_like_an_uninterrupted_one(tmp_path, monkeypatc
         assert torch.equal(a, b), name
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- ablation
+# ----------------------------------------------------------------------------------------------------------------------
+# --------- ablation
 
 
 def test_each_row_of_the_ablation_has_one_change():
@@ -337,6 +345,7 @@ def test_ablation_pairs_by_seed_and_has_students_interval():
     assert ablation.interval([0.9, 1.0, 1.0], 0)[1] == 1  # no share is more than all
 
 
+@pytest.mark.slow
 def test_ablation_is_taken_up_where_it_was(tmp_path, monkeypatch):
     asked = []
 
@@ -364,9 +373,11 @@ def test_ablation_is_taken_up_where_it_was(tmp_path, monkeypatch):
     assert {row.n for row in read_results(tmp_path / "a.json") if " minus " in row.subject} == {2}
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ notebooks
+# ----------------------------------------------------------------------------------------------------------------------
+# -------- notebooks
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_say_what_they_are_an_archive_of(path):
     first = "".join(json.loads(path.read_text())["cells"][0]["source"])
@@ -377,7 +388,7 @@ def test_notebooks_say_what_they_are_an_archive_of(path):
 TINY_RUN = {"scenes": [32, 8], "save_steps": 0, "validation_rows": 0, "num_train_epochs": 1}
 
 
-@pytest.mark.notebooks
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "more"),
     [

@@ -1,4 +1,6 @@
-"""`foodextract train` killed with SIGKILL in either stage, and started again: the losses and weights of a run that nobody disturbed."""
+"""`foodextract train` killed with SIGKILL in either stage, and started again: the losses and weights of a run that
+nobody disturbed.
+"""
 
 import json
 import os
@@ -14,6 +16,8 @@ from typer.testing import CliRunner
 
 from foodextract.__main__ import app
 from foodextract.models import loading
+
+pytestmark = pytest.mark.slow
 
 FOUR_EPOCHS = json.dumps(
     {"num_train_epochs": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}

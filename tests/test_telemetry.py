@@ -35,11 +35,13 @@ def pings_of_a_training(drawn, tmp_path, first, **choice):
         return [path for _, path in hub.requests if "telemetry" in path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["foodextract", "trl"])  # notebook 01 imports trl first
 def test_a_training_sends_no_usage_ping(drawn, tmp_path, first):
     assert pings_of_a_training(drawn, tmp_path, first) == []
 
 
+@pytest.mark.slow
 def test_the_user_can_choose_to_send_them(drawn, tmp_path):
     """This also shows that the test above could fail."""
     assert pings_of_a_training(drawn, tmp_path, "trl", HF_HUB_DISABLE_TELEMETRY="0")

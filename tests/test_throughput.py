@@ -1,4 +1,6 @@
-"""The arithmetic of a training step at SmolVLM2-500M's size, against the sums done by hand from its published configuration."""
+"""The arithmetic of a training step at SmolVLM2-500M's size, against the sums done by hand from its published
+configuration.
+"""
 
 import sys
 

@@ -1,21 +1,22 @@
 """Make the tiny base: a real SmolVLM of 2.9 M parameters that sees OpenMoji drawings and speaks plain sentences.
 
-SmolVLM2-500M is a useful base because it sees and talks before anything asks it for JSON. This script makes such a base
-for the offline profile, from nothing, on a CPU, in two steps:
+SmolVLM2-500M is a base because it can see and talk before anybody asks it for JSON. This script gives the offline
+profile a base of the same kind, from nothing, on a CPU, in two steps:
 
-1. See: train the vision tower alone, with dense supervision, on crowds of objects. Which object covers each patch is
-   known exactly. From the language loss alone, so small a tower learns next to nothing.
-2. Talk: train everything else on short conversations about scenes the tower has not seen, so that the language model
-   learns from sight as good as it will have later. The connector learns what each image token shows, in the language
-   model's own words. The text holds no braces, no keys and no JSON.
+1. see: the vision tower alone, with dense supervision, on crowds. Which object covers each patch is known exactly, and
+a tower this
+   small learns next to nothing from the language loss alone.
+2. talk: everything else, on short conversations about scenes that the tower has not seen, so that the language model
+learns from sight
+   as good as it will have later. The connector is told what each image token shows, in the language model's own words.
+   No braces, no keys, no JSON anywhere.
 
-A base trained on the web has three habits that this one must learn on purpose, or fine-tuning spends its steps on them:
+Three habits that a base has from reading the web must be given to this one on purpose, or fine-tuning spends its steps
+on them: every token has been written now and then (nonsense to repeat; a token that never was has sunk by 14 nats), a
+long text before the picture does not blind it (nonsense as system message), and a word is the same word behind a space
+and behind a quotation mark (a tokenizer that gives spaces tokens of their own).
 
-- Every token occurs now and then. The base repeats nonsense; the logit of a token it never saw would sink by 14 nats.
-- A long text before the image does not blind it. Some system messages are nonsense.
-- A word is the same word behind a space and behind a quotation mark. The tokenizer gives spaces their own tokens.
-
-    python experiments/tiny_base/make_tiny_base.py      # 70 minutes on 2 cores; the model and results/tiny_base.json
+    python experiments/tiny_base/make_tiny_base.py            # about 70 minutes on 2 cores; writes the model and results/tiny_base.json
 
 Deterministic for a given machine: fixed seeds, fixed data, one process.
 """
@@ -86,7 +87,8 @@ AUTOCAST = torch.autocast("cpu", torch.bfloat16)  # a processor with AMX is twic
 SYSTEMS = [None, None, "You are a helpful assistant.", "You look at pictures and answer questions about them."]
 
 
-# ------------------------------------------------------------------------------------------------- talking about scenes
+# ----------------------------------------------------------------------------------------------------------------
+# talking about scenes
 
 
 def _series(things: list[str]) -> str:
@@ -94,7 +96,9 @@ def _series(things: list[str]) -> str:
 
 
 def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Return all questions with plain sentences as answers, in random order. Some answers quote the names."""
+    """Every question the base learns to answer, in random order, with its answer in a plain sentence; now and then
+    names are quoted.
+    """
     mark = rng.choice(["", "", "", '"'])
     wish = " Use quotation marks." if mark else ""
     foods, drinks = (
@@ -129,7 +133,9 @@ def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def scribble(tokenizer: PreTrainedTokenizerFast, rng: random.Random, longest: int) -> str:
-    """Return nonsense of 4 to `longest` random tokens. Every other one is a sign or a digit; it is never JSON."""
+    """4 to `longest` tokens of the vocabulary in any order, every other one a sign or a digit: nonsense, and never
+    JSON.
+    """
     words = [token for token in sorted(tokenizer.get_vocab()) if token not in SPECIAL]
     signs = [
         token for token in words if not any(letter.isalpha() for letter in tokenizer.convert_tokens_to_string([token]))
@@ -144,8 +150,7 @@ def conversation_about(
     """Four questions and answers, the picture in the first user turn, sometimes behind a system message.
 
     With a `tokenizer`, there is nonsense in it: as a long system message, and as something to repeat between two
-    questions.
-    """
+    questions."""
     turns = []
     pairs = questions_about(scene, rng)
     system = rng.choice(SYSTEMS)
@@ -162,7 +167,8 @@ def conversation_about(
     return turns
 
 
-# -------------------------------------------------------------------------------------------------- model and processor
+# ------------------------------------------------------------------------------------------------------------------
+# model and processor
 
 
 @cache
@@ -173,7 +179,7 @@ def make_image_processor() -> SmolVLMImageProcessor:
 
 
 def make_processor() -> SmolVLMProcessor:
-    """Make SmolVLM's processor with a small byte-level BPE, learned from prompts, conversations and records."""
+    """SmolVLM's processor around a byte-level BPE small enough for a tiny model: learned on prompts, talk and records."""
     chat = Template(DEFAULT_CHAT_TEMPLATE)
     texts = [chat.render(messages=prompts.conversation(), add_generation_prompt=True)] * 500
     rng = random.Random(SEED)
@@ -213,15 +219,14 @@ def make_processor() -> SmolVLMProcessor:
 def make_model(processor: SmolVLMProcessor) -> SmolVLMForConditionalGeneration:
     tokenizer = processor.tokenizer
     text = {
-        "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 288, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": WIDTH // 4, "vocab_size": len(tokenizer),
-        "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 288, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": WIDTH // 4, "vocab_size": len(tokenizer), "max_position_embeddings": 2048,
+        "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     vision = {
-        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 5, "num_attention_heads": 2,
-        "image_size": IMAGE, "patch_size": PATCH, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": IMAGE,
+        "patch_size": PATCH, "hidden_act": "gelu_pytorch_tanh",
     }  # fmt: skip
     config = SmolVLMConfig(
         text_config=text, vision_config=vision, scale_factor=SHUFFLE, tie_word_embeddings=True,
@@ -233,11 +238,15 @@ def make_model(processor: SmolVLMProcessor) -> SmolVLMForConditionalGeneration:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------- the data
+# ----------------------------------------------------------------------------------------------------------------------
+# -------- the data
 
 
 def _patch_classes(scene: Scene) -> np.ndarray:
-    """Return the object that covers most of each patch, at least a fifth, as (GRID, GRID) int16; non-food by kind."""
+    """(GRID, GRID) int16: the object that covers most of each patch, if it covers a fifth.
+
+    Non-food objects count as their kind.
+    """
     edge = np.linspace(0, scene.owner.shape[0], GRID + 1).round().astype(int)
     classes = np.zeros((GRID, GRID), np.int16)
     covers = np.stack([
@@ -255,8 +264,7 @@ def _recolored(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """The scene with half of its non-food objects in exchanged colors.
 
     The tower is to learn what is food, not by heart which few hundred drawings are not: drawings it has never seen are
-    what it takes for food.
-    """
+    what it takes for food."""
     pixels = np.array(scene.image)
     for number, placed in enumerate(scene.objects, 1):
         if placed.name is None and rng.random() < 0.5:
@@ -266,11 +274,11 @@ def _recolored(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def draw_crowd(index: int) -> Scene:
-    """Draw crowd number `index`: 2 to 9 overlapping objects, half of them neither food nor drink.
+    """Crowd number `index`: 2 to 9 objects in one picture, over each other as it comes, half of them neither food nor
+    drink.
 
-    Half of the non-food objects are turned, recolored or joined from two halves, so that the tower learns what food is
-    instead of memorizing the drawings that are not.
-    """
+    Half of the non-food objects stand on their heads or on a side, in exchanged colors or joined from two halves, for
+    the same reason."""
     rng = np.random.default_rng([SEED, zlib.crc32(b"crowd"), index])
     image, owner, objects = background(rng), np.zeros((SIZE, SIZE), np.uint8), []
     for number in range(1, rng.integers(3, 11)):
@@ -330,7 +338,8 @@ def _schedule(
     return optimizer, get_cosine_schedule_with_warmup(optimizer, int(steps) // 20, int(steps))
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------------------------------
+# -------- training
 
 
 class PatchHead(torch.nn.Linear):
@@ -425,7 +434,9 @@ def _words(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 def _talk_batch(
     processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Random, nonsense: bool
 ) -> dict[str, torch.Tensor]:
-    """Return token ids, mask and labels of one conversation per scene. The labels are the assistant's words and EOS."""
+    """Token ids, mask and labels of one conversation a scene: the labels are the assistant's words and EOS, nothing
+    else.
+    """
     picture = get_image_prompt_string(0, 0, processor.image_seq_len, *PICTURE_TOKENS)
     said = [conversation_about(scene, rng, processor.tokenizer if nonsense else None) for scene in scenes]
     texts = [processor.apply_chat_template(turns).replace("<image>", picture) for turns in said]
@@ -449,11 +460,12 @@ def learn_to_talk(
     epochs: float,
     batch: int = 16,
 ) -> None:
-    """Step 2: train connector and language model by the language loss, with nonsense in every fourth batch.
+    """Step 2: connector and language model, by the language loss, with nonsense in every fourth batch; the tower stays
+    as it is.
 
-    A second loss pulls each image token towards the embedding of the words for what it shows. Lists of three or four
-    things can then be read off; the language loss alone takes several times the steps.
-    """
+    The second loss asks the connector to turn an image token into something like the embedding of the words for what it
+    shows. Lists of three or four things are then read off, where the language loss alone takes several times the steps
+    to find out how."""
     rng = random.Random(SEED)
     seen, shown, words = _seen(model, pixels), _token_classes(classes), _words(processor.tokenizer)
     mirrored = _token_classes(classes.flip(-1))
@@ -471,7 +483,8 @@ def learn_to_talk(
             bar.set_postfix(loss=f"{said.item():.3f}", words=f"{named.item():.3f}")
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# ----------------------------------------------------------------------------------------------------------------------
+# ------- measuring
 
 
 @torch.inference_mode()
@@ -498,7 +511,9 @@ def named_in(sentence: str) -> set[str]:
 def measure(
     model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, scenes: int, command: str
 ) -> list[Row]:
-    """Measure how well the base sees and talks, and that it writes no JSON, on scenes and objects it has never seen."""
+    """How well the base sees and talks, and that it does not speak JSON: on scenes and non-food objects it has never
+    seen.
+    """
     model.eval()
     pixels, _, drawn = draw_pool("test", range(scenes))
     records = [scene.record for scene in drawn]
@@ -544,8 +559,9 @@ def main(
     torch.manual_seed(SEED)
     processor = make_processor()
     model = make_model(processor)
-    parameters, tokens = sum(p.numel() for p in model.parameters()), len(processor.tokenizer)
-    print(f"{parameters:,} parameters, {tokens} tokens in the vocabulary")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens in the vocabulary"
+    )
     head = PatchHead()
     model.set_attn_implementation("eager")  # the fused kernel's backward is five times slower in bf16 on a CPU
     parts = torch.nn.ModuleDict({"vision": model.model.vision_model, "head": head})
