@@ -119,5 +119,5 @@ def test_errors_name_the_remedy(exported, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, missing, None)
         result = CliRunner().invoke(app, ["export", "onnx", str(tmp_path / "out"), "--model", str(loading.TINY_TUNED)])
         assert result.exit_code == 2
-        assert f"ONNX needs {missing}, which is not installed here: pip install" in result.stderr
+        assert f"{missing} is not installed: pip install 'foodextract[onnx]'" in result.stderr
         monkeypatch.undo()

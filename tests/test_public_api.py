@@ -24,3 +24,9 @@ def test_import_is_cheap():
         "import sys, foodextract; from foodextract import FoodRecord; print({'torch', 'transformers'} & {*sys.modules})"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_name_that_needs_an_extra_says_so():
+    code = "import sys; sys.modules['datasets'] = None; from foodextract import load_dataset"
+    error = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.splitlines()[-1]
+    assert error.endswith("MissingExtraError: datasets is not installed: pip install 'foodextract[data]'")

@@ -6,11 +6,15 @@ The names in `__all__` are the public API. Each is imported on first use, so `im
 import importlib
 import os
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+
+from foodextract.extras import extra
 
 if TYPE_CHECKING:
     from foodextract.data.dataset import open_dataset as load_dataset
     from foodextract.data.samples import DatasetError
+    from foodextract.extras import MissingExtraError
     from foodextract.images import FormatError, ImageError
     from foodextract.inference.confidence import Confidence
     from foodextract.inference.extractor import Extractor
@@ -26,6 +30,7 @@ __all__ = [
     "FoodRecord",
     "FormatError",
     "ImageError",
+    "MissingExtraError",
     "ModelError",
     "__version__",
     "load_dataset",
@@ -39,6 +44,7 @@ _HOMES = {
     "FoodRecord": "schema",
     "FormatError": "images",
     "ImageError": "images",
+    "MissingExtraError": "extras",
     "ModelError": "models.loading",
     "load_dataset": "data.dataset",
 }
@@ -47,7 +53,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    with extra("data") if _HOMES[name].startswith("data.") else nullcontext():
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     value = getattr(module, "open_dataset" if name == "load_dataset" else name)
     globals()[name] = value
     return value

@@ -94,7 +94,7 @@ def extract(
     found = dict.fromkeys(map(str, find_images(paths)))
     if not found:
         _stop(f"no images in {', '.join(map(str, paths))}: name files, or folders that hold .jpg, .png, .webp … files")
-    with _stop_on(ModelError, output_files.AnswerFileError):
+    with _stop_on(ModelError, MissingExtraError, output_files.AnswerFileError):
         answered = output_files.resume(output, form) if output else set()
         files = [file for file in found if file not in answered]
         if len(files) < len(found):
@@ -351,7 +351,7 @@ def export_onnx(out: ExportFolder, model: Model = None, tiles: Tiles = None) -> 
     from foodextract.inference.onnx import export_onnx as write
     from foodextract.models.loading import ModelError, newest_tuned
 
-    with _stop_on(ModelError, OSError):
+    with _stop_on(ModelError, MissingExtraError, OSError):
         sizes = write(model or newest_tuned(), out, tiles)
     for name, megabytes in sizes.items():
         print(f"{megabytes:8.1f} MB  {name}")

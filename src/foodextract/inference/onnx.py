@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
+from foodextract.extras import extra
 from foodextract.models.loading import ModelError, load_model, load_processor
 
 FOLDER = "onnx"
@@ -71,7 +72,7 @@ class _Graph(torch.nn.Module):
 
     def __init__(self, folder: str | os.PathLike[str], name: str) -> None:
         super().__init__()
-        runtime, file = _extra("onnxruntime"), Path(folder) / FOLDER / f"{name}.onnx"
+        runtime, file = _import("onnxruntime"), Path(folder) / FOLDER / f"{name}.onnx"
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
@@ -156,7 +157,7 @@ def export_onnx(model_id: str | os.PathLike[str], out: Path, tiles: int | None =
     Returns the size of each file in megabytes.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        _extra(package)
+        _import(package)
     processor = load_processor(model_id, tiles)
     write_graphs(load_model(model_id, torch.device("cpu"), precision="fp32"), out)
     processor.save_pretrained(out)
@@ -185,7 +186,7 @@ def write_graphs(model: PreTrainedModel, out: Path) -> None:
     model.eval()
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    quantization = _extra("onnxruntime.quantization")
+    quantization = _import("onnxruntime.quantization")
     with _quiet(), torch.inference_mode():
         for name, module, inputs, names, shapes in graphs:
             torch.onnx.export(
@@ -219,10 +220,6 @@ def _quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def _extra(module: str) -> ModuleType:
-    try:
+def _import(module: str) -> ModuleType:
+    with extra("onnx"):
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModelError(
-            f"ONNX needs {error.name}, which is not installed here: pip install 'foodextract[onnx]'"
-        ) from error
