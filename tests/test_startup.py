@@ -35,7 +35,8 @@ model = torch.nn.Linear(1, 1)
 later = [
     modeling_utils.extract_model_from_parallel(model) is model,
     len(loss_for_object_detection.linear_sum_assignment([[1, 2], [2, 1]])) == 2,
-    isinstance(torchvision.models.resnet18, type(lambda: 0)),
+    callable(torchvision.models.resnet18),
+    len(torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5)) == 1,
     torch.compile(model, backend="eager")(torch.ones(1, 1)).shape == (1, 1),
     scipy.optimize.linear_sum_assignment.__module__ != "foodextract.models.startup",
 ]

@@ -22,9 +22,12 @@ UNUSED = (
     "num2words",
     "scipy",
     "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
     "torch.fx.experimental.symbolic_shapes",
     "torchvision.datasets",
     "torchvision.models",
+    "torchvision.ops",
 )
 _finders: list["_Finder"] = []  # those at work
 
