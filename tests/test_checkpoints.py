@@ -316,11 +316,13 @@ def test_the_profile_hub_needs_at_most_12_gb():
 
 HUB_CONFIG = {
     "vision_config": {
-        "model_type": "smolvlm_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "model_type": "smolvlm_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12,
         "patch_size": 16, "image_size": 512,
     },
     "text_config": {
-        "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+        "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+        "num_attention_heads": 15,
         "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49280, "tie_word_embeddings": False,
     },
     "scale_factor": 4, "tie_word_embeddings": False,

@@ -21,7 +21,7 @@ PRESETS = Path(__file__).parent / "presets"
 class Lora:
     """LoRA adapters on all linear layers, with the names of peft's LoraConfig.
 
-    Freezing a module does not keep adapters out of it; `exclude_modules`, a regular expression for whole module names, does.
+    Freezing does not keep adapters out of a module; `exclude_modules`, a regular expression for whole names, does.
     """
 
     r: int = 16
@@ -82,7 +82,7 @@ class Profile:
     needs_gpu: bool = False
 
     def require_gpu(self, allow_cpu: bool = False, gpu: str = "T4") -> None:
-        """Raise ModelError where a GPU is needed but missing, unless `allow_cpu`. `gpu` is the one to choose in Colab."""
+        """Raise ModelError where a GPU is needed but missing, unless `allow_cpu`. `gpu` is the choice in Colab."""
         if self.needs_gpu and not allow_cpu and choose_device().type == "cpu":
             raise ModelError(
                 "this profile needs a GPU, and there is none here. In Colab choose Runtime > Change runtime type > "
@@ -103,18 +103,21 @@ PROFILES = {name: _load_profile(PRESETS / f"{name}.toml") for name in ("hub", "o
 
 
 def changed(stage: Stage, values: Mapping[str, Any]) -> Stage:
-    """Return the stage with other `values`, as JSON or YAML spells them.
+    """The stage with other `values`, as JSON or YAML spells them. Raises ModelError for one that it cannot use.
 
-    Raises ModelError for a value that a stage does not have or cannot use.
-
-    >>> changed(Stage("stage1", freeze=(), learning_rate=2e-4), {"learning_rate": "1e-4"}).learning_rate  # a string in YAML
+    >>> changed(Stage("stage1", (), 2e-4), {"learning_rate": "1e-4"}).learning_rate  # a string in YAML
     0.0001
     """
     try:
-        return TypeAdapter(Stage).validate_python(vars(stage) | values)
+        return TypeAdapter(Stage).validate_python(vars(stage) | dict(values))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors())
         raise ModelError(f"{stage.name}: {faults} (the values of a stage are {', '.join(vars(stage))})") from error
+
+
+def trains_vision(model: torch.nn.Module) -> bool:
+    """Whether any weight of the vision tower trains."""
+    return any(p.requires_grad for name, p in model.named_parameters() if name.startswith(VISION))
 
 
 def is_sharded() -> bool:
@@ -123,7 +126,7 @@ def is_sharded() -> bool:
 
 
 def precision_of(stage: Stage, device: torch.device, parameters: int = 0) -> Precision:
-    """Choose the precision for the device and a model of so many parameters, or bf16 autocast where the stage sets `bf16`."""
+    """The precision for the device and a model of so many parameters, or bf16 autocast where the stage sets `bf16`."""
     chosen = choose_precision(device, training=True, parameters=parameters)
     if not stage.bf16 or chosen.autocast is torch.bfloat16:
         return chosen
