@@ -1,9 +1,9 @@
-"""How building a data set scales: memory and throughput over 100,000 small images, and what a SIGKILL half-way costs.
+"""Measure memory and throughput of building a data set of 100,000 small images, with and without a SIGKILL.
 
-    python benchmarks/build_dataset.py                  # about five minutes on 2 cores; writes results/dataset_build.json and curves
+    python benchmarks/build_dataset.py  # five minutes on 2 cores; writes results/dataset_build.json and curves
 
-Two builds of the same generated images run side by side in processes of their own: one undisturbed, one killed with SIGKILL
-half-way and started again. Both must leave the same files, byte for byte.
+Two builds of the same generated images run side by side. One is killed halfway with SIGKILL and resumed. Both must
+write the same files, byte for byte.
 """
 
 import hashlib
@@ -34,21 +34,14 @@ SIDE = 64  # pixels
 
 
 def generated(count: int, seed: int = 0) -> Iterator[Sample]:
-    """`count` different images with labels: smooth random colors, the one thing that no two have in common."""
+    """Yield `count` different images of smooth random colors, with labels."""
     names = [(name, "food_items") for name in FOODS] + [(name, "drink_items") for name in DRINKS]
     for number in range(count):
         name, field = names[number % len(names)]
         label = {"is_food": 1, "image_title": name, "food_items": [], "drink_items": [], field: [name]}
         read = partial(_png, seed, number)
-        yield Sample(
-            f"{number:07d}.png",
-            read,
-            label,
-            source="generated",
-            license="none needed",
-            category=name,
-            group=f"{number // 2}",
-        )
+        origin = {"source": "generated", "license": "none needed", "category": name, "group": f"{number // 2}"}
+        yield Sample(f"{number:07d}.png", read, label, **origin)
 
 
 def _png(seed: int, number: int) -> bytes:
@@ -59,7 +52,7 @@ def _png(seed: int, number: int) -> bytes:
 
 
 def checksum(folder: Path) -> str:
-    """One hash over the names and bytes of all files below `folder`."""
+    """Return one hash of the names and bytes of all files below `folder`."""
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         total.update(path.relative_to(folder).as_posix().encode())
@@ -68,7 +61,7 @@ def checksum(folder: Path) -> str:
 
 
 class Watched:
-    """A build in a process of its own, with its resident memory by seconds since the start."""
+    """A build in a process of its own, and its resident memory over time."""
 
     def __init__(self, count: int, out: Path) -> None:
         self.out, self.curve, self.start = out, [], time.perf_counter()
@@ -76,7 +69,7 @@ class Watched:
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: S603
 
     def look(self) -> bool:
-        """Note time, memory in GiB and images done; False once the process has ended."""
+        """Record time, memory in GiB and images done. Return False once the process has ended."""
         try:
             memory = (
                 int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -98,7 +91,7 @@ def main(
     build_in: Annotated[Path | None, typer.Option(hidden=True)] = None,
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results/dataset_build.json",
 ) -> None:
-    """Measure a large build, undisturbed and killed."""
+    """Measure an uninterrupted and a killed build."""
     if build_in:
         dataset.build(Rows(generated(images), images), build_in)
         return

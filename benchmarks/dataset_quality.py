@@ -116,7 +116,7 @@ def parts(category: str) -> list[list[str]]:
 
 
 def class_rows(rng: np.random.Generator, per_class: int) -> list[Row]:
-    """Return labels of food classes with titles in three styles. Each has what its class always shows and some of the rest."""
+    """Return labels of food classes: what a class always shows, some of the rest, a title in one of three styles."""
     rows = []
     for name in CLASSES:
         foods, some_foods, drinks, some_drinks = parts(name)

@@ -67,7 +67,7 @@ def serving(model: Path, *options: str, port: int | None = None) -> Iterator[Ser
 
 
 def free_port() -> int:
-    """One that nobody listens on just now."""
+    """Return a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

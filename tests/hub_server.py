@@ -1,10 +1,9 @@
-"""A model hub on this machine: as much of the Hub's HTTP API as the official client needs, with faults that can be switched on.
+"""A local Hub: as much of the HTTP API as `huggingface_hub` and `datasets` need, with faults on demand.
 
-Written from what `huggingface_hub` sends: whoami, repositories, commits of regular and large (LFS) files, trees, files by revision and
-range, Space variables; and what `datasets` asks for when it loads a data set by its id. Files of more than LARGE bytes are large;
-everything is kept in memory.
+It knows whoami, repositories, commits of regular and large (LFS) files, trees, files by revision and range, and Space
+variables. Files of more than LARGE bytes are large. Everything is kept in memory.
 
-`python tests/hub_server.py COMMAND…` runs a command with a Hub of its own, a notebook that publishes for example.
+`python tests/hub_server.py COMMAND…` runs a command, such as a notebook that publishes, with a Hub of its own.
 """
 
 import base64
@@ -22,16 +21,16 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_local"  # the one token it knows
+TOKEN = "hf_local"  # the only valid token
 LARGE = 50_000
 
 
 @dataclass
 class Fault:
-    """What goes wrong with requests of `method` whose path matches `path`, `times` times (endlessly when negative).
+    """A fault of requests with `method` whose path matches `path`, `times` times (forever if negative).
 
-    `status` answers with that error, which `says` something; 0 reads half of the body and closes the connection; `seconds` only makes the
-    answer wait.
+    `status` is the error sent, with the message `says`; 0 reads half of the body and closes the connection. `seconds`
+    delays the answer.
     """
 
     method: str
@@ -45,7 +44,7 @@ class Fault:
 
 @dataclass
 class Repository:
-    """`commits` are pairs of an id and all files of that moment; the last one is `main`."""
+    """`commits` are pairs of an id and all its files; the last one is `main`."""
 
     private: bool
     sdk: str | None = None
@@ -66,7 +65,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server knows. `requests` are the (method, path) of everything it was asked, `sent` the bytes of all its answers."""
+    """The state of the server. `requests` are all (method, path) pairs, `sent` is the number of bytes answered."""
 
     url: str = ""
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
@@ -76,21 +75,21 @@ class Hub:
     sent: int = 0
 
     def files(self, kind: str, repo_id: str) -> dict[str, bytes]:
-        """Of the last commit, without what the Hub itself puts there."""
+        """The files of the last commit, without those of the Hub itself."""
         return {
             name: data
             for name, data in self.repositories[kind, repo_id].commits[-1][1].items()
             if name != ".gitattributes"
         }
 
-    def asked(self, method: str, path: str) -> int:
-        """How many requests there were of this kind."""
+    def count(self, method: str, path: str) -> int:
+        """The number of requests with this method and path."""
         return sum(verb == method and re.search(path, where) is not None for verb, where in self.requests)
 
 
 @contextmanager
 def running_hub():
-    """A Hub on a free port of this machine."""
+    """Run a Hub on a free local port."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -104,12 +103,12 @@ def running_hub():
 
 
 def environment(hub: Hub) -> dict[str, str]:
-    """What sends the official client to `hub` when a process begins: it reads these once."""
+    """The variables that direct the official client of a new process to `hub`."""
     return {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
 
 def _blob_id(data: bytes) -> str:
-    """Git's own name for a file."""
+    """Git's blob id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -148,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             found = re.fullmatch(pattern, path)
             if found and (method == self.command or (method == "GET" and self.command == "HEAD")):
                 return answer(self, body, **found.groupdict())
-        return self._send(404, {"error": f"no such door: {self.command} {path}"})
+        return self._send(404, {"error": f"no such endpoint: {self.command} {path}"})
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -178,8 +177,6 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         return found
-
-    # ------------------------------------------------------------------------------------------------------------------------ doors
 
     def whoami(self, _):
         self._send(200, {"name": "somebody", "type": "user", "orgs": [], "auth": {"type": "access_token"}})

@@ -1,4 +1,4 @@
-"""Every rule of `cleaning` and every word list, by answers known beforehand."""
+"""Every label rule and word list, by known answers."""
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +33,7 @@ def count(rows):
     return statistics
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- one record
+# one record
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def count(rows):
         (raw("", ["pie"], ["tea"]), "untitled", "pie and tea", ["pie"], ["tea"]),
     ],
 )
-def test_what_is_mended_and_how(label, rule, title, foods, drinks):
+def test_fixes(label, rule, title, foods, drinks):
     record, issues = clean(label)
     assert record == FoodRecord(is_food=1, image_title=title, food_items=foods, drink_items=drinks)
     assert (rule, "fix") in {(issue.rule, issue.policy) for issue in issues}
@@ -104,7 +104,7 @@ def test_what_is_mended_and_how(label, rule, title, foods, drinks):
         (raw("red wine", ["red apple"]), "title_mismatch"),
     ],
 )
-def test_what_is_only_flagged(label, rule):
+def test_flags(label, rule):
     record, issues = clean(label)
     assert record == FoodRecord(**label)
     assert [(issue.rule, issue.policy) for issue in issues] == [(rule, "flag")]
@@ -143,7 +143,7 @@ def test_what_is_only_flagged(label, rule):
         | {"image_title": "bread and wine"},
     ],
 )
-def test_what_is_left_alone(label):
+def test_clean_labels_have_no_issue(label):
     assert clean(label) == (FoodRecord(**label), [])
 
 
@@ -176,7 +176,7 @@ def test_contradictions_of_is_food_are_read_in_favor_of_the_items(label, record)
         (raw() | {"drink_items": ["tea", 1]}, "drink_items is ['tea', 1]"),
     ],
 )
-def test_what_is_no_record_is_rejected_with_its_reason(label, reason):
+def test_labels_that_cannot_be_converted_are_rejected(label, reason):
     record, (*others, issue) = clean(label)
     assert record is None
     assert (issue.rule, issue.policy) == ("shape", "reject")
@@ -188,16 +188,16 @@ def test_what_is_no_record_is_rejected_with_its_reason(label, reason):
     ("change", "record", "reasons"),
     [
         *(
-            ({"is_food": told}, raw("pie", ["pie"]), [f"is_food is {told!r}, read as 1"])
-            for told in (True, 1.0, "1", "true", " Yes ")
+            ({"is_food": given}, raw("pie", ["pie"]), [f"is_food is {given!r}, read as 1"])
+            for given in (True, 1.0, "1", "true", " Yes ")
         ),
         *(
             (
-                {"is_food": told, "image_title": "", "food_items": []},
+                {"is_food": given, "image_title": "", "food_items": []},
                 raw(is_food=0),
-                [f"is_food is {told!r}, read as 0"],
+                [f"is_food is {given!r}, read as 0"],
             )
-            for told in (False, 0.0, "0", "false", "No")
+            for given in (False, 0.0, "0", "false", "No")
         ),
         (
             {"food_items": "soup, bread"},
@@ -215,7 +215,7 @@ def test_what_is_no_record_is_rejected_with_its_reason(label, reason):
         ({"is_food": "true", "drink_items": None}, raw("pie", ["pie"]), ["is_food is 'true'", "drink_items is None"]),
     ],
 )
-def test_another_type_that_can_be_read_is_mended_and_told(change, record, reasons):
+def test_other_types_are_converted(change, record, reasons):
     label = raw("pie", ["pie"]) | change
     cleaned, issues = clean(label)
     assert cleaned == FoodRecord(**record)
@@ -228,7 +228,7 @@ def test_another_type_that_can_be_read_is_mended_and_told(change, record, reason
     )
 
 
-def test_a_key_that_is_missing_is_told():
+def test_a_missing_key_is_an_issue():
     label = raw("pie", ["pie"])
     del label["drink_items"]
     cleaned, (issue,) = clean(label)
@@ -258,10 +258,10 @@ def test_every_issue_names_the_item_and_says_why():
     assert all(repr(issue.item) in issue.reason for issue in issues)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- policy
+# policy
 
 
-def test_policies_decide_and_the_label_stays_where_they_say_flag():
+def test_flag_keeps_the_label():
     label = raw("Cake.", ["cake", "flour", "flours", "cola"])
     record, issues = clean(label, policies=dict.fromkeys(POLICIES, "flag"))
     assert record == FoodRecord(**label)
@@ -300,13 +300,13 @@ def test_any_rule_can_reject_a_row(rule):
     assert (rule, "reject") in {(issue.rule, issue.policy) for issue in issues}
 
 
-def test_what_the_schema_forbids_is_mended_even_where_the_policy_says_flag():
+def test_schema_faults_are_fixed_even_where_the_policy_says_flag():
     record, issues = clean(raw("pie", ["pie", "pie"], is_food=0), policies=dict.fromkeys(POLICIES, "flag"))
     assert record == FoodRecord(**raw("pie", ["pie"]))
     assert {(issue.rule, issue.policy) for issue in issues} == {("duplicate", "fix"), ("contradiction", "fix")}
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ whole sets
+# whole sets
 
 
 def desserts(category="kazandibi"):
@@ -333,7 +333,7 @@ MOUSSAKA = [(raw("moussaka", ["moussaka", "eggplant", "tomato"]), "moussaka")] *
 PIZZA, ODD_PIZZA = (raw("pizza", ["pizza"]), "pizza"), (raw("pizza", ["pizza", "octopus"]), "pizza")
 
 
-def test_an_item_at_home_in_unlike_classes_is_a_stranger():
+def test_an_item_of_unlike_classes_is_an_outlier():
     faulty = (raw("kazandibi", ["milk pudding", "eggplant"]), "kazandibi")
     statistics = count([*desserts(), *MOUSSAKA, faulty])
     (issue,) = lint(*faulty, statistics)
@@ -341,45 +341,45 @@ def test_an_item_at_home_in_unlike_classes_is_a_stranger():
     assert not any(lint(*row, statistics) for row in desserts())
 
 
-def test_an_item_at_home_in_a_class_like_this_one_is_no_stranger():
+def test_an_item_of_a_similar_class_is_no_outlier():
     likely = (raw("kazandibi", ["milk pudding", "mango"]), "kazandibi")
     rice_puddings = [(raw("sutlac", ["milk pudding", "mango"]), "sutlac")] * 10
     assert lint(*likely, count([*desserts(), *rice_puddings, likely])) == []
 
 
-def test_a_newcomer_is_no_stranger_where_many_rows_bring_one():
+def test_a_new_item_is_no_outlier_where_many_rows_have_one():
     rare = (raw("kazandibi", ["milk pudding", "honey"]), "kazandibi")
     assert lint(*rare, count([*desserts(), rare])) == []
 
 
-def test_a_row_that_shares_nothing_with_its_class_is_strange():
+def test_a_row_that_shares_nothing_with_its_class_is_an_outlier():
     faulty = (raw("kazandibi", ["octopus", "licorice"]), "kazandibi")
     assert [issue.item for issue in lint(*faulty, count([*desserts(), faulty]))] == ["octopus", "licorice"]
 
 
-def test_any_newcomer_is_strange_where_hardly_any_row_brings_one():
+def test_a_new_item_is_an_outlier_where_few_rows_have_one():
     assert rules(lint(*ODD_PIZZA, count([PIZZA] * 30 + [ODD_PIZZA]))) == {"outlier"}
 
 
-def test_a_class_of_few_rows_is_judged_with_the_whole_data_set_and_a_large_one_by_itself():
+def test_small_classes_are_smoothed_with_the_whole_data_set():
     varied = [row for number in range(20) for row in desserts(f"kazandibi {number}")]
     assert lint(*ODD_PIZZA, count([*varied, *[PIZZA] * 10, ODD_PIZZA])) == []
     assert rules(lint(*ODD_PIZZA, count([*varied, *[PIZZA] * 400, ODD_PIZZA]))) == {"outlier"}
 
 
-def test_nothing_is_strange_without_support_nor_when_it_belongs_to_the_class_name():
+def test_outliers_need_support_and_no_word_of_the_class_name():
     assert lint(*ODD_PIZZA, count([PIZZA] * 5 + [ODD_PIZZA])) == []
     assert lint(*ODD_PIZZA, count([(label, "") for label, _ in [PIZZA] * 30 + [ODD_PIZZA]])) == []
     named = (raw("octopus pizza", ["pizza", "octopus"]), "octopus pizza")
     assert lint(*named, count([(raw("octopus pizza", ["pizza"]), "octopus pizza")] * 30 + [named])) == []
 
 
-def test_a_stranger_can_be_dropped():
+def test_an_outlier_can_be_dropped():
     record, _ = clean(*ODD_PIZZA, count([PIZZA] * 30 + [ODD_PIZZA]), POLICIES | {"outlier": "fix"})
     assert record.food_items == ["pizza"]
 
 
-def test_the_commoner_form_of_a_name_wins():
+def test_the_common_form_of_a_name_wins():
     rows = [(raw("egg", ["egg"]), "")] * 10 + [(raw("eggs", ["eggs"]), "")]
     record, issues = clean(*rows[-1], count(rows))
     assert (record.food_items, rules(issues)) == (["egg"], {"rare_form"})
@@ -387,7 +387,7 @@ def test_the_commoner_form_of_a_name_wins():
     assert lint(*rows[-1], count(rows[7:])) == []
 
 
-def test_the_other_rows_know_the_field_of_names_that_the_lists_do_not_know():
+def test_other_rows_decide_the_field_of_unknown_names():
     rows = [(raw("californication", [], ["californication"]), "")] * 6 + [
         (raw("californication", ["californication"]), "")
     ]
@@ -422,7 +422,7 @@ def test_statistics_grow_with_the_vocabulary_not_with_the_rows():
     assert many.rows["kazandibi"] == 20 * few.rows["kazandibi"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- scene labels
+# scene labels
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +434,7 @@ def scene_labels():
     ]
 
 
-def test_no_label_of_a_drawn_scene_is_changed_or_complained_about(scene_labels):
+def test_drawn_scenes_have_no_issue(scene_labels):
     for record, category in scene_labels:
         assert clean(record, category) == (record, [])
 
@@ -445,12 +445,12 @@ def test_scene_labels_raise_few_false_alarms_as_a_data_set(scene_labels):
     assert len(alarms) <= 0.02 * len(scene_labels)
 
 
-def test_everything_that_can_be_drawn_stands_on_its_field():
+def test_every_drawing_is_in_its_field():
     assert [name for name in scenes.FOODS if vocabulary.field_of(name) == "drink_items"] == []
     assert [name for name in scenes.DRINKS if vocabulary.field_of(name) != "drink_items"] == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- words
+# words
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_no_name_is_listed_as_a_drink_and_as_a_food():
         ("butter", "toast", False),
     ],
 )
-def test_what_a_image_does_not_show(item, beside, hidden):
+def test_hidden_ingredients(item, beside, hidden):
     assert vocabulary.is_hidden(item, [beside]) == hidden
 
 
@@ -576,7 +576,7 @@ def test_what_a_image_does_not_show(item, beside, hidden):
         ),
     ],
 )
-def test_names_that_differ_in_number_or_spelling_only(pair):
+def test_names_that_are_the_same(pair):
     one, other = pair.split()
     assert vocabulary.key(one) == vocabulary.key(other)
 
@@ -606,7 +606,7 @@ def test_sentences(title, names, expected):
     assert vocabulary.is_sentence(title, names) == expected
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ properties
+# properties
 
 NAMES = [
     "egg",
@@ -640,7 +640,7 @@ KNOWN = count([(raw("pie", ["pie", "egg"]), "pie")] * 20 + [(raw("tea", [], ["te
 
 @settings(max_examples=150, deadline=None)
 @given(labels, st.sampled_from(["", "pie", "tea"]), st.sampled_from(["fix", "flag"]))
-def test_whatever_comes_in_a_valid_record_comes_out_and_cleaning_it_again_changes_nothing(label, category, policy):
+def test_cleaning_gives_valid_records_and_is_idempotent(label, category, policy):
     policies = dict.fromkeys(POLICIES, policy)
     for statistics in (Statistics(), KNOWN):
         record, issues = clean(label, category, statistics, policies)
@@ -651,7 +651,7 @@ def test_whatever_comes_in_a_valid_record_comes_out_and_cleaning_it_again_change
 
 @given(labels)
 @settings(max_examples=50, deadline=None)
-def test_nothing_changes_without_a_issue_that_says_fix(label):
+def test_nothing_changes_without_a_fix(label):
     record, issues = clean(label)
     if not any(issue.policy == "fix" for issue in issues):
         assert record.model_dump() == label

@@ -18,7 +18,6 @@ from PIL import Image
 from foodextract import names
 from foodextract.data import dataset, ingest, scenes, selection, sources
 from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample
-from foodextract.reporting import cards
 
 
 def png(image):
@@ -28,12 +27,12 @@ def png(image):
 
 
 def textured(number):
-    """An image like no other: smooth random colors."""
+    """An image of smooth random colors."""
     coarse = np.random.default_rng(number).integers(0, 255, (9, 9, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
 
 
-def sample(number, image=None, **told):
+def sample(number, image=None, **stated):
     data = png(image or textured(number))
     return Sample(
         **{
@@ -42,7 +41,7 @@ def sample(number, image=None, **told):
             "label": NOTHING,
             "source": "test",
             "license": "CC0",
-            **told,
+            **stated,
         }
     )
 
@@ -89,19 +88,19 @@ def test_every_row_is_accounted_for(tmp_path):
     assert "empty" in rejects["031.png"]
 
 
-def test_what_a_label_names_goes_with_its_image(tmp_path, drawn):
+def test_label_scopes_are_kept(tmp_path, drawn):
     beer = {"is_food": 1, "image_title": "", "food_items": [], "drink_items": ["beer"]}
     dataset.build(
         [sample(n, label=beer, label_scope="primary" if n % 2 else "exhaustive") for n in range(30)], tmp_path / "out"
     )
     for split in dataset.load(tmp_path / "out").values():
         assert dataset.scopes_of(split) == ["primary" if int(name[:3]) % 2 else "exhaustive" for name in split["name"]]
-        assert set(split["image_title"]) == {"beer"}  # what nobody named is named after its items
+        assert set(split["image_title"]) == {"beer"}  # an empty title lists the items
     older = dataset.load(drawn)["test"].remove_columns("label_scope")
     assert dataset.scopes_of(older) == ["exhaustive"] * 16
 
 
-def test_same_content_same_bytes_whatever_the_order(tmp_path):
+def test_the_order_of_samples_changes_no_byte(tmp_path):
     given = [sample(n, category=f"kind {n % 3}") for n in range(40)]
     one = dataset.build(given, tmp_path / "one")
     random.Random(1).shuffle(given)
@@ -111,7 +110,7 @@ def test_same_content_same_bytes_whatever_the_order(tmp_path):
     assert dataset.build(given[:-1], tmp_path / "three")["fingerprint"] != one["fingerprint"]
 
 
-def test_groups_and_look_alikes_stay_together(tmp_path):
+def test_groups_and_near_duplicates_stay_together(tmp_path):
     given = [sample(n, group=f"group {n // 4}") for n in range(60)]
     small = [sample(100 + n, textured(n).resize((70, 70))) for n in range(0, 60, 4)]
     report = dataset.build(given + small, tmp_path / "out")
@@ -127,11 +126,11 @@ def test_groups_and_look_alikes_stay_together(tmp_path):
         assert not set(rows["train"][column]) & set(rows["test"][column])
 
 
-def test_a_look_alike_of_a_held_out_image_cannot_be_trained_on(tmp_path):
+def test_a_near_duplicate_of_a_held_out_image_is_rejected(tmp_path):
     held_out = [sample(n, split="test") for n in range(5)]
     given = [sample(n, split="train") for n in range(10, 20)]
-    planted = sample(50, textured(3).resize((80, 80)), split="train")
-    dataset.build([*held_out, *given, planted], tmp_path / "out")
+    copy = sample(50, textured(3).resize((80, 80)), split="train")
+    dataset.build([*held_out, *given, copy], tmp_path / "out")
     [reject] = lines(tmp_path / "out" / "rejects.jsonl")
     assert reject == {"name": "050.png", "reason": "near-duplicate of an image held out, 003.png"}
 
@@ -144,7 +143,7 @@ def test_split_is_four_to_one_and_does_not_move_when_rows_are_added():
     assert [selection.split_of(group, seed=43) for group in groups] != sides
 
 
-def test_rows_that_are_added_move_no_other(tmp_path):
+def test_added_rows_move_no_other(tmp_path):
     given = [sample(n) for n in range(60)]
     dataset.build(given[:40], tmp_path / "few")
     dataset.build(given, tmp_path / "more")
@@ -153,7 +152,7 @@ def test_rows_that_are_added_move_no_other(tmp_path):
     assert len(more) == 60
 
 
-def test_labels_are_cleaned_and_what_was_found_is_kept(tmp_path):
+def test_labels_are_cleaned_and_issues_written(tmp_path):
     label = {"is_food": 1, "image_title": "turkish_coffee", "food_items": ["Coffee", "cake"], "drink_items": []}
     given = [sample(n) for n in range(30)] + [sample(30, label=label)]
     dataset.build(given, tmp_path / "out")
@@ -165,7 +164,7 @@ def test_labels_are_cleaned_and_what_was_found_is_kept(tmp_path):
     assert all(issue["reason"] and issue["policy"] in ("fix", "flag", "reject") for issue in found)
 
 
-def test_drawn_labels_are_left_alone(drawn, rows):
+def test_drawn_labels_are_not_changed(drawn, rows):
     assert not (drawn / "issues.jsonl").read_text()
     for row in rows["train"]:
         _, seed, split, index = Path(row["name"]).stem.split("-")
@@ -185,7 +184,7 @@ dataset.build(slowly(), {out!r})
 """
 
 
-def test_a_killed_build_ends_like_an_undisturbed_one(tmp_path):
+def test_a_killed_build_resumes_to_the_same_bytes(tmp_path):
     def start(out):
         script = BUILD.format(here=str(Path(__file__).parent), out=str(tmp_path / out))
         return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
@@ -206,7 +205,7 @@ def test_a_killed_build_ends_like_an_undisturbed_one(tmp_path):
     assert checksum(tmp_path / "killed") == checksum(tmp_path / "whole")
 
 
-def test_taking_up_reads_nothing_twice_and_notices_changes(tmp_path):
+def test_resuming_reads_nothing_twice_and_notices_changes(tmp_path):
     given = [sample(n) for n in range(6)]
     ingest.ingest(given, tmp_path / "p")
     unread = [replace(s, read=lambda: pytest.fail("read again")) for s in given]
@@ -218,13 +217,13 @@ def test_taking_up_reads_nothing_twice_and_notices_changes(tmp_path):
     assert [e["name"] for e in ingest.ingest(corrected, tmp_path / "p")] == [f"{n:03d}.png" for n in range(6)]
 
 
-def test_nothing_usable_is_an_error_with_reasons(tmp_path):
+def test_an_empty_split_is_an_error_with_reasons(tmp_path):
     with pytest.raises(DatasetError, match=r"too few usable images(.|\n)*broken"):
         dataset.build([Reject("a.png", "broken")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_build_leaves_the_old_data_set(tmp_path):
+def test_an_interrupted_build_keeps_the_old_data_set(tmp_path):
     given = [sample(n) for n in range(30)]
     dataset.build(given, tmp_path / "out")
     before = checksum(tmp_path / "out")
@@ -238,7 +237,7 @@ def test_an_interrupted_build_leaves_the_old_data_set(tmp_path):
     assert checksum(tmp_path / "out") == before
 
 
-def test_other_peoples_folders_are_not_overwritten(tmp_path):
+def test_other_folders_are_not_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(DatasetError, match="not a data set built here"):
         dataset.build([], tmp_path)
@@ -255,7 +254,7 @@ def test_leaks_into_another_folder_are_found(tmp_path):
     assert theirs == "seven.jpg"
 
 
-def test_any_name_of_a_data_set_opens_it(tmp_path, drawn):
+def test_open_dataset_by_folder_or_name(tmp_path, drawn):
     assert len(dataset.open_dataset(drawn, tmp_path / "unused")["train"]) == 40
     folder = tmp_path / "in"
     folder.mkdir()
@@ -286,7 +285,7 @@ def test_any_name_of_a_data_set_opens_it(tmp_path, drawn):
         (json.dumps({"file_name": "metadata.jsonl", **NOTHING}), "format"),
     ],
 )
-def test_a_bad_row_is_named_and_the_others_are_kept(tmp_path, line, reason):
+def test_a_bad_row_is_rejected_and_the_others_are_kept(tmp_path, line, reason):
     folder = tmp_path / "in"
     folder.mkdir()
     rows = [json.dumps({"file_name": f"{n}.png", **NOTHING}) for n in range(30)]
@@ -300,15 +299,17 @@ def test_a_bad_row_is_named_and_the_others_are_kept(tmp_path, line, reason):
     assert "line 4" in reject["name"] or reject["name"] in ("3.png", "metadata.jsonl")
 
 
-def test_the_card_tells_the_runs_own_figures(drawn):
+def test_the_card_has_the_figures_of_the_report(drawn):
+    from foodextract.reporting import cards  # imports torch, which the processes of BUILD do not need
+
     report = json.loads((drawn / "report.json").read_text())
     card = cards.dataset_card(report, "A title", seed=5, commit="abc")
     assert card.data.license == "cc-by-sa-4.0"
     assert card.data.size_categories == ["n<1K"]
     assert card.data.pretty_name == "A title"
     text = str(card)
-    for told in (
-        "| train | 40 |", "| test | 16 |", report["fingerprint"][:16], "seed 5", "`abc`", "| scenes | 56 |", "load_dataset(",
-        "16 images are held out", "Drawn scenes are exact", "@misc", names.CODE,
+    for part in (
+        "| train | 40 |", "| test | 16 |", report["fingerprint"][:16], "seed 5", "`abc`", "| scenes | 56 |",
+        "load_dataset(", "16 images are held out", "Drawn scenes are exact", "@misc", names.CODE,
     ):  # fmt: skip
-        assert told in text
+        assert part in text

@@ -11,7 +11,7 @@ from foodextract.data.scenes import draw_scenes, sprite
 
 
 def crop(image, left, top, right, bottom):
-    """The image less these shares of its edges."""
+    """Cut these shares off the edges."""
     width, height = image.size
     return image.crop(
         (round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height))
@@ -70,7 +70,7 @@ def fade(one, other, steps=41):
 
 
 def parts(groups):
-    """The groups as sets of positions, whatever they are called."""
+    """Return the groups as sets of positions."""
     return {frozenset(p for p, group in enumerate(groups) if group == name) for name in set(groups)}
 
 
@@ -95,7 +95,7 @@ def test_a_changed_copy_is_found_again(scenes, textures, change):
     assert len(missed) <= 1, missed
 
 
-def test_all_copies_of_a_image_make_one_group(textures):
+def test_all_copies_of_an_image_make_one_group(textures):
     images = [change(image) for image in textures[:3] for change in CHANGES.values()]
     assert group_near([fingerprint(image) for image in images]) == [
         i // len(CHANGES) * len(CHANGES) for i in range(len(images))
@@ -136,7 +136,7 @@ def test_groups_do_not_depend_on_order_nor_on_batches(scenes, textures, monkeypa
         assert {frozenset(order[new] for new in part) for part in parts(shuffled)} == parts(groups)
 
 
-def test_pairs_name_what_is_grouped_and_how_far_apart(textures):
+def test_pairs_list_positions_and_distances(textures):
     images = [
         textures[0],
         textures[1],
@@ -145,17 +145,17 @@ def test_pairs_name_what_is_grouped_and_how_far_apart(textures):
         crop(textures[0], 0.05, 0.05, 0.05, 0.05),
     ]
     fingerprints = [fingerprint(image) for image in images]
-    pairs = near_pairs(fingerprints)
-    assert list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == [(0, 2), (0, 4), (1, 3), (2, 4)]
-    assert pairs.distance[2] == 0 < pairs.distance[0] < pairs.distance[1] <= NEAR
+    first, second, distance = near_pairs(fingerprints)
+    assert list(zip(first.tolist(), second.tolist(), strict=True)) == [(0, 2), (0, 4), (1, 3), (2, 4)]
+    assert distance[2] == 0 < distance[0] < distance[1] <= NEAR
     assert group_near(fingerprints) == [0, 1, 0, 1, 0]
 
 
 def test_a_chain_of_small_steps_does_not_join_its_ends(textures):
     steps = fade(textures[0], textures[1])
-    pairs = near_pairs(steps)
+    first, second, _ = near_pairs(steps)
     assert {(at, at + 1) for at in range(40)} <= set(
-        zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
+        zip(first.tolist(), second.tolist(), strict=True)
     )  # every link of the chain is there
     groups = group_near(steps)
     assert len(set(groups)) < 20  # neighbors are together …
@@ -163,7 +163,7 @@ def test_a_chain_of_small_steps_does_not_join_its_ends(textures):
     assert groups[0] != groups[-1]
 
 
-def test_blank_images_need_not_be_equal_to_the_last_bit():
+def test_blank_images_may_differ_by_a_level():
     gray = bytes([128]) * FINGERPRINT_BYTES
     third = FINGERPRINT_BYTES // 3
     assert group_near(
@@ -178,13 +178,13 @@ def test_blank_and_tiny_images():
     assert group_near([fingerprint(image) for image in images]) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 10, 11, 12, 13]
 
 
-def test_a_crowd_of_blank_images_is_one_group_and_takes_in_no_other(textures):
+def test_many_blank_images_are_one_group_without_others(textures):
     fingerprints = near_blank(300) + [fingerprint(image) for image in textures]
     assert group_near(fingerprints) == [0] * 300 + list(range(300, 330))
 
 
-def test_what_is_compared_grows_with_the_number_of_images():
-    """Random cells are all alike to the index, and so are blank ones: without a bound both would be compared all with all."""
+def test_the_work_is_linear_in_the_number_of_images():
+    """The index cannot tell random cells apart, nor blank ones: without a bound all pairs would be compared."""
     random_cells = np.random.default_rng(0).integers(0, 256, (16_000, FINGERPRINT_BYTES), dtype=np.uint8)
     cells, *_ = near_duplicates._distinct([row.tobytes() for row in random_cells] + near_blank(4_000))
     batches = [(len(one), len(other)) for one, other, _ in near_duplicates._candidates(cells)]
@@ -203,8 +203,8 @@ def test_fingerprints_are_small_and_of_one_size():
     assert fingerprint(texture(1)) == fingerprint(texture(1)) != fingerprint(texture(2))
 
 
-def test_nothing_in_nothing_out_and_wrong_bytes_are_named():
-    assert group_near([]) == near_pairs([]).tolist() == []
+def test_empty_input_and_wrong_bytes():
+    assert group_near([]) == [*near_pairs([])[0]] == []
     assert group_near([bytes(FINGERPRINT_BYTES)]) == [0]
     with pytest.raises(ValueError, match="fingerprint 1 has 3 bytes"):
         group_near([bytes(FINGERPRINT_BYTES), b"abc"])

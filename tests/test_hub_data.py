@@ -1,4 +1,4 @@
-"""Data sets by their Hub ids, read from a Hub on this machine: whose columns they have, what is used again, and what a fault leaves."""
+"""Data sets on the Hub, read from a local Hub: columns, reuse and faults."""
 
 import io
 import json
@@ -72,21 +72,21 @@ def published(online, drawn, tmp_path):
     return online
 
 
-def told(split):
+def content(split):
     return [
         {key: value for key, value in row.items() if key != "image"} | {"pixels": row["image"].tobytes()}
         for row in split
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- whose columns
+# whose columns
 
 
 def test_a_published_data_set_is_used_as_it_is(published, rows, tmp_path):
     opened = dataset.open_dataset(ID, tmp_path / "built")
     for split in ("train", "test"):
         assert opened[split].features == rows[split].features
-        assert told(opened[split]) == told(rows[split])
+        assert content(opened[split]) == content(rows[split])
     assert provenance.origin(opened) == ID
     assert provenance.origin({"test": opened["test"].select(range(3))}) == ID
     report = json.loads((tmp_path / "built" / "report.json").read_text())
@@ -94,7 +94,7 @@ def test_a_published_data_set_is_used_as_it_is(published, rows, tmp_path):
     assert (report["train"], report["test"], report["issues"]) == (40, 16, [])
 
 
-def test_its_labels_are_not_judged_again(online, tmp_path, rows):
+def test_labels_of_a_published_data_set_are_not_changed(online, tmp_path, rows):
     odd = {"image_title": "A photo of PIE", "food_items": ["flour", "Pie"], "is_food": 1, "drink_items": []}
     split = rows["test"].map(lambda row: odd, features=rows["test"].features)
     files = {}
@@ -111,15 +111,24 @@ def test_its_labels_are_not_judged_again(online, tmp_path, rows):
     assert len(opened["train"]) == len(opened["test"]) == 16
 
 
-def test_a_published_data_set_of_before_a_column_was_added_still_loads(online, tmp_path, rows):
+@pytest.mark.parametrize("changed", [{"label_scope": None}, {"license": "licence"}], ids=["lacks", "spelling"])
+def test_published_data_sets_of_earlier_releases_load(online, tmp_path, rows, changed):
     files = {}
     for name, split in rows.items():
         file = io.BytesIO()
-        split.remove_columns("label_scope").to_parquet(file)
+        for column, other in changed.items():
+            split = split.rename_column(column, other) if other else split.remove_columns(column)
+        split.to_parquet(file)
         files[f"data/{name}-00000-of-00001.parquet"] = file.getvalue()
     put(online, files)
     opened = dataset.open_dataset(ID, tmp_path / "built")
-    assert [told(opened[split]) for split in opened] == [told(rows[split]) for split in rows]
+    assert [content(opened[split]) for split in opened] == [content(rows[split]) for split in rows]
+
+
+def test_records_with_the_old_spelling_keep_their_license(online):
+    put(online, {"data/train.parquet": parquet(labeled(range(1), licence="CC0"))})
+    [sample] = sources.hub(ID)
+    assert sample.license == "CC0"
 
 
 def test_notebook_00_takes_a_published_data_set_too(published, rows, tmp_path):
@@ -132,7 +141,7 @@ def test_notebook_00_takes_a_published_data_set_too(published, rows, tmp_path):
         assert list(again[split]["license"]) == list(rows[split]["license"])
 
 
-def test_a_data_set_made_from_a_published_one_names_that_and_not_what_that_was_made_from(online, rows, tmp_path):
+def test_a_data_set_built_from_a_published_one_names_it_as_source(online, rows, tmp_path):
     files = {}
     for split, part in rows.items():
         file = io.BytesIO()
@@ -146,7 +155,7 @@ def test_a_data_set_made_from_a_published_one_names_that_and_not_what_that_was_m
 
 
 @pytest.mark.parametrize("stated", ["validation", "dev", "val", "valid", "test", "holdout"])
-def test_another_author_s_records_are_built_with_the_splits_that_they_state(online, tmp_path, stated):
+def test_other_records_keep_their_splits(online, tmp_path, stated):
     columns = {"category": "pies", "license": "CC0", "label_scope": "primary"}
     files = {
         "data/train.parquet": parquet(labeled(range(20), **columns)),
@@ -171,13 +180,13 @@ def test_records_with_one_split_are_split_here(online, tmp_path):
     assert provenance.held_out(opened) == "split by foodextract with seed 3"
 
 
-def test_what_is_no_training_split_is_never_trained_on(online, tmp_path):
+def test_only_a_train_split_is_trained_on(online, tmp_path):
     put(online, {"data/test.parquet": parquet(labeled(range(30)))})
     with pytest.raises(DatasetError, match=r"too few usable images \(0 train, 30 test"):
         dataset.open_dataset(ID, tmp_path / "built")
 
 
-def test_images_that_lie_beside_their_metadata_are_fetched(online, tmp_path):
+def test_images_beside_their_metadata_are_fetched(online, tmp_path):
     """An image folder as notebook 00 writes it, uploaded as it is."""
     files = {}
     for split, numbers in (("train", range(6)), ("test", range(6, 9))):
@@ -210,7 +219,7 @@ def test_images_that_lie_beside_their_metadata_are_fetched(online, tmp_path):
         None,
     ],
 )
-def test_a_row_does_not_choose_a_file_of_this_machine_or_of_another_place(tmp_path, path):
+def test_a_row_cannot_name_a_local_file_or_another_address(tmp_path, path):
     textured(1).save(tmp_path / "private.png")
     with pytest.raises(OSError, match="the row has no image"):
         hub_source.image_bytes(ID, {"bytes": None, "path": path and path.format(here=tmp_path)})
@@ -228,7 +237,7 @@ def test_images_in_an_archive_are_read(online):
     assert sample.read() == image.getvalue()
 
 
-def test_other_columns_are_named_with_those_that_are_needed(online, tmp_path):
+def test_other_columns_are_an_error_that_names_the_needed_ones(online, tmp_path):
     put(online, {"data/train.parquet": parquet([{"image": textured(1), "caption": "a pie", "label": 3}])})
     wanted = "drink_items and food_items and image and image_title and is_food, or image and output_json"
     for ask in (
@@ -244,13 +253,13 @@ def test_other_columns_are_named_with_those_that_are_needed(online, tmp_path):
 @pytest.mark.parametrize(
     "files", [{}, {"images.py": b"import datasets"}, {"notes.txt": b""}], ids=["empty", "script", "text"]
 )
-def test_what_is_no_data_set_is_named(online, tmp_path, files):
+def test_repositories_without_a_data_set_are_an_error(online, tmp_path, files):
     put(online, {"README.md": b"", **files})
     with pytest.raises(DatasetError, match="'somebody/images'"):
         dataset.open_dataset(ID, tmp_path / "built")
 
 
-# ------------------------------------------------------------------------------------------------------------------------- labels as found
+# labels as found
 
 FAULTY = {
     "is_food null": ({"is_food": None}, "shape", "reject"),
@@ -282,11 +291,11 @@ def test_every_fault_of_a_label_is_found(online, tmp_path, written):
     dataset.open_dataset(ID, tmp_path / "built")
     lines = (tmp_path / "built" / "issues.jsonl").read_text().splitlines()
     found = {(int(line["name"][:6]), line["rule"], line["policy"]) for line in map(json.loads, lines)}
-    planted = {(n, rule, policy) for n, (_, rule, policy) in enumerate(FAULTY.values())}
-    assert planted <= found
+    expected = {(n, rule, policy) for n, (_, rule, policy) in enumerate(FAULTY.values())}
+    assert expected <= found
     assert {number for number, *_ in found} == set(range(len(FAULTY))), "clean labels have none"
     rejects = [json.loads(line) for line in (tmp_path / "built" / "rejects.jsonl").read_text().splitlines()]
-    assert {int(reject["name"][:6]) for reject in rejects} == {n for n, _, policy in planted if policy == "reject"}
+    assert {int(reject["name"][:6]) for reject in rejects} == {n for n, _, policy in expected if policy == "reject"}
     assert all(reject["reason"].startswith("shape: ") for reject in rejects)
 
 
@@ -311,7 +320,7 @@ def test_labels_in_structs_and_columns_come_as_they_are(online):
     assert [sample.label for sample in sources.hub(ID)] == [{key: rows[0][key] for key in FoodRecord.model_fields}]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- once
+# once
 
 
 def unchanged(folder):
@@ -319,7 +328,7 @@ def unchanged(folder):
 
 
 @pytest.mark.parametrize("kind", ["published", "original"])
-def test_it_is_fetched_once_for_a_revision(online, request, tmp_path, kind, capsys):
+def test_a_revision_is_fetched_once(online, request, tmp_path, kind, capsys):
     if kind == "published":
         request.getfixturevalue("published")
     else:
@@ -329,7 +338,7 @@ def test_it_is_fetched_once_for_a_revision(online, request, tmp_path, kind, caps
     online.requests.clear()
     again = dataset.open_dataset(ID, tmp_path / "built", seed=1)
     assert unchanged(tmp_path / "built") == before
-    assert online.asked("GET", "resolve") == 0
+    assert online.count("GET", "resolve") == 0
     assert {split: rows._fingerprint for split, rows in again.items()} == {
         split: rows._fingerprint for split, rows in first.items()
     }
@@ -337,15 +346,15 @@ def test_it_is_fetched_once_for_a_revision(online, request, tmp_path, kind, caps
     assert [rows._fingerprint for rows in elsewhere.values()] == [rows._fingerprint for rows in first.values()]
     online.faults = [Fault(method, ".", 503) for method in ("GET", "HEAD")]
     dataset.open_dataset(ID, tmp_path / "built", seed=1)
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     revision = json.loads((tmp_path / "built" / "origin.json").read_text())["revision"]
-    assert f"using revision {revision[:12]} of {ID}" in told
+    assert f"using revision {revision[:12]} of {ID}" in printed
     with pytest.raises(DatasetError, match="cannot read 'somebody/other' from the Hub"):
         dataset.open_dataset("somebody/other", tmp_path / "built", seed=1)
     assert unchanged(tmp_path / "built") == before
 
 
-def test_another_revision_or_seed_is_built_anew(online, tmp_path):
+def test_another_revision_or_seed_is_rebuilt(online, tmp_path):
     put(online, {"data/train.parquet": parquet(original(range(30)))})
     sides = []
     for seed, count in ((1, 30), (2, 30), (2, 33)):
@@ -357,7 +366,7 @@ def test_another_revision_or_seed_is_built_anew(online, tmp_path):
     assert sides[0] != sides[1] != sides[2]
 
 
-def test_a_labeled_folder_is_built_once_as_long_as_it_is_the_same(tmp_path, monkeypatch):
+def test_a_labeled_folder_is_built_once_per_state(tmp_path, monkeypatch):
     folder = tmp_path / "in"
     for number in range(30):
         (folder / "pie").mkdir(parents=True, exist_ok=True)
@@ -379,7 +388,7 @@ def test_a_labeled_folder_is_built_once_as_long_as_it_is_the_same(tmp_path, monk
     assert count(seed=1) == count(seed=1) == (5, 31)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- faults
+# faults
 
 
 @pytest.mark.parametrize(
@@ -387,14 +396,12 @@ def test_a_labeled_folder_is_built_once_as_long_as_it_is_the_same(tmp_path, monk
     [Fault("GET", "train-00001", 500), Fault("GET", "train-00001", 0), Fault("GET", "train-00001", 403)],
     ids=lambda f: f"{f.status}",
 )
-def test_a_hub_that_gives_out_in_the_middle_is_named_and_the_next_start_goes_on(online, tmp_path, fault, monkeypatch):
+def test_a_hub_that_fails_midway_is_an_error_and_the_next_run_resumes(online, tmp_path, fault, monkeypatch):
     parts = [parquet(original(numbers)) for numbers in (range(12), range(12, 30))]
     put(online, {f"data/train-0000{number}-of-00002.parquet": part for number, part in enumerate(parts)})
     online.faults = [fault]
-    with pytest.raises(
-        DatasetError,
-        match=r"the connection to the Hub failed after 12 rows of 'somebody/images' \(.*\): rerun the command to resume",
-    ):
+    failed = "the connection to the Hub failed after 12 rows of 'somebody/images'"
+    with pytest.raises(DatasetError, match=failed + r" \(.*\): rerun the command to resume"):
         dataset.open_dataset(ID, tmp_path / "built")
     ledger = tmp_path / "built.partial" / ingest.LEDGER
     assert len(ledger.read_text().splitlines()) == 12
@@ -404,8 +411,8 @@ def test_a_hub_that_gives_out_in_the_middle_is_named_and_the_next_start_goes_on(
     assert (len(opened["train"]) + len(opened["test"]), len(decoded)) == (30, 18)
 
 
-def test_what_an_interrupted_build_read_of_another_revision_is_not_used(online, tmp_path):
-    """The labels are the same, so the ledger alone would not notice that the images are others."""
+def test_images_of_another_revision_are_not_reused(online, tmp_path):
+    """The labels are the same, so the ledger alone would not show that the images differ."""
     for first in (0, 100):
         parts = [
             parquet([{**row, "image_name": "x"} for row in original(range(first + start, first + start + 15))])
@@ -421,7 +428,7 @@ def test_what_an_interrupted_build_read_of_another_revision_is_not_used(online, 
     assert images == {textured(number).tobytes() for number in range(100, 130)}
 
 
-def test_what_another_build_goes_on_with_is_not_taken_for_the_data_set_of_the_hub(online, tmp_path):
+def test_another_build_in_the_same_folder_removes_the_origin(online, tmp_path):
     """Notebook 00 may write where notebook 01 was interrupted."""
     parts = [parquet(original(numbers)) for numbers in (range(15), range(15, 30))]
     put(online, {f"data/train-0000{number}-of-00002.parquet": part for number, part in enumerate(parts)})
@@ -432,7 +439,7 @@ def test_what_another_build_goes_on_with_is_not_taken_for_the_data_set_of_the_hu
     assert not (tmp_path / "built" / build.ORIGIN).exists()
 
 
-def test_the_command_says_that_it_goes_on(online, tmp_path):
+def test_the_command_names_the_data_set(online, tmp_path):
     put(online, {"data/train.parquet": parquet(original(range(15)))})
     online.faults = [Fault("GET", "data/train.parquet", 500)]
     result = CliRunner().invoke(app, ["train", ID, "-o", str(tmp_path / "out"), "--profile", "offline"])
@@ -441,7 +448,7 @@ def test_the_command_says_that_it_goes_on(online, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_passing_fault_is_not_noticed(online, tmp_path):
+def test_temporary_faults_are_retried(online, tmp_path):
     put(online, {"data/train.parquet": parquet(original(range(30)))})
     online.faults = [Fault("GET", "train.parquet", 503, times=2), Fault("GET", "train.parquet", 0, times=1)]
     opened = dataset.open_dataset(ID, tmp_path / "built")
@@ -462,7 +469,7 @@ def test_a_damaged_file_is_not_blamed_on_the_connection(online, tmp_path):
         dataset.open_dataset(ID, tmp_path / "built")
 
 
-def test_nobody_waits_for_minutes_in_silence():
+def test_retries_end_within_a_minute():
     config = datasets.config
     assert (
         config.STREAMING_READ_MAX_RETRIES
@@ -474,18 +481,18 @@ def test_nobody_waits_for_minutes_in_silence():
     )  # not in datasets 4.0
 
 
-# ------------------------------------------------------------------------------------------------------------------------- totals
+# totals
 
 
 class Bars:
-    """Stands in for tqdm and keeps what it was told."""
+    """Replaces tqdm and records its totals."""
 
     def __init__(self, monkeypatch):
         self.totals, bar = [], ingest.tqdm
-        monkeypatch.setattr(ingest, "tqdm", lambda **told: self.totals.append(told["total"]) or bar(**told))
+        monkeypatch.setattr(ingest, "tqdm", lambda **options: self.totals.append(options["total"]) or bar(**options))
 
 
-def test_long_reads_know_how_long_they_are(online, published, tmp_path, monkeypatch):
+def test_progress_bars_have_totals(online, published, tmp_path, monkeypatch):
     bars = Bars(monkeypatch)
     dataset.open_dataset(ID, tmp_path / "built")
     put(online, {"data/train.parquet": parquet(labeled(range(30)))}, "other/records")
@@ -494,8 +501,8 @@ def test_long_reads_know_how_long_they_are(online, published, tmp_path, monkeypa
     plain = [{key: row[key] for key in ("image", "output_json")} for row in original(range(3))]
     columns = [{"name": "image", "dtype": "image"}, {"name": "output_json", "dtype": "string"}]
     card = yaml.safe_dump({"dataset_info": {"features": columns, "splits": [{"name": "train", "num_examples": 1234}]}})
-    put(online, {"data/train.parquet": parquet(plain), "README.md": f"---\n{card}---\n".encode()}, "other/told")
-    assert sources.hub("other/told").total == 1234, "the card says so"
+    put(online, {"data/train.parquet": parquet(plain), "README.md": f"---\n{card}---\n".encode()}, "other/counted")
+    assert sources.hub("other/counted").total == 1234, "the card says so"
 
 
 def test_a_total_reads_no_row(online):
@@ -511,7 +518,7 @@ def test_a_total_reads_no_row(online):
     assert online.sent > size
 
 
-# ------------------------------------------------------------------------------------------------------------------------- cards
+# cards
 
 
 def model_card(rows, tmp_path):
@@ -548,8 +555,8 @@ def test_the_data_set_card_says_which_datasets_can_read_its_files(published):
     assert Version(cards.OLDEST_DATASETS) <= Version(datasets.__version__)
 
 
-def test_figures_from_before_the_split_was_noted_can_be_read(tmp_path):
-    told = json.loads((TINY_TUNED / provenance.EVALUATION).read_text())
-    told.pop("held_out", None)
-    (tmp_path / "evaluation.json").write_text(json.dumps(told))
+def test_evaluations_of_earlier_releases_can_be_read(tmp_path):
+    stated = json.loads((TINY_TUNED / provenance.EVALUATION).read_text())
+    stated.pop("held_out", None)
+    (tmp_path / "evaluation.json").write_text(json.dumps(stated))
     assert provenance.Provenance.read(tmp_path / "evaluation.json").held_out == ""

@@ -1,4 +1,4 @@
-"""What an installation brings: ranges in pyproject.toml, exact pins in requirements.txt, and errors that name a missing extra."""
+"""What an installation brings: ranges in pyproject.toml, pins in requirements.txt, errors that name a missing extra."""
 
 import importlib
 import re

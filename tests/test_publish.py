@@ -365,7 +365,7 @@ def test_a_space_never_uses_the_wrong_model(hub, unverified):
     plan = space_plan()
     send(plan, hub)
     assert hub.repositories["space", "somebody/space"].variables == {"FOODEXTRACT_MODEL": MODEL}
-    assert hub.asked("POST", "/variables") == 0, "it was made with it"
+    assert hub.count("POST", "/variables") == 0, "it was made with it"
     send(plan, hub)
     assert len(hub.repositories["space", "somebody/space"].commits) == 2, "the same again is no new commit"
     hub.requests, hub.faults = [], [Fault("POST", "/commit/", 500)]
@@ -485,11 +485,11 @@ def test_an_interrupted_upload_resumes(hub, model_folder):
     hub.faults = [Fault("PUT", large, 0)]
     with pytest.raises(PublishError, match="are not sent again"):
         send(plan, hub)
-    arrived = hub.asked("PUT", "/lfs/") - hub.asked("PUT", large)
+    arrived = hub.count("PUT", "/lfs/") - hub.count("PUT", large)
     assert arrived == sum(size > LARGE for size in plan.sizes().values()) - 1, "the other large files"
     hub.faults, hub.requests = [], []
     send(plan, hub)
-    assert hub.asked("PUT", "/lfs/") == hub.asked("PUT", large) == 1
+    assert hub.count("PUT", "/lfs/") == hub.count("PUT", large) == 1
     assert hub.files("model", MODEL) == content(plan)
 
 
@@ -667,12 +667,12 @@ def test_the_notebook_s_publishing_cells_work(hub, built, model_folder, tmp_path
         exec("".join(cells[-2]["source"]), {"os": os, **extra})
     cell = "".join(json.loads((ROOT / "01_fine_tune_vlm_v3_smolVLM_500m.ipynb").read_text())["cells"][-2]["source"])
     exec(cell, {"os": os, **known, "push_to_hub": None, "push_space_to_hub": None})
-    told = capsys.readouterr().out
-    assert "published as somebody/one" in told
-    assert "push_to_hub is not set: nothing was published" in told
-    assert FoodRecord.parse(answer_in(told.partition("app answers ")[2]))
+    printed = capsys.readouterr().out
+    assert "published as somebody/one" in printed
+    assert "push_to_hub is not set: nothing was published" in printed
+    assert FoodRecord.parse(answer_in(printed.partition("app answers ")[2]))
     assert hub.repositories["space", "somebody/two"].variables == {"FOODEXTRACT_MODEL": "somebody/one"}
     assert hub.files("dataset", "somebody/zero").keys() >= {"README.md", "data/test-00000-of-00001.parquet"}
-    assert '"is_food": 1' in told.partition("about a test row:\n  label")[2].splitlines()[0]
+    assert '"is_food": 1' in printed.partition("about a test row:\n  label")[2].splitlines()[0]
     measured = json.loads(hub.files("model", "somebody/one")["evaluation.json"])
     assert (measured["base_model"], measured["dataset"]) == ("a/b", "scenes")

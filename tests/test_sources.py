@@ -34,7 +34,7 @@ def test_scenes_are_labeled_without_being_drawn(monkeypatch):
         assert sample.license.startswith("CC BY-SA 4.0")
 
 
-def test_training_scenes_are_crowded_and_half_of_them_show_nothing_edible():
+def test_training_scenes_are_crowded_and_half_show_no_food():
     samples = list(sources.scenes(seed=3, train=1000, test=1000))
     assert len({sample.name for sample in samples}) == 2000
     edible, one = (
@@ -52,24 +52,25 @@ def _names_one(sample):
     return len(sample.label["food_items"] + sample.label["drink_items"]) == 1
 
 
+@pytest.mark.parametrize("license", ["license", "licence"])  # the latter in folders of earlier releases
 @pytest.mark.parametrize("kind", ["jsonl", "csv with JSON lists", "csv with semicolons"])
-def test_metadata_in_either_form(tmp_path, kind):
+def test_metadata_in_either_form(tmp_path, kind, license):
     image(tmp_path / "a.png")
     if kind == "jsonl":
         (tmp_path / "metadata.jsonl").write_text(
-            json.dumps({"file_name": "a.png", **BEER, "group": 7, "license": "CC0"}) + "\n\n"
+            json.dumps({"file_name": "a.png", **BEER, "group": 7, license: "CC0"}) + "\n\n"
         )
     else:
         cell = '"[""beer""]"' if "JSON" in kind else "beer;"
         (tmp_path / "metadata.csv").write_text(
-            f"file_name,is_food,image_title,food_items,drink_items,group,license\na.png,1,beer,,{cell},7,CC0\n"
+            f"file_name,is_food,image_title,food_items,drink_items,group,{license}\na.png,1,beer,,{cell},7,CC0\n"
         )
     [sample] = sources.labeled_folder(tmp_path)
     assert (sample.label, sample.group, sample.license, sample.source) == (BEER, "7", "CC0", tmp_path.name)
     assert sample.read() == (tmp_path / "a.png").read_bytes()
 
 
-def test_a_folder_may_hold_links_do_without_titles_and_say_what_its_labels_name(tmp_path):
+def test_links_missing_titles_and_label_scopes(tmp_path):
     image(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "images").symlink_to(tmp_path / "elsewhere")
@@ -97,14 +98,14 @@ def test_class_named_folders(tmp_path):
     ("stated", "side"),
     [("train", "train"), ("test", "test"), ("validation", "test"), ("Dev", "test"), ("", None), (None, None)],
 )
-def test_what_a_folder_does_not_call_train_is_held_out(tmp_path, stated, side):
+def test_any_split_but_train_is_held_out(tmp_path, stated, side):
     image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **BEER, "split": stated}))
     [sample] = sources.labeled_folder(tmp_path)
     assert sample.split == side
 
 
-def test_values_of_a_folder_reach_the_label_rules_as_they_are(tmp_path):
+def test_values_of_a_folder_are_not_converted(tmp_path):
     image(tmp_path / "a.png")
     odd = {"is_food": "true", "image_title": 7, "food_items": "soup, bread", "drink_items": None}
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **odd}))
@@ -112,7 +113,7 @@ def test_values_of_a_folder_reach_the_label_rules_as_they_are(tmp_path):
     assert sample.label == odd
 
 
-def test_every_source_of_this_machine_knows_how_many_rows_it_has(tmp_path):
+def test_local_sources_know_their_totals(tmp_path):
     for name in ("a/1.png", "a/2.png", "not_food/3.png"):
         image(tmp_path / name)
     assert sources.labeled_folder(tmp_path).total == sources.not_food_folder(tmp_path).total == 3
@@ -126,7 +127,7 @@ def test_every_source_of_this_machine_knows_how_many_rows_it_has(tmp_path):
 
 
 @pytest.mark.parametrize("counts", [(10, 100), (100, 10), (0, 5), (7, 7)])
-def test_a_mix_knows_when_it_will_end(counts):
+def test_a_mix_knows_its_total(counts):
     mixed = sources.mix(
         [(Rows(numbered("a", counts[0]), counts[0]), 0.7), (Rows(numbered("b", counts[1]), counts[1]), 0.3)]
     )
@@ -142,7 +143,7 @@ def test_not_food_folder(tmp_path):
     assert (sample.name, sample.label) == ("deep/b.png", NOTHING)
 
 
-def test_bad_csv_rows_are_named(tmp_path):
+def test_bad_csv_rows_are_rejected(tmp_path):
     image(tmp_path / "a.png")
     head = "file_name,is_food,image_title,food_items,drink_items"
     (tmp_path / "metadata.csv").write_text(f"{head}\na.png,perhaps,,,\na.png,0,,[broken,\na.png\n")
@@ -152,7 +153,7 @@ def test_bad_csv_rows_are_named(tmp_path):
 
 
 def put(hub, repo_id, rows, features):
-    """A data set on the Hub of this machine."""
+    """Put a data set on the local Hub."""
     file = io.BytesIO()
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(file)
     hub.repositories["dataset", repo_id] = Repository(False)
@@ -198,12 +199,12 @@ def test_food101_has_names_and_never_numbers(online):
 
 
 @pytest.mark.parametrize("kind", ["hub", "food101"])
-def test_an_unreachable_hub_is_named(kind):
+def test_an_unreachable_hub_is_an_error(kind):
     with pytest.raises(DatasetError, match=r"cannot read '.*/.*' from the Hub .*check the name and the connection"):
         next(sources.open_source(kind))
 
 
-def test_unknown_sources_and_missing_places_are_named():
+def test_unknown_sources_and_missing_folders_are_errors():
     with pytest.raises(DatasetError, match="no source 'flickr'"):
         sources.open_source("flickr")
     with pytest.raises(DatasetError, match="needs a folder"):

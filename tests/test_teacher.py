@@ -1,4 +1,4 @@
-"""Teacher labeling against a server on the loopback that speaks chat completions and misbehaves on demand."""
+"""Labeling against a local server with chat completions and faults."""
 
 import asyncio
 import base64
@@ -167,12 +167,12 @@ def folder(tmp_path, drawn_files):
 
 @pytest.fixture
 def ask(endpoint, folder):
-    """Run it, and check what holds after every run that comes to its end."""
+    """Run it, and check what holds after every complete run."""
 
     def ask(output=None, limit=None, license=None, retry_rejected=False, **changes):
-        pupil = replace(Teacher(endpoint.address, "big-model", retries=1, timeout=10), **changes)
+        teacher = replace(Teacher(endpoint.address, "big-model", retries=1, timeout=10), **changes)
         summary = asyncio.run(
-            label_folder(pupil, folder, output, limit=limit, license=license, retry_rejected=retry_rejected)
+            label_folder(teacher, folder, output, limit=limit, license=license, retry_rejected=retry_rejected)
         )
         assert summary.asked == summary.labeled + summary.rejected + summary.failed
         assert summary.images == summary.known + summary.duplicates + summary.asked
@@ -205,7 +205,7 @@ def url_of(path, max_edge=1024):
     return as_data_url(path.read_bytes(), max_edge)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ all is well
+# all is well
 
 
 def test_every_image_gets_its_own_label_and_the_labeled_folder_can_be_read(ask, folder, endpoint):
@@ -258,7 +258,7 @@ def test_concurrency_is_used_and_never_exceeded(ask, endpoint):
     assert endpoint.most_active == 3
 
 
-def test_tasks_are_as_many_as_requests_not_as_images(folder, endpoint, drawn_files):
+def test_there_are_as_many_tasks_as_requests(folder, endpoint, drawn_files):
     for number in range(20):
         (folder / f"more/{number}-x.png").write_bytes(drawn_files[0] + bytes([number]))  # another file, the same image
     endpoint.behave = lambda request: replace(right(request), seconds=0.01)
@@ -288,7 +288,7 @@ def test_a_server_that_does_not_count_tokens(ask, endpoint):
     assert ask().prompt_tokens == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------ the endpoint misbehaves
+# the endpoint misbehaves
 
 
 @pytest.mark.parametrize(
@@ -302,30 +302,30 @@ def test_a_server_that_does_not_count_tokens(ask, endpoint):
     ],
     ids=["500", "503", "408", "time-out", "cut"],
 )
-def test_what_passes_is_tried_again(bad, ask, folder, endpoint):
-    unlucky = url_of(folder / "2.png")
-    endpoint.behave = lambda request: bad if request.url == unlucky and request.nth == 1 else right(request)
+def test_temporary_faults_are_retried(bad, ask, folder, endpoint):
+    affected = url_of(folder / "2.png")
+    endpoint.behave = lambda request: bad if request.url == affected and request.nth == 1 else right(request)
     summary = ask(timeout=1.5)
     assert summary.labeled == 6
     assert len(endpoint.requests) == 7
-    assert endpoint.asked()[unlucky] == 2
+    assert endpoint.asked()[affected] == 2
 
 
-def test_retry_after_is_heeded(ask, folder, endpoint):
-    unlucky = url_of(folder / "2.png")
+def test_retry_after_is_respected(ask, folder, endpoint):
+    affected = url_of(folder / "2.png")
     busy = Reply("{}", 429, {"Retry-After": "1.5"})  # the client's own first wait is half a second at most
-    endpoint.behave = lambda request: busy if request.url == unlucky and request.nth == 1 else right(request)
+    endpoint.behave = lambda request: busy if request.url == affected and request.nth == 1 else right(request)
     assert ask().labeled == 6
-    first, second = (request.at for request in endpoint.requests if request.url == unlucky)
+    first, second = (request.at for request in endpoint.requests if request.url == affected)
     assert 1.5 <= second - first < 10
 
 
 @pytest.mark.parametrize("status", [400, 413, 500, 403, 404])
-def test_one_image_the_endpoint_cannot_do_does_not_stop_the_others(status, ask, folder, endpoint):
+def test_a_failure_of_one_image_does_not_stop_the_others(status, ask, folder, endpoint):
     """Also 403 and 404 once others have been answered: some gateways refuse a single image with them."""
-    unlucky = url_of(folder / "more/5.png")
+    affected = url_of(folder / "more/5.png")
     endpoint.behave = lambda request: (
-        Reply('{"error": "too spicy"}', status) if request.url == unlucky else right(request)
+        Reply('{"error": "too spicy"}', status) if request.url == affected else right(request)
     )
     summary = ask(retries=0, concurrency=1)
     assert (summary.labeled, summary.rejected, summary.failed) == (5, 0, 1)
@@ -335,7 +335,7 @@ def test_one_image_the_endpoint_cannot_do_does_not_stop_the_others(status, ask, 
     endpoint.behave = right
     endpoint.requests.clear()
     assert ask().labeled == 1  # what failed is asked for again, and only that
-    assert list(endpoint.asked()) == [unlucky]
+    assert list(endpoint.asked()) == [affected]
     assert len(labels(folder)) == 6
 
 
@@ -351,12 +351,12 @@ def test_one_image_the_endpoint_cannot_do_does_not_stop_the_others(status, ask, 
     ],
     ids=["no choices", "error in 200", "html", "list", "no message", "deep"],
 )
-def test_a_response_without_an_answer_is_a_failure_and_kept(body, ask, folder, endpoint):
-    unlucky = url_of(folder / "0.png")
-    endpoint.behave = lambda request: Reply(body) if request.url == unlucky else right(request)
+def test_a_response_without_an_answer_is_a_failure(body, ask, folder, endpoint):
+    affected = url_of(folder / "0.png")
+    endpoint.behave = lambda request: Reply(body) if request.url == affected else right(request)
     summary = ask()
     assert (summary.labeled, summary.failed) == (5, 1)
-    assert endpoint.asked()[unlucky] == 2
+    assert endpoint.asked()[affected] == 2
     assert rejects(folder)["0.png"]["raw"] == body[:20_000]
     assert "no chat completion" in rejects(folder)["0.png"]["reason"]
 
@@ -383,14 +383,14 @@ BAD_ANSWERS = {
 
 
 @pytest.mark.parametrize(("text", "reason"), BAD_ANSWERS.values(), ids=BAD_ANSWERS)
-def test_an_answer_that_breaks_the_schema_is_kept_with_its_words(text, reason, ask, folder, endpoint):
-    unlucky = url_of(folder / "1.png")
+def test_an_answer_that_breaks_the_schema_is_rejected(text, reason, ask, folder, endpoint):
+    affected = url_of(folder / "1.png")
     finish = "length" if "length" in reason else "stop"
-    endpoint.behave = lambda request: Reply(completion(text, finish)) if request.url == unlucky else right(request)
+    endpoint.behave = lambda request: Reply(completion(text, finish)) if request.url == affected else right(request)
     summary = ask()
     assert (summary.labeled, summary.rejected, len(endpoint.requests)) == (5, 1, 7)
     assert summary.prompt_tokens == 7000  # those of a useless answer are paid for too
-    assert [request.body["temperature"] for request in endpoint.requests if request.url == unlucky] == [0, 0.5]
+    assert [request.body["temperature"] for request in endpoint.requests if request.url == affected] == [0, 0.5]
     (row,) = rejects(folder).values()
     assert (row["file_name"], row["status"]) == ("1.png", "rejected")
     assert row["raw"] == (text[:20_000] if isinstance(text, str) else str(text or ""))
@@ -399,23 +399,23 @@ def test_an_answer_that_breaks_the_schema_is_kept_with_its_words(text, reason, a
 
 
 def test_a_good_second_answer_counts_and_its_temperature_is_noted(ask, folder, endpoint):
-    unlucky = url_of(folder / "1.png")
+    affected = url_of(folder / "1.png")
     endpoint.behave = lambda request: (
-        Reply(completion("hm")) if request.url == unlucky and request.nth == 1 else right(request)
+        Reply(completion("hm")) if request.url == affected and request.nth == 1 else right(request)
     )
     summary = ask()
     assert (summary.labeled, len(endpoint.requests)) == (6, 7)
     assert {entry["file_name"]: entry["temperature"] for entry in ledger(folder)}["1.png"] == 0.5
 
 
-def test_a_refusal_is_kept_in_its_words(ask, folder, endpoint):
+def test_a_refusal_is_kept(ask, folder, endpoint):
     message = {"choices": [{"finish_reason": "stop", "message": {"content": None, "refusal": "I would rather not."}}]}
     endpoint.behave = lambda request: Reply(json.dumps(message))
     assert ask().rejected == 6
     assert {row["raw"] for row in rejects(folder).values()} == {"I would rather not."}
 
 
-def test_rejected_images_are_asked_for_again_only_on_demand(ask, folder, endpoint):
+def test_rejected_images_are_asked_again_only_on_request(ask, folder, endpoint):
     endpoint.behave = lambda request: Reply(completion("prose"))
     assert ask().rejected == 6
     endpoint.behave = right
@@ -427,7 +427,7 @@ def test_rejected_images_are_asked_for_again_only_on_demand(ask, folder, endpoin
     assert len(labels(folder)) == 6
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ it gives up
+# it gives up
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_hopeless_endpoints_stop_the_run_at_once(status, words, ask, endpoint):
     assert len(endpoint.requests) == 1
 
 
-def test_a_key_that_expires_on_the_way_stops_the_run_and_keeps_the_labels(ask, folder, endpoint):
+def test_a_key_that_expires_stops_the_run_and_keeps_the_labels(ask, folder, endpoint):
     endpoint.behave = lambda request: right(request) if request.number <= 3 else Reply("{}", 401)
     with pytest.raises(TeacherError, match="refuses the key"):
         ask(concurrency=1)
@@ -454,7 +454,7 @@ def test_a_key_that_expires_on_the_way_stops_the_run_and_keeps_the_labels(ask, f
     assert (ask().labeled, len(endpoint.requests)) == (3, 3)
 
 
-def test_an_unreachable_endpoint_is_told_soon(ask):
+def test_an_unreachable_endpoint_stops_the_run(ask):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         address = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -468,7 +468,7 @@ def test_an_unreachable_endpoint_is_told_soon(ask):
 @pytest.mark.parametrize(
     "bad", [Reply("{}", 500), Reply("<html>", 200), Reply("{}", cut=True)], ids=["500", "html", "cut"]
 )
-def test_an_endpoint_that_dies_on_the_way_stops_the_run_and_keeps_the_labels(bad, ask, folder, endpoint, drawn_files):
+def test_an_endpoint_that_dies_stops_the_run_and_keeps_the_labels(bad, ask, folder, endpoint, drawn_files):
     for number in range(20):
         (folder / f"more/x{number}.png").write_bytes(drawn_files[0] + bytes([number]))
     (folder / "more/broken.png").write_bytes(b"")  # says nothing about the endpoint either way
@@ -507,23 +507,23 @@ def test_labels_from_elsewhere_are_not_overwritten(ask, folder, endpoint):
     assert not endpoint.requests
 
 
-def test_other_places_that_cannot_work(endpoint, tmp_path, folder):
-    pupil = Teacher(endpoint.address, "m")
+def test_folders_and_outputs_that_cannot_work(endpoint, tmp_path, folder):
+    teacher = Teacher(endpoint.address, "m")
     for place in (tmp_path / "nowhere", folder / "0.png", tmp_path):
         if place == tmp_path:
             place = tmp_path / "empty"
             place.mkdir()
         with pytest.raises(TeacherError, match="no images in"):
-            asyncio.run(label_folder(pupil, place))
+            asyncio.run(label_folder(teacher, place))
     with pytest.raises(TeacherError, match="cannot write"):
-        asyncio.run(label_folder(pupil, folder, tmp_path / "no/such/place.jsonl"))
+        asyncio.run(label_folder(teacher, folder, tmp_path / "no/such/place.jsonl"))
     assert not endpoint.requests
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- going on
+# going on
 
 
-def test_finished_images_are_not_asked_for_again(ask, folder, endpoint):
+def test_finished_images_are_not_asked_again(ask, folder, endpoint):
     assert ask(limit=4).labeled == 4
     assert len(labels(folder)) == len(endpoint.requests) == 4
     summary = ask()
@@ -552,7 +552,7 @@ def test_a_torn_last_line_is_done_again_and_nothing_else(lost, ask, folder, endp
     assert not endpoint.requests
 
 
-def test_killed_and_started_again(folder, endpoint):
+def test_a_killed_run_resumes(folder, endpoint):
     endpoint.behave = lambda request: replace(right(request), seconds=0.0 if request.number <= 3 else 600.0)
     command = [
         sys.executable,
@@ -601,7 +601,7 @@ def test_killed_and_started_again(folder, endpoint):
     assert len(labels(folder)) == 6
 
 
-def test_an_interrupted_run_leaves_its_labels(folder, endpoint):
+def test_an_interrupted_run_writes_its_labels(folder, endpoint):
     endpoint.behave = lambda request: replace(right(request), seconds=0.0 if request.number <= 2 else 600.0)
 
     async def interrupted():
@@ -618,7 +618,7 @@ def test_an_interrupted_run_leaves_its_labels(folder, endpoint):
     assert list(labels(folder)) == ["0.png", "1.png"]
 
 
-def test_another_model_starts_afresh_and_the_first_ones_labels_are_not_lost(ask, folder, endpoint):
+def test_another_model_starts_afresh_and_keeps_the_first_labels(ask, folder, endpoint):
     ask()
     ask(model="bigger", limit=2)
     assert {row["source"] for row in labels(folder).values()} == {"teacher:bigger"}
@@ -630,7 +630,7 @@ def test_another_model_starts_afresh_and_the_first_ones_labels_are_not_lost(ask,
     assert not endpoint.requests
 
 
-def test_copies_are_asked_for_once_and_all_labeled(ask, folder, endpoint, drawn_files):
+def test_copies_are_asked_once_and_all_labeled(ask, folder, endpoint, drawn_files):
     for name in ("a.png", "more/b.png", "z.png"):
         (folder / name).write_bytes(drawn_files[0])
     summary = ask()
@@ -704,7 +704,7 @@ def test_output_elsewhere(ask, folder, tmp_path, endpoint):
     assert not list(folder.glob("*.jsonl"))
 
 
-# --------------------------------------------------------------------------------------------------------------------- key and command line
+# key and command line
 
 
 def run(folder, *args):
@@ -721,7 +721,7 @@ def run(folder, *args):
     ],
     ids=["401", "400", "html", "answer"],
 )
-def test_the_key_is_sent_and_kept_nowhere(echo, folder, endpoint, monkeypatch):
+def test_the_key_is_sent_and_never_written(echo, folder, endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
     endpoint.behave = lambda request: echo(request.key)
     result = run(folder, "--endpoint", endpoint.address, "--retries", 0)
@@ -738,7 +738,7 @@ def test_a_local_server_needs_no_key(folder, endpoint):
     assert {request.key for request in endpoint.requests} == {"Bearer none"}
 
 
-def test_a_key_with_odd_characters_is_told_without_repeating_it(folder, endpoint, monkeypatch):
+def test_a_key_with_odd_characters_is_an_error_that_hides_it(folder, endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-“quoted”")
     result = run(folder, "--endpoint", endpoint.address)
     assert result.exit_code == 2
@@ -764,6 +764,7 @@ def test_command_line(folder, endpoint):
 
 
 def test_it_needs_neither_torch_nor_datasets():
-    code = "import sys, foodextract.data.labeling; print(*sorted({'torch', 'datasets', 'transformers', 'trl'} & sys.modules.keys()))"
+    heavy = "{'torch', 'datasets', 'transformers', 'trl'}"
+    code = f"import sys, foodextract.data.labeling; print(*{heavy} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

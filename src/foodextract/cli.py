@@ -7,162 +7,156 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
 
 import typer
 
+from foodextract import __version__
 from foodextract.extras import MissingExtraError, extra
-from foodextract.inference import output_files
 
-app = typer.Typer(
-    name="foodextract",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Images in, strict JSON out.",
-)
-
-
+app = typer.Typer(name="foodextract", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 export = typer.Typer(no_args_is_help=True, help="Write a model for another engine.")
 app.add_typer(export, name="export")
 
+_MODEL = "Model folder or Hub id. Default: the latest model in outputs/, or the bundled tiny one."
+Model = Annotated[str | None, typer.Option(help=_MODEL)]
+ServedModel = Annotated[str | None, typer.Option(envvar="FOODEXTRACT_MODEL", help=_MODEL)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … Default: the best available one.")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU. Default: what suits the device.")
+]
+Tiles = Annotated[
+    int | None,
+    typer.Option(help="Tiles per image: 1, 5 or 17. One costs the least. Default: what the model was saved with."),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Tiles per forward pass, but at least one image. With one tile per image: images.")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"foodextract {__version__}")
+        raise typer.Exit
+
 
 @app.callback()
-def main(context: typer.Context) -> None:
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Images in, strict JSON out."""
-    if (
-        context.invoked_subcommand != "publish" or not sys.stderr.isatty()
-    ):  # gigabytes may go up there: somebody who waits sees how far
+    if context.invoked_subcommand != "publish" or not sys.stderr.isatty():  # only an upload is worth a progress bar
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported
-
-
-_BATCH_SIZE = "Tiles the model sees at once: images, where one takes one tile. At least one image."
-_TILES = "Another image budget than the model came with: 1, 5 or 17 tiles an image. One tile costs the least."
-
-
-class Format(StrEnum):
-    """Of the output."""
-
-    jsonl = "jsonl"
-    csv = "csv"
+    # A check in every forward pass that imports sympy; `loading.check_image_tokens` checks the same once.
+    os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 
 
 @app.command()
 def extract(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Images, or folders to search for images.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one)."
-        ),
-    ] = None,
+    model: Model = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Append the lines to this file. Images that it answers already are skipped."
-        ),
+        Path | None, typer.Option("--output", "-o", help="Append to this file. Images it has answers for are skipped.")
     ] = None,
     form: Annotated[
-        Format, typer.Option("--format", help="JSON lines, or CSV with lists as JSON in their cells.")
-    ] = Format.jsonl,
-    batch_size: Annotated[int, typer.Option(min=1, help=_BATCH_SIZE)] = 8,
-    tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … (default: the best there is)")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")
-    ] = None,
+        Literal["jsonl", "csv"], typer.Option("--format", help="JSON lines, or CSV with lists as JSON in their cells.")
+    ] = "jsonl",
+    batch_size: BatchSize = 8,
+    tiles: Tiles = None,
+    device: Device = None,
+    precision: Precision = None,
     confidence: Annotated[
-        bool, typer.Option("--confidence", help="Add how sure the model was, of is_food and of each item.")
+        bool, typer.Option("--confidence", help="Add the confidence in is_food and in each item.")
     ] = False,
     free: Annotated[
-        bool, typer.Option("--free", help="No grammar: let the model write what it likes, and call it an error.")
+        bool, typer.Option("--free", help="Decode without the grammar. An answer that is not strict JSON is an error.")
     ] = False,
 ) -> None:
-    """One line of JSON an image: {"file", "is_food", "image_title", "food_items", "drink_items"}, or {"file", "error"}.
+    """Write one line of JSON per image: {"file", "is_food", "image_title", "food_items", "drink_items"}.
 
-    Exit status: 0 when all images were answered, 1 when some could not be (the others are answered all the same), 2 when nothing could
-    start. Interrupted, the same command goes on where it was, and tries again what failed.
+    The line of an image without an answer is {"file", "error"}. Rerun the command to resume and to retry such images.
+
+    Exit status: 0 when every image has an answer, 1 when some have none, 2 when nothing could start.
     """
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm  # the imports below take seconds, which `--help` should not
-
     from foodextract.images import find_images
+    from foodextract.inference import output_files
     from foodextract.inference.extractor import Extractor
     from foodextract.models.loading import ModelError, newest_tuned
 
     if free and confidence:
-        _stop("--confidence is measured among the tokens that the grammar allows: leave out --free")
+        _stop("--confidence needs the grammar: leave out --free")
     found = dict.fromkeys(map(str, find_images(paths)))
     if not found:
         _stop(f"no images in {', '.join(map(str, paths))}: name files, or folders that hold .jpg, .png, .webp … files")
-    try:
-        answered = output_files.resume(output, form.value) if output else set()
+    with _stop_on(ModelError, output_files.AnswerFileError):
+        answered = output_files.resume(output, form) if output else set()
         files = [file for file in found if file not in answered]
         if len(files) < len(found):
-            print(f"{len(found) - len(files)} of {len(found)} images are answered in {output} already", file=sys.stderr)
+            _note(f"{output} already has answers for {len(found) - len(files)} of {len(found)} images")
         if not files:
             return
         source = model or newest_tuned()
-        print(f"model: {source}", file=sys.stderr)
+        _note(f"model: {source}")
         extractor = Extractor.from_pretrained(source, device, precision, constrained=not free, tiles=tiles)
-    except (ModelError, output_files.AnswerFileError) as error:
-        _stop(str(error))
     if not output:
-        print(output_files.header(form.value), end="")
+        print(output_files.header(form), end="")
     failed = 0
-    with logging_redirect_tqdm([logging.getLogger("foodextract")]):  # above the bar, on stderr
-        results = tqdm(
-            extractor.extract_many_with_confidence(files, batch_size), total=len(files), unit="image", file=sys.stderr
-        )
-        for file, result in zip(files, results, strict=True):
-            if isinstance(result, Exception):
-                failed += 1
-                row = {"file": file, "error": str(result)}
-            else:
-                row = {
-                    "file": file,
-                    **result[0].model_dump(),
-                    **({"confidence": asdict(result[1])} if confidence else {}),
-                }
-            line = output_files.as_line(row, form.value)
-            if output:
-                output_files.append(output, line)
-            else:
-                print(line, end="", flush=True)
+    for row in _rows(extractor, files, batch_size, confidence):
+        failed += "error" in row
+        line = output_files.as_line(row, form)
+        if output:
+            output_files.append(output, line)
+        else:
+            print(line, end="", flush=True)
     if failed:
-        print(f"{failed} of {len(files)} images could not be answered; their lines say why", file=sys.stderr)
+        _note(f"{failed} of {len(files)} images failed; their lines say why")
         raise typer.Exit(1)
+
+
+def _rows(extractor: Any, files: list[str], batch_size: int, confidence: bool) -> Iterator[dict[str, Any]]:
+    """Yield a row per file, with a progress bar on stderr."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm([logging.getLogger("foodextract")]):  # log lines go above the bar
+        results = extractor.extract_many_with_confidence(files, batch_size)
+        for file, result in zip(files, tqdm(results, total=len(files), unit="image", file=sys.stderr), strict=True):
+            if isinstance(result, Exception):
+                yield {"file": file, "error": str(result)}
+            else:
+                record, sureness = result
+                yield {"file": file, **record.model_dump(), **({"confidence": asdict(sureness)} if confidence else {})}
 
 
 @app.command()
 def train(
-    dataset: Annotated[str, typer.Argument(help="A data set from notebook 00, a labeled image folder, or a Hub id.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset from notebook 00, a labeled image folder, or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where models and checkpoints go.")] = Path("outputs/train"),
-    profile: Annotated[str, typer.Option(help="Whose base model and rates: hub or offline.")] = "hub",
+    profile: Annotated[str, typer.Option(help="Base model and settings: hub or offline.")] = "hub",
     base: Annotated[str | None, typer.Option(help="Hub id or folder of another base model.")] = None,
     stage1: Annotated[
         str, typer.Option(help='What differs in stage 1, as JSON: {"num_train_epochs": 1, "learning_rate": 1e-4}')
     ] = "{}",
     stage2: Annotated[str, typer.Option(help="The same for stage 2.")] = "{}",
     seed: Annotated[int, typer.Option(help="Order of the images.")] = 42,
-    max_steps: Annotated[int, typer.Option(help="Stop each stage after so many optimizer steps; -1: never.")] = -1,
-    report_to: Annotated[
-        str, typer.Option(help="A tracker to watch the run in, if installed: tensorboard, trackio.")
-    ] = "none",
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps per stage; -1 for all.")] = -1,
+    report_to: Annotated[str, typer.Option(help="A tracker that is installed: tensorboard, trackio …")] = "none",
     keep_in: Annotated[
         Path | None,
-        typer.Option(help="A folder that outlives this machine, for copies of finished stages and checkpoints."),
+        typer.Option(help="Folder for copies of finished stages and checkpoints, to resume on another machine."),
     ] = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train finished stages again.")] = False,
 ) -> None:
-    """Both stages of fine-tuning without a notebook, on one device or, under `accelerate launch`, on several.
+    """Run both stages of fine-tuning. Rerun the command to resume.
 
-    With N processes every optimizer step takes N times the images; divide `gradient_accumulation_steps` by N for the same training.
-    An interrupted run takes up its last checkpoint when it is started again.
+    `accelerate launch -m foodextract train …` uses several devices. With N processes an optimizer step takes N times
+    the images: divide `gradient_accumulation_steps` by N for the same training.
     """
     with _extra("train"):
         from accelerate import PartialState
@@ -174,34 +168,24 @@ def train(
         from foodextract.training.run import train_stage
 
     if profile not in PROFILES:
-        _stop(f"there is no profile {profile!r}: take one of {', '.join(PROFILES)}")
+        _stop(f"there is no profile {profile!r}: choose one of {', '.join(PROFILES)}")
     settings = PROFILES[profile]
     try:
         stages = [changed(settings.stage1, json.loads(stage1)), changed(settings.stage2, json.loads(stage2))]
     except (TypeError, ModelError, json.JSONDecodeError) as error:
-        _stop(
-            f"--stage1 and --stage2 take JSON with values of a stage, such as '{{\"num_train_epochs\": 1}}' ({error})"
-        )
+        _stop(f"--stage1 and --stage2 take JSON settings, such as '{{\"num_train_epochs\": 1}}' ({error})")
     processes = PartialState()
-    try:
+    with _stop_on(ModelError, DatasetError):
         with processes.main_process_first():
             rows = open_dataset(dataset, build_in=out / "dataset", seed=seed)
         device = processes.device if processes.num_processes > 1 else choose_device()
         model = load_model(base or settings.base_model, device, training=True)
         processor = load_processor(base or settings.base_model, tiles=settings.tiles)
         for last, stage in zip([None, *stages], stages, strict=False):
-            if last and is_sharded():  # what is spread over processes cannot be frozen anew
+            if last and is_sharded():  # sharded parameters cannot be frozen differently
                 model = load_model(out / last.name, device, training=True)
-            options = {
-                "seed": seed,
-                "max_steps": max_steps,
-                "report_to": report_to,
-                "retrain": retrain,
-                "keep_in": keep_in,
-            }
-            train_stage(model, processor, stage, rows["train"], out, **options)
-    except (ModelError, DatasetError) as error:
-        _stop(str(error))
+            options = {"seed": seed, "max_steps": max_steps, "report_to": report_to, "retrain": retrain}
+            train_stage(model, processor, stage, rows["train"], out, **options, keep_in=keep_in)
     if processes.is_main_process:
         print(out / stages[-1].name)
 
@@ -214,7 +198,7 @@ def label(
     ],
     model: Annotated[str, typer.Option(help="The model's name at that endpoint.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File of the labels (default: FOLDER/metadata.jsonl).")
+        Path | None, typer.Option("--output", "-o", help="File of the labels. Default: FOLDER/metadata.jsonl.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Label at most this many images; rerun to continue.")] = None,
@@ -227,9 +211,9 @@ def label(
     ] = False,
     license: Annotated[str | None, typer.Option(help="License of the images, written beside every label.")] = None,
 ) -> None:
-    """Label a folder of images with a larger model behind an OpenAI-compatible endpoint. Rerun the command to resume.
+    """Label a folder of images with a larger model at an OpenAI-compatible endpoint. Rerun the command to resume.
 
-    Exit status: 0 when every image has a label, 1 when some have none (the rejects file says why), 2 when it had to stop.
+    Exit status: 0 when every image has a label, 1 when some have none (see the rejects file), 2 when it had to stop.
     """
     import asyncio
 
@@ -238,11 +222,10 @@ def label(
         from foodextract.data.teacher import Teacher, TeacherError
 
     teacher = Teacher(endpoint.rstrip("/"), model, concurrency, max_edge, max_tokens, timeout, retries)
-    options = {"limit": limit, "license": license, "retry_rejected": retry_rejected}
-    try:
-        summary = asyncio.run(label_folder(teacher, folder, output, **options))
-    except TeacherError as error:
-        _stop(str(error))
+    with _stop_on(TeacherError):
+        summary = asyncio.run(
+            label_folder(teacher, folder, output, limit=limit, license=license, retry_rejected=retry_rejected)
+        )
     print(summary)
     raise typer.Exit(int(summary.labeled < summary.asked))
 
@@ -265,43 +248,34 @@ def draw(
         print(f"{path}: {scene.record.image_title or 'no food or drink'}")
 
 
-class Kind(StrEnum):
-    """Of what is published."""
-
-    model = "model"
-    dataset = "dataset"
-    space = "space"
-
-
 @app.command()
 def publish(
-    kind: Annotated[Kind, typer.Argument(help="What to publish.")],
+    kind: Annotated[Literal["model", "dataset", "space"], typer.Argument(help="What to publish.")],
     source: Annotated[
         Path | None,
-        typer.Argument(
-            help="Its folder (default: the model trained last; the profile hub's data set; demos/FoodExtract-Vision)."
-        ),
+        typer.Argument(help="Its folder. Default: the latest model, outputs/hub/dataset, or demos/FoodExtract-Vision."),
     ] = None,
-    to: Annotated[str | None, typer.Option(help="owner/name on the Hub (default: this project's own).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size; send nothing.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see it. Without this it is private.")] = False,
+    to: Annotated[str | None, typer.Option(help="owner/name on the Hub. Default: this project's own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size; upload nothing.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Publish for everybody. Default: private.")] = False,
     model: Annotated[
-        str | None, typer.Option(help="Hub id that a Space answers with (default: this project's own).")
+        str | None, typer.Option(help="Hub id of the model a Space runs. Default: this project's own.")
     ] = None,
 ) -> None:
-    """Put a model, a data set or the Space on the Hub, fetch it again and try it. Log in first: `hf auth login`, or set HF_TOKEN.
+    """Upload a model, a dataset or the Space to the Hub, download it again and try it.
 
-    A model goes only with an evaluation of these very weights. Interrupted, the same command goes on where it was.
+    Log in first with `hf auth login`, or set HF_TOKEN. A model needs an evaluation of exactly these weights. Rerun the
+    command to resume.
     """
     with _extra("train"):
         from foodextract import names
         from foodextract.hub import publish as publishing
         from foodextract.models.loading import newest_tuned
 
-    try:
-        if kind is Kind.model:
+    with _stop_on(publishing.PublishError):
+        if kind == "model":
             plan = publishing.model_plan(source or newest_tuned(), to or names.HUB_MODEL)
-        elif kind is Kind.dataset:
+        elif kind == "dataset":
             plan = publishing.dataset_plan(source or Path("outputs/hub/dataset"), to or names.HUB_PUBLISHED_DATASET)
         else:
             folder = source or Path("demos") / names.REPOSITORY
@@ -309,42 +283,33 @@ def publish(
         print(plan)
         if not dry_run:
             print(publishing.publish(plan, public=public))
-    except publishing.PublishError as error:
-        _stop(str(error))
 
 
 @app.command()
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            envvar="FOODEXTRACT_MODEL",
-            help="Model folder or Hub id (default: the one trained last, else the bundled tiny one).",
-        ),
-    ] = None,
+    model: ServedModel = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one this machine has.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for every address of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … (default: the best there is)")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU (default: what suits the device)")
-    ] = None,
+    device: Device = None,
+    precision: Precision = None,
     queue_size: Annotated[
         int, typer.Option(min=1, help="Images accepted at once, uploads included; further requests get 429.")
     ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help=_BATCH_SIZE)] = 8,
-    tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds to an answer; nobody waits longer.")] = 30.0,
-    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Largest body of a request.")] = 10.0,
+    batch_size: BatchSize = 8,
+    tiles: Tiles = None,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds to an answer; later ones are dropped.")] = 30.0,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Largest request body.")] = 10.0,
     origin: Annotated[
-        list[str] | None, typer.Option(help="Web page that may ask, as https://host; may be given more than once.")
+        list[str] | None, typer.Option(help="Web page allowed to send requests, as https://host. Repeatable.")
     ] = None,
 ) -> None:
     """Answer images over HTTP: POST /predict and /predict/batch, GET /docs, /health, /ready, /metrics.
 
-    A BLIP that captions images with their class is served too: it answers the same records, by the names in its config's id2label.
-    FOODEXTRACT_API_KEY, when set, is the key that callers must send. SIGTERM stops it once all that was accepted is answered.
+    The model can be a BLIP that captions images with their class: the names in its config's id2label become records.
+    When FOODEXTRACT_API_KEY is set, requests need that key. SIGTERM stops the server once every accepted image has its
+    answer.
     """
     with _extra("serve"):
         from foodextract.inference.blip import load
@@ -362,53 +327,32 @@ def serve(
         api_key=os.environ.get("FOODEXTRACT_API_KEY") or None,
         origins=tuple(origin or ()),
     )
-    try:
+    with _stop_on(ModelError):
         run(lambda: load(source, device, precision, tiles), name, settings, host, port)
-    except ModelError as error:
-        _stop(str(error))
+
+
+ExportFolder = Annotated[Path, typer.Argument(help="The folder to write.")]
 
 
 @export.command("vllm")
-def export_vllm(
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one)."
-        ),
-    ] = None,
-    tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
-) -> None:
-    """A folder that vLLM serves with our prompt, image budget and JSON schema; OUT/serve.sh is the exact command."""
+def export_vllm(out: ExportFolder, model: Model = None, tiles: Tiles = None) -> None:
+    """Write a folder that vLLM serves with our prompt, image budget and JSON schema. OUT/serve.sh is the command."""
     from foodextract.inference.vllm import export_vllm as write
     from foodextract.models.loading import ModelError, newest_tuned
 
-    try:
+    with _stop_on(ModelError, OSError):
         command = write(model or newest_tuned(), out, tiles)
-    except (ModelError, OSError) as error:
-        _stop(str(error))
     print(f"sh {out / 'serve.sh'}   # {command}")
 
 
 @export.command("onnx")
-def export_onnx(
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Model folder or Hub id (default: the model trained last in outputs/, else the bundled tiny one)."
-        ),
-    ] = None,
-    tiles: Annotated[int | None, typer.Option(help=_TILES)] = None,
-) -> None:
-    """Vision and text as ONNX graphs, fp32 and int8: a folder that `foodextract extract --model OUT` takes. Needs the extra `onnx`."""
+def export_onnx(out: ExportFolder, model: Model = None, tiles: Tiles = None) -> None:
+    """Write ONNX graphs, fp32 and int8, for `foodextract extract --model OUT`. Needs the extra `onnx`."""
     from foodextract.inference.onnx import export_onnx as write
     from foodextract.models.loading import ModelError, newest_tuned
 
-    try:
+    with _stop_on(ModelError, OSError):
         sizes = write(model or newest_tuned(), out, tiles)
-    except (ModelError, OSError) as error:
-        _stop(str(error))
     for name, megabytes in sizes.items():
         print(f"{megabytes:8.1f} MB  {name}")
     print(f"foodextract extract --model {out} --precision int8 …")
@@ -416,16 +360,26 @@ def export_onnx(
 
 @contextmanager
 def _extra(name: str) -> Iterator[None]:
-    """Stop with a message that names the extra to install when an optional import fails."""
+    """Stop with the extra to install when an optional import fails."""
+    with _stop_on(MissingExtraError), extra(name):
+        yield
+
+
+@contextmanager
+def _stop_on(*errors: type[Exception]) -> Iterator[None]:
+    """Stop with the message of any of these errors, and exit status 2."""
     try:
-        with extra(name):
-            yield
-    except MissingExtraError as error:
+        yield
+    except errors as error:
         _stop(str(error))
 
 
+def _note(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
 def _stop(message: str) -> NoReturn:
-    print(f"foodextract: {message}", file=sys.stderr)
+    _note(f"foodextract: {message}")
     raise typer.Exit(2)
 
 

@@ -10,7 +10,7 @@ class MissingExtraError(ImportError):
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Raise MissingExtraError for a third-party module that is missing inside the block; `name` is the extra that brings it."""
+    """Raise MissingExtraError for a third-party import that fails inside the block, which needs the extra `name`."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -20,9 +20,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import datasets
 from tqdm import tqdm
 
-from foodextract.data.ingest import IMAGES, LEDGER, Entry, ingest
+from foodextract.data.ingest import IMAGES, LEDGER, ingest
 from foodextract.data.label_rules.issues import Policy
 from foodextract.data.samples import FEATURES, DatasetError, Reject, Sample
 from foodextract.data.selection import SPLITS, Selection, accept, select
@@ -48,47 +47,32 @@ def build(
     seed: int = 42,
     policy: Mapping[str, Policy] | None = None,
     origin: Origin | None = None,
+    published: str = "",
+    held_out: str = "as the source states",
 ) -> dict[str, Any]:
     """Write the data set to `out` and return its report. `policy` overrides `POLICIES` of the label rules.
+
+    `origin` is stored beside the data set. `published` is the name of a data set that this project published: its rows
+    and splits are kept, and `held_out` names its test split.
 
     The same samples and seed give the same bytes, in whatever order the samples come and however often the build was
     killed. Raises DatasetError when a split would be empty, and when `out` holds anything but a data set built here.
     """
-    return _build(
-        samples, out, partial(select, seed=seed, policy=policy), origin, f"split by foodextract with seed {seed}"
-    )
-
-
-def build_published(
-    samples: Iterable[Sample | Reject], out: str | Path, name: str, origin: Origin, held_out: str
-) -> dict[str, Any]:
-    """Write a data set that this project published as `name`, with its rows and splits as they are."""
-    return _build(samples, out, accept, origin, held_out, name)
-
-
-def _build(
-    samples: Iterable[Sample | Reject],
-    out: str | Path,
-    choose: Callable[[list[Entry]], Selection],
-    origin: Origin | None,
-    held_out: str,
-    published: str = "",
-) -> dict[str, Any]:
     out = Path(out)
     if out.exists() and not (out / "report.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(f"{out} exists and is not a data set built here: choose another folder or empty it")
     unfinished = out.with_name(out.name + ".partial")
     _start(unfinished, origin)
     entries = ingest(samples, unfinished)
-    selection = choose(entries)
+    selection = accept(entries) if published else select(entries, seed=seed, policy=policy)
     if not all(selection.rows.values()):
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in selection.rows.items())
         reasons = "".join(f"\n  {reject.name}: {reject.reason}" for reject in selection.rejects[:5])
         rejected = f"{len(selection.rejects)} rejected"
         raise DatasetError(f"too few usable images ({counts}, {rejected}): add images or correct labels{reasons}")
     stated = {entry["pixels"] for entry in entries if entry.get("split")}
-    if not published and all(row["pixels_sha256"] in stated for row in selection.rows["test"]):
-        held_out = "as the source states"
+    if not published and any(row["pixels_sha256"] not in stated for row in selection.rows["test"]):
+        held_out = f"split by foodextract with seed {seed}"
     report = _report(selection, len(entries), published) | {"held_out": held_out}
     _write(unfinished, selection, report, published)
     shutil.rmtree(out, ignore_errors=True)

@@ -9,7 +9,7 @@ import datasets
 from tqdm import tqdm
 
 from foodextract import prompts
-from foodextract.data.build import build, build_published, origin_of
+from foodextract.data.build import build, origin_of
 from foodextract.data.folders import labeled_folder
 from foodextract.data.hub_source import HubDataset, HubUnreachableError, newest_revision
 from foodextract.data.ingest import identity
@@ -65,7 +65,7 @@ def _fetch(name: str, build_in: Path, seed: int) -> None:
     if found.kind == "published" and {normalize_split(split) for split in found.streams} == {"train", "test"}:
         held_out = "test" if "test" in found.streams else "as the source states"
         rows = Rows(found.samples(), found.total())
-        build_published(rows, build_in, name, origin | {"seed": None}, held_out)
+        build(rows, build_in, origin=origin | {"seed": None}, published=name, held_out=held_out)
     else:
         build(hub_rows(found), build_in, seed=seed, origin=origin | {"seed": seed})
 

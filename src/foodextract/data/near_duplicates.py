@@ -19,8 +19,8 @@ from scipy.spatial import KDTree
 
 GRID = 12  # cells along an edge
 FINGERPRINT_BYTES = 3 * GRID * GRID
-# 99 % of photographs cropped by 5 % per side lie within 0.25. Different photographs (dishes on the same plate and table)
-# start at 0.33, drawn scenes at 0.45.
+# 99 % of photographs cropped by 5 % per side lie within 0.25. Different photographs of dishes on the same plate and
+# table start at 0.33, drawn scenes at 0.45.
 NEAR = 0.28  # largest distance of near-duplicates
 LOOSE = 0.42  # largest distance from the hub of a group to a member
 NOISE = np.array([2, 4, 4], np.float32)  # levels of Y, Cb, Cr that JPEG changes; lower contrast counts as none
@@ -47,8 +47,8 @@ def fingerprint(image: Image.Image) -> bytes:
     return np.asarray(cells.convert("YCbCr")).transpose(2, 0, 1).tobytes()
 
 
-def near_pairs(fingerprints: Sequence[bytes]) -> np.recarray:
-    """Return the pairs of near-duplicates in order: `first` < `second` (positions) and `distance` (0 to NEAR).
+def near_pairs(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the pairs of near-duplicates in order: first positions, second positions, distances (0 to NEAR).
 
     Each later copy of a fingerprint is paired with the first, and only the first is compared with others. Among more
     than NEIGHBORS similar images not every pair is listed. Raises ValueError for bytes that are no fingerprint.
@@ -65,7 +65,7 @@ def near_pairs(fingerprints: Sequence[bytes]) -> np.recarray:
     rows = rows[np.lexsort(rows.T[::-1])]
     closest = np.diff(rows[:, :2], axis=0, prepend=-1).any(1)  # a pair is found up to four times
     a, b, distance = rows[closest].T
-    return np.rec.fromarrays([a.astype(int), b.astype(int), distance], names="first,second,distance")
+    return a.astype(int), b.astype(int), distance
 
 
 def group_near(fingerprints: Sequence[bytes]) -> list[int]:
@@ -76,8 +76,8 @@ def group_near(fingerprints: Sequence[bytes]) -> list[int]:
     Raises ValueError for bytes that are no fingerprint.
     """
     cells, kinds, _ = _distinct(fingerprints)
-    pairs = near_pairs(fingerprints)
-    a, b = kinds[pairs.first], kinds[pairs.second]
+    first, second, _ = near_pairs(fingerprints)
+    a, b = kinds[first], kinds[second]
     one_way = coo_array((a != b, (a, b)), shape=(len(cells), len(cells)))
     links = (one_way + one_way.T).tocsr()
     links.eliminate_zeros()
@@ -132,7 +132,9 @@ def _keys(cells: np.ndarray) -> np.ndarray:
 def _candidates(cells: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Yield at most BATCH pairs to compare: ones, others, and whether the middle of the ones was looked up."""
     batches = [cells[start : start + BATCH] for start in range(0, len(cells), BATCH)]
-    tree = KDTree(np.vstack([_keys(batch) for batch in batches]), leafsize=32) if batches else None
+    if not batches:
+        return
+    tree = KDTree(np.vstack([_keys(batch) for batch in batches]), leafsize=32)
     for number, batch in enumerate(batches):
         for crop in (False, True):
             keys = _keys(_middle(batch) if crop else batch)

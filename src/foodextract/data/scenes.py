@@ -34,7 +34,8 @@ def _table(name: str) -> list[str]:
 
 
 def _others() -> dict[str, str]:
-    kinds, kind = {}, ""
+    kinds: dict[str, str] = {}
+    kind = ""
     for line in _table("others"):
         if line.endswith(":"):
             kind = line[:-1]
@@ -111,8 +112,9 @@ def background(rng: np.random.Generator) -> Image.Image:
         side = int(rng.integers(6, 26))
         shape = Image.new("L", (side, max(3, int(side * rng.uniform(0.2, 1)))), 255)
         shape = shape.rotate(rng.uniform(0, 180), expand=True)
-        color = tuple(int(c) for c in rng.integers(40, 240, 3))
-        surface.paste(color, tuple(int(v) for v in rng.integers(0, SIZE - side, 2)), shape)
+        red, green, blue = (int(level) for level in rng.integers(40, 240, 3))
+        left, top = (int(edge) for edge in rng.integers(0, SIZE - side, 2))
+        surface.paste((red, green, blue), (left, top), shape)
     return surface
 
 
@@ -165,8 +167,9 @@ def _place(rng: np.random.Generator, objects: Sequence[Placed]) -> tuple[list[La
 
 def record_of(objects: Sequence[Placed]) -> FoodRecord:
     """Return the exact label: items in alphabetical order, and a title that lists them all."""
-    foods = sorted(placed.name for placed in objects if placed.kind == "food")
-    drinks = sorted(placed.name for placed in objects if placed.kind == "drink")
+    foods, drinks = (
+        sorted(placed.name or "" for placed in objects if placed.kind == kind) for kind in ("food", "drink")
+    )
     *start, last = sorted(foods + drinks) or [""]
     title = f"{', '.join(start)} and {last}" if start else last
     return FoodRecord(is_food=int(bool(foods or drinks)), image_title=title, food_items=foods, drink_items=drinks)

@@ -108,7 +108,7 @@ def _cleaned(
     entries: list[Entry], selection: Selection, policy: Mapping[str, Policy]
 ) -> list[tuple[Entry, FoodRecord]]:
     """Clean the labels in two passes: collect the statistics of the data set, then apply all rules."""
-    policies = POLICIES | policy
+    policies = POLICIES | dict(policy)
     if unknown := sorted(set(policy) - set(POLICIES)):
         raise DatasetError(f"no label rule is called {', '.join(unknown)}: choose among {', '.join(POLICIES)}")
     statistics = Statistics()

@@ -146,8 +146,10 @@ def mix(parts: Iterable[tuple[Rows, float]]) -> Rows:
     shares = [share for _, share in parts]
     if not parts or min(shares) <= 0:
         raise DatasetError("every source of a mix needs a share above 0")
-    totals = [getattr(rows, "total", None) for rows, _ in parts]
-    total = None if None in totals else sum(1 for _ in _in_turn([iter(range(size)) for size in totals], shares))
+    totals = [rows.total for rows, _ in parts if getattr(rows, "total", None) is not None]
+    total: int | None = None
+    if len(totals) == len(parts):
+        total = len(list(_in_turn([iter(range(size or 0)) for size in totals], shares)))
     return Rows(_in_turn([iter(rows) for rows, _ in parts], shares), total)
 
 

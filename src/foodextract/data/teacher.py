@@ -1,4 +1,4 @@
-"""Ask a larger model behind an OpenAI-compatible endpoint for the label of one image."""
+"""Ask a larger model behind an OpenAI-compatible endpoint for labels."""
 
 import asyncio
 import base64
@@ -6,6 +6,7 @@ import io
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -79,50 +80,84 @@ def make_client(teacher: Teacher) -> openai.AsyncOpenAI:
     )
 
 
-async def label_image(client: openai.AsyncOpenAI, teacher: Teacher, data: bytes) -> Outcome:
-    """Ask for the label of one image file.
+class Endpoint:
+    """Asks for labels, and stops a run when the endpoint cannot be expected to answer."""
 
-    `status` is "labeled" (with `record`), "rejected" (no valid answer, or no image) or "failed" (no answer). `reason`
-    and `raw` say why, and `http` is the status code of a failure, 0 without a connection. `prompt_tokens` and
-    `completion_tokens` count all attempts.
-    """
-    try:
-        return await _ask(client, teacher, await asyncio.to_thread(as_data_url, data, teacher.max_edge))
-    except ImageError as error:
-        return {"status": "rejected", "reason": str(error)}
-    except openai.APIStatusError as error:
-        return _failed(error.status_code, f"HTTP {error.status_code}: {error.response.text}")
-    except openai.OpenAIError as error:
-        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
-        return _failed(408 if isinstance(error, openai.APITimeoutError) else 0, f"{error}{cause}")
+    def __init__(self, client: openai.AsyncOpenAI, teacher: Teacher) -> None:
+        self.client, self.teacher = client, teacher
+        self.answered, self.failures = False, 0  # ever; in a row
 
+    async def label(self, path: Path) -> Outcome:
+        """Ask for the label of one image file.
 
-async def _ask(client: openai.AsyncOpenAI, teacher: Teacher, url: str) -> Outcome:
-    outcome: Outcome = {}
-    tokens = {"prompt_tokens": 0, "completion_tokens": 0}
-    for temperature in TEMPERATURES:
-        response = await client.chat.completions.with_raw_response.create(**question(teacher, url, temperature))
-        try:  # parsed here, because the client accepts any JSON as a completion
-            body = json.loads(response.text)
-            choice, usage = body["choices"][0], body.get("usage") or {}
-            text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-            tokens = {name: count + int(usage.get(name) or 0) for name, count in tokens.items()}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"the response is no chat completion ({type(error).__name__}: {error})"
-            outcome = _failed(response.status_code, reason, response.text)
-            continue
+        `status` is "labeled" (with `record`), "rejected" (no valid answer, or no image) or "failed" (no answer).
+        `reason` and `raw` say why, and `http` is the status code of a failure, 0 without a connection.
+        """
         try:
-            record = FoodRecord.from_json(text).model_dump()
-            return {"status": "labeled", "record": record, "temperature": temperature, **tokens}
-        except (ValueError, TypeError, RecursionError) as error:  # text may be no text, or nested too deep
-            finish = choice.get("finish_reason") or "stop"
-            reason = f"{error}" if finish == "stop" else f"finish_reason {finish}: {error}"
-            outcome = {"status": "rejected", "reason": _bounded(reason), "raw": _bounded(str(text)), **tokens}
-    return outcome
+            data = await asyncio.to_thread(path.read_bytes)
+            return await self._ask(await asyncio.to_thread(as_data_url, data, self.teacher.max_edge))
+        except OSError as error:
+            return {"status": "failed", "reason": f"cannot be read: {error.strerror}"}
+        except ImageError as error:
+            return {"status": "rejected", "reason": str(error)}
+        except openai.APIStatusError as error:
+            return _failed(error.status_code, f"HTTP {error.status_code}: {error.response.text}")
+        except openai.OpenAIError as error:
+            cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+            return _failed(408 if isinstance(error, openai.APITimeoutError) else 0, f"{error}{cause}")
+
+    async def _ask(self, url: str) -> Outcome:
+        outcome: Outcome = {}
+        usage = {"prompt_tokens": 0, "completion_tokens": 0}
+        create = self.client.chat.completions.with_raw_response.create
+        for temperature in TEMPERATURES:
+            response = await create(**question(self.teacher, url, temperature))
+            try:  # parsed here, because the client accepts any JSON as a completion
+                body = json.loads(response.text)
+                choice, counts = body["choices"][0], body.get("usage") or {}
+                text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+                usage = {name: count + int(counts.get(name) or 0) for name, count in usage.items()}
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                reason = f"the response is no chat completion ({type(error).__name__}: {error})"
+                outcome = _failed(response.status_code, reason) | {"raw": _bounded(response.text)}
+                continue
+            answer = {"temperature": temperature, "source": f"teacher:{self.teacher.model}", "usage": usage}
+            try:
+                return {"status": "labeled", "record": FoodRecord.from_json(text).model_dump(), **answer}
+            except (ValueError, TypeError, RecursionError) as error:  # the answer may be no text, or nested too deep
+                finish = choice.get("finish_reason") or "stop"
+                reason = f"{error}" if finish == "stop" else f"finish_reason {finish}: {error}"
+                outcome = {"status": "rejected", "reason": _bounded(reason), "raw": _bounded(str(text)), **answer}
+        return outcome
+
+    def check(self, outcome: Outcome) -> None:
+        """Count failures in a row. Raises TeacherError with the remedy when further requests make no sense.
+
+        An endpoint that has answered before may recover, or refuse a single image only.
+        """
+        if "usage" in outcome:
+            self.answered, self.failures = True, 0
+        if "http" not in outcome:
+            return
+        self.failures += 1
+        status, address, new = outcome["http"], self.teacher.endpoint, not self.answered
+        if status == 401 or (status == 403 and new):
+            remedy = "it refuses the key: set OPENAI_API_KEY to one that may use this model"
+        elif status == 404 and new:
+            models = f"{address}/models lists what it serves"
+            remedy = f"check that the address ends in /v1 and that it serves {self.teacher.model!r} ({models})"
+        elif status == 0 and new:
+            remedy = "it cannot be reached: start the server, or check the address"
+        elif self.failures >= max(10, 2 * self.teacher.concurrency):
+            remedy = f"{self.failures} failures in a row: check the server, then rerun the command to resume"
+        else:
+            return
+        kept = f"Finished labels are kept. The last failure: {outcome['reason'][:500]}"
+        raise TeacherError(f"{address}: {remedy}. {kept}")
 
 
-def _failed(status: int, reason: str, raw: str = "") -> Outcome:
-    return {"status": "failed", "http": status, "reason": _bounded(reason)} | ({"raw": _bounded(raw)} if raw else {})
+def _failed(status: int, reason: str) -> Outcome:
+    return {"status": "failed", "http": status, "reason": _bounded(reason)}
 
 
 def _key() -> str:

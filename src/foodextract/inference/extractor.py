@@ -19,7 +19,14 @@ from foodextract.inference.confidence import Confidence, confidence_of
 from foodextract.inference.decoding import ALWAYS, Answer, Decoder, Guide, Wanted
 from foodextract.inference.grammar import Dialect, recognize, undecided
 from foodextract.inference.onnx import GraphModel, is_exported
-from foodextract.models.loading import ModelError, choose_device, image_budget, load_model, load_processor
+from foodextract.models.loading import (
+    ModelError,
+    check_image_tokens,
+    choose_device,
+    image_budget,
+    load_model,
+    load_processor,
+)
 from foodextract.schema import AnswerError, FoodRecord
 
 LOG = logging.getLogger("foodextract")
@@ -83,6 +90,7 @@ class Extractor:
         else:
             model = load_model(model_id, choose_device(device), precision=precision).requires_grad_(False)
             processor = load_processor(model_id, tiles)
+            check_image_tokens(model, processor)
         extractor = cls(model, processor, constrained)
         if tiles is None and extractor.tiles > 1:
             most, one = extractor.tiles, processor.image_seq_len  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from foodextract.models.quantization import quantize
+from foodextract.models.startup import SkipInitialization
 
 BUNDLED = Path(__file__).parent / "bundled"
 TINY_BASE, TINY_TUNED = BUNDLED / "tiny-base", BUNDLED / "tiny-tuned"
@@ -107,6 +108,17 @@ def image_budget(processor: ProcessorMixin) -> int:
     return edge * edge + 1 if edge > 1 else 1
 
 
+def check_image_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Check that the processor writes as many image tokens for a tile as the model has features. Raises ModelError."""
+    vision, tile = model.config.vision_config, processor.image_processor.max_image_size["longest_edge"]
+    features = (tile // vision.patch_size) ** 2 // model.config.scale_factor**2
+    if features != processor.image_seq_len:
+        raise ModelError(
+            f"the processor writes {processor.image_seq_len} tokens a tile, but the model has {features} features: "
+            "use the processor that was saved with the model"
+        )
+
+
 def load_model(
     model_id: str | os.PathLike[str],
     device: torch.device | None = None,
@@ -124,7 +136,8 @@ def load_model(
         if kind not in ("smolvlm", "idefics3"):
             raise ModelError(f"{model_id} is a {kind!r} model, not a SmolVLM: give a SmolVLM folder or Hub id")
         dtype = PRECISIONS[precision] if precision else choose_precision(device, training).weights
-        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, attn_implementation="sdpa")
+        with nullcontext() if training else SkipInitialization():
+            model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, attn_implementation="sdpa")
     if precision == "int8" or (precision is None and choose_precision(device, training, model.num_parameters()).int8):
         quantize(model)
     return model.to(device).train(training)  # type: ignore[arg-type]  # the stub of `to` lacks devices

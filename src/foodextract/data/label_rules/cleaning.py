@@ -50,12 +50,12 @@ def clean(
         rule(draft)
     if draft.rejected:
         return None, draft.issues
-    record: FoodRecord | None = FoodRecord(is_food=draft.is_food, image_title=draft.title, **draft.lists)
-    if record.model_dump() != {name: values[name] for name in FoodRecord.model_fields}:  # a fix may expose a fault
-        record, more = clean(record, category, statistics, policies)
-        known = {(issue.rule, issue.item) for issue in draft.issues}
-        draft.issues += [issue for issue in more if (issue.rule, issue.item) not in known]
-    return record, draft.issues
+    record = FoodRecord(is_food=draft.is_food, image_title=draft.title, **draft.lists)
+    if record.model_dump() == values:
+        return record, draft.issues
+    again, more = clean(record, category, statistics, policies)  # a fix may expose another fault
+    known = {(issue.rule, issue.item) for issue in draft.issues}
+    return again, draft.issues + [issue for issue in more if (issue.rule, issue.item) not in known]
 
 
 @dataclass
