@@ -123,7 +123,7 @@ def _stages(values: dict) -> list[str]:
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere holds no data set"),
-        (["nowhere", "--profile", "cloud"], "there is no profile 'cloud': take one of hub, offline"),
+        (["nowhere", "--profile", "cloud"], "there is no profile 'cloud': choose one of hub, offline"),
         (["nowhere", "--stage1", "{num_train_epochs: 1}"], "--stage1 and --stage2 take JSON"),
         (
             ["nowhere", "--stage2", '{"epoch": 1}'],

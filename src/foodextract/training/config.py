@@ -5,13 +5,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from peft import LoraConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from foodextract.models.loading import BUNDLED, ModelError, Precision, choose_device, choose_precision
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 VISION = "model.vision_model"  # the name prefix of the vision tower's parameters
 PRESETS = Path(__file__).parent / "presets"
@@ -32,7 +34,9 @@ class Lora:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    def config(self) -> LoraConfig:
+    def config(self) -> "LoraConfig":
+        from peft import LoraConfig  # here, so that reading the presets needs only the core dependencies
+
         values = vars(self) | {"modules_to_save": list(self.modules_to_save) or None}
         return LoraConfig(target_modules="all-linear", **values)
 

@@ -97,6 +97,7 @@ class FoodTrainer(SFTTrainer):
             args.per_device_train_batch_size = 1 if rows % 2 else rows // 2
             args.gradient_accumulation_steps = steps * rows // args.per_device_train_batch_size
             self.optimizer, self.model_wrapped = None, self.model
+            self.parts = dict.fromkeys(self.parts, 0.0)
             for name, weights in start.items():
                 trainable[name].data.copy_(weights)
             gc.collect()
