@@ -12,12 +12,12 @@ export TRANSFORMERS_VERBOSITY ?= error
 export TQDM_MININTERVAL ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo experiments space test test-floors lint lock unit smoke refresh tiny-base clean
+.PHONY: help install demo experiments space test test-slow test-floors docs-check lint lock refresh tiny-base clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/.installed  ## Create .venv with everything pinned (once; a second time takes no time).
+install: $(VENV)/.installed  ## Create .venv from the lock in requirements.txt (once).
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
@@ -63,14 +63,20 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 	@$(BIN)/python tools/pages.py
 	@echo "notebooks with outputs: $(OUT)/experiments   figures: results/experiments.json"
 
-test: lint $(VENV)/checkov/.installed  ## Lint, unit tests and notebooks in small, spread over the cores.
-	$(PYTEST)
+test: lint  ## Lint, then the fast tests: units, one notebook from top to bottom, one pass through the demo in a browser.
+	$(PYTEST) -m "not slow and not docs"
 
-FLOOR_TESTS := $(foreach name,cache captioner checkpoints cleaning cli collate dataset decoding dialects duplicates evaluation extractor hub_data models \
-	images publish reports scenes schema sources tiles training,tests/test_$(name).py)
+test-slow: install $(VENV)/checkov/.installed  ## The tests that `make test` leaves out: whole notebooks, killed processes, containers, the browser.
+	$(PYTEST) -m slow
+
+docs-check: install  ## Committed figures, pages and notebooks: they show what is in results/, and links lead somewhere.
+	$(PYTEST) -m docs
+
+FLOOR_TESTS := $(foreach name,blip cache checkpoints cleaning cli collate dataset decoding duplicates evaluation extractor grammar hub_data \
+	images models publish reports scenes schema sources startup tiles training,tests/test_$(name).py)
 
 test-floors: $(VENV)/floors/.installed  ## The fast tests against the oldest supported versions, which are those that Colab has.
-	$(VENV)/floors/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(FLOOR_TESTS)
+	$(VENV)/floors/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow and not docs" $(FLOOR_TESTS)
 
 lint: install  ## ruff, and the direction of the imports.
 	$(BIN)/ruff check .
@@ -79,12 +85,6 @@ lint: install  ## ruff, and the direction of the imports.
 
 lock: install  ## Maintainers: resolve pyproject.toml again into requirements.txt. Pins stay as they are where they can.
 	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-annotate --no-emit-index-url pyproject.toml -o requirements.txt
-
-unit: install $(VENV)/checkov/.installed
-	$(PYTEST) -m "not notebooks"
-
-smoke: install
-	$(PYTEST) -m notebooks
 
 refresh: demo experiments  ## Maintainers: commit-ready notebooks, tuned tiny model and README from `make demo` and `make experiments`.
 	$(BIN)/python tools/pages.py --publish

@@ -1,15 +1,16 @@
-"""What one answer costs on this machine's CPU: ours beside `transformers.pipeline` as the seed projects use it, lever by lever.
+"""What one answer costs on this machine's CPU: ours beside `transformers.pipeline` as the seed projects use it, lever
+by lever.
 
     python benchmarks/extract.py                # 500M and 256M at true size; writes results/extract_cpu.json
     python benchmarks/extract.py --size tiny --images 2 --results /tmp/extract.json    # does it run?
 
-Weights are random (`true_size.py`) and would never end an answer: every subject is therefore made to write the same one (a large number
-is added to the next token's logit, which costs nothing), the seed's pipeline under its 256 new tokens too. All subjects see the same drawn
-images, one after the other, alternately, in one process; times are CPU-seconds of the whole process, which other programs on the machine
-do not count towards. Where the CPU computes bf16 slower than fp32, the seed's way is measured in fp32, which is its best there. Without
-`--processor` the prompt differs by some tokens from the real one's (their number is written down), and a grammar mask is cheaper by some
-20 microseconds a token.
-"""
+Weights are random (`true_size.py`) and would never end an answer: every subject is therefore made to write the same one
+(a large number is added to the next token's logit, which costs nothing), the seed's pipeline under its 256 new tokens
+too. All subjects see the same drawn images, one after the other, alternately, in one process; times are CPU-seconds of
+the whole process, which other programs on the machine do not count towards. Where the CPU computes bf16 slower than
+fp32, the seed's way is measured in fp32, which is its best there. Without `--processor` the prompt differs by some
+tokens from the real one's (their number is written down), and a grammar mask is cheaper by some 20 microseconds a
+token."""
 
 import copy
 import gc
@@ -153,7 +154,9 @@ class Subject:
 
 
 def alternately(subjects: dict[str, Subject], images: list[bytes]) -> dict[str, list[dict[str, float]]]:
-    """CPU-seconds by phase, and in `total`, of every subject for every image, one subject after the other; they warm up on the first."""
+    """CPU-seconds by phase, and in `total`, of every subject for every image, one subject after the other; they warm up
+    on the first.
+    """
     spent = defaultdict(list)
     for number, file in enumerate([images[0], *images]):
         for name, subject in subjects.items():

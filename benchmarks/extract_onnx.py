@@ -3,9 +3,9 @@
     python benchmarks/extract_onnx.py           # parity of the tuned model, latency at 500M and 256M; writes results/extract_onnx.json
     python benchmarks/extract_onnx.py --size tiny --compared 8 --images 2 --results /tmp/onnx.json        # does it run?
 
-Parity: the tuned tiny model on drawn scenes, torch in fp32 beside the graphs in fp32 and int8. Latency: as in `extract.py`, random weights
-at true size that write a dictated answer under the grammar, CPU-seconds, all subjects alternately on the same images.
-"""
+Parity: the tuned tiny model on drawn scenes, torch in fp32 beside the graphs in fp32 and int8. Latency: as in
+`extract.py`, random weights at true size that write a dictated answer under the grammar, CPU-seconds, all subjects
+alternately on the same images."""
 
 import copy
 import gc

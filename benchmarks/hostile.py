@@ -1,4 +1,6 @@
-"""Requests that nobody honest sends: images cut short, or said to be enormous, other files, broken HTTP, callers in no hurry."""
+"""Requests that nobody honest sends: images cut short, or said to be enormous, other files, broken HTTP, callers in no
+hurry.
+"""
 
 import io
 import json
@@ -84,7 +86,10 @@ def _form(name: bytes, body: bytes) -> bytes:
 
 
 def hostile(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """The first `count` of an endless series: the kind, and the bytes of a request to send. Kinds with `slow` are to be trickled."""
+    """The first `count` of an endless series: the kind, and the bytes of a request to send.
+
+    Kinds with `slow` are to be trickled.
+    """
     rng = np.random.default_rng(seed)
     noise = Image.fromarray(rng.integers(0, 256, (200, 300, 3), dtype=np.uint8))
     whole = [_encoded(noise, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")]

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py                 # writes results/extract_memory.json and a curve beside it
 
-Generated images of many sizes stream through `extract_many` of the bundled tiny model; the process's resident memory is noted after
-every tenth answer. Flat means: the mean of the last tenth of the curve is not more than 2 % above that of the second tenth.
-"""
+Generated images of many sizes stream through `extract_many` of the bundled tiny model; the process's resident memory is
+noted after every tenth answer. Flat means: the mean of the last tenth of the curve is not more than 2 % above that of
+the second tenth."""
 
 import os
 from functools import partial

@@ -1,4 +1,6 @@
-"""Images that nobody trained a model on: noise, blanks, single pixels, ribbons, and text that tells the model what to do."""
+"""Images that nobody trained a model on: noise, blanks, single pixels, ribbons, and text that tells the model what to
+do.
+"""
 
 from collections.abc import Iterator
 

@@ -29,8 +29,8 @@ from hub_server import TOKEN, running_hub
 
 
 def pytest_collection_modifyitems(items):
-    """Whole notebooks first: with the longest tests at the end one worker would go on alone."""
-    items.sort(key=lambda item: item.get_closest_marker("notebooks") is None)
+    """Run the longest tests first: at the end, one worker would run them alone."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +99,9 @@ def tuned():
 
 @pytest.fixture
 def online(monkeypatch, tmp_path):
-    """A Hub on this machine that this very process reaches by ids, as it would reach the real one; no wait between attempts."""
+    """A Hub on this machine that this very process reaches by ids, as it would reach the real one; no wait between
+    attempts.
+    """
     http = sys.modules["huggingface_hub.utils._http"]
     monkeypatch.setattr(http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
     constants, config = huggingface_hub.constants, hf_datasets.config

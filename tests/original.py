@@ -1,4 +1,6 @@
-"""What the profile `hub` finds on the Hub, in small: a base with SmolVLM2's files and token ids, and the original's dirty data set."""
+"""What the profile `hub` finds on the Hub, in small: a base with SmolVLM2's files and token ids, and the original's
+dirty data set.
+"""
 
 import io
 import json
@@ -20,7 +22,9 @@ SPECIAL |= {49153 + 6 * row + column: f"<row_{row + 1}_col_{column + 1}>" for ro
 
 
 def save_base(folder: Path) -> None:
-    """SmolVLM2-500M-Video-Instruct as its repository has it: the files, ids, image budget of 17 tiles and bf16; the weights are tiny."""
+    """SmolVLM2-500M-Video-Instruct as its repository has it: the files, ids, image budget of 17 tiles and bf16; the
+    weights are tiny.
+    """
     folder.mkdir(parents=True)
     _save_tokenizer(folder)
     vision = {
@@ -69,7 +73,9 @@ def save_base(folder: Path) -> None:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """The words of the tiny base, under the ids of SmolVLM2's special tokens; ids that have no word get one that nobody writes."""
+    """The words of the tiny base, under the ids of SmolVLM2's special tokens; ids that have no word get one that nobody
+    writes.
+    """
     tiny = json.loads((TINY_BASE / "tokenizer.json").read_text())
     words = [word for word in tiny["model"]["vocab"] if not (word.startswith("<") and word.endswith(">"))]
     first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

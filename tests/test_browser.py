@@ -104,6 +104,7 @@ def test_a_dropped_image_is_answered(opened, drawing, tuned):
     assert opened.foreign == [], "the page fetches nothing from elsewhere"
 
 
+@pytest.mark.slow
 def test_an_example_is_answered(opened, tuned):
     first = next(scene for scene in scenes.draw_scenes(7, "test", 20) if scene.record.is_food)
     opened.locator(".gallery-item").first.click()
@@ -131,6 +132,7 @@ def as_data_transfer(tab, file):
     )
 
 
+@pytest.mark.slow
 def test_an_image_can_be_dragged(opened, drawing, tuned):
     opened.get_by_label("Drop an image file here to upload").first.dispatch_event(
         "drop", {"dataTransfer": as_data_transfer(opened, drawing[1])}
@@ -138,6 +140,7 @@ def test_an_image_can_be_dragged(opened, drawing, tuned):
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
 
 
+@pytest.mark.slow
 def test_an_image_can_be_pasted(opened, drawing, tuned):
     transfer = as_data_transfer(opened, drawing[1])
     opened.evaluate(
@@ -147,6 +150,7 @@ def test_an_image_can_be_pasted(opened, drawing, tuned):
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
 
 
+@pytest.mark.slow
 def test_an_image_can_be_taken_with_the_camera(opened):
     opened.get_by_role("button", name="Capture from camera").first.click()
     opened.get_by_text("Click to Access Webcam").click()
@@ -155,6 +159,7 @@ def test_an_image_can_be_taken_with_the_camera(opened):
     assert answer_on_screen(opened).keys() == FoodRecord.model_fields.keys()
 
 
+@pytest.mark.slow
 def test_the_json_can_be_copied(opened, drawing):
     drop(opened, drawing[1])
     record = answer_on_screen(opened)
@@ -162,6 +167,7 @@ def test_the_json_can_be_copied(opened, drawing):
     assert FoodRecord.parse(opened.evaluate("navigator.clipboard.readText()")).model_dump() == record
 
 
+@pytest.mark.slow
 def test_removing_an_image_removes_its_answer(opened, drawing):
     """And shows no error."""
     for name, label, answer in (("One image", "Image", ".answer"), ("Before / after", "Image to compare", ".pair")):
@@ -178,12 +184,14 @@ def test_removing_an_image_removes_its_answer(opened, drawing):
             expect(opened.locator(".problem")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_api_examples_have_the_url_of_this_page(opened, page):
     opened.get_by_role("tab", name="For programs").click()
     expect(opened.get_by_text(f"{page}gradio_api/mcp/").filter(visible=True)).to_be_visible()
     assert "127.0.0.1:7860" not in opened.locator("body").inner_text()
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_a_friendly_message(opened):
     """The browser fakes the server's 503, which test_demo.py provokes."""
     opened.route(
@@ -194,6 +202,7 @@ def test_a_full_queue_is_a_friendly_message(opened):
     expect(opened.locator(".toast-body").last).to_contain_text("currently busy. Please try again", timeout=WAIT)
 
 
+@pytest.mark.slow
 def test_a_page_without_a_model_says_why(browser, page_without_model):
     tab = browser.new_page()
     tab.goto(page_without_model)
@@ -204,6 +213,7 @@ def test_a_page_without_a_model_says_why(browser, page_without_model):
     tab.close()
 
 
+@pytest.mark.slow
 def test_a_batch_with_a_broken_and_a_large_file(opened, tmp_path, tuned):
     made = list(scenes.draw_scenes(8, "test", 4))
     files = [tmp_path / f"{name}.png" for name in ("a", "b", "c", "d", "e", "f")]
@@ -240,6 +250,7 @@ def test_a_batch_with_a_broken_and_a_large_file(opened, tmp_path, tuned):
     assert answered == [record.model_dump() for record in tuned.extract_many([scene.image for scene in made])]
 
 
+@pytest.mark.slow
 def test_keyboard_alone_is_enough(opened, drawing, tuned):
     """Tab to the upload, choose a file with Enter, tab on to the button, press it; then on to the next tab."""
 
@@ -271,6 +282,7 @@ def test_keyboard_alone_is_enough(opened, drawing, tuned):
     expect(opened.get_by_role("button", name="Compare")).to_be_visible()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opened",
     [
@@ -316,6 +328,7 @@ CONTRAST = """texts => {
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opened",
     [{"viewport": {"width": 1280, "height": 900}, "color_scheme": name} for name in ("light", "dark")],
@@ -332,6 +345,7 @@ def test_answers_are_readable_in_light_and_dark_mode(opened, drawing, request):
     assert (measured["page"] < 0.1) if scheme == "dark" else (measured["page"] > 0.8)
 
 
+@pytest.mark.slow
 def test_error_messages_are_friendly(opened, tmp_path):
     problem = opened.locator(".problem")
     opened.get_by_role("button", name="What is in it?").click()
@@ -353,6 +367,7 @@ def test_error_messages_are_friendly(opened, tmp_path):
     shot(opened, "too_large")
 
 
+@pytest.mark.slow
 def test_an_upload_after_an_example_is_checked_too(opened, tmp_path):
     opened.locator(".gallery-item").first.click()
     answer_on_screen(opened)

@@ -78,7 +78,9 @@ def test_what_cannot_start_says_why(images, tmp_path, args, words):
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_wherever_a_run_is_killed_it_is_taken_up_again(images, monkeypatch, form):
-    """The output is cut after every few bytes; each time the same command makes it whole, and asks only for what is missing."""
+    """The output is cut after every few bytes; each time the same command makes it whole, and asks only for what is
+    missing.
+    """
     asked = []
 
     def at_once(self, files, batch_size):

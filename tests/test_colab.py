@@ -1,4 +1,6 @@
-"""What a Colab badge starts: the set-up cell of every notebook, in a kernel that has loaded Pillow as `google.colab` does."""
+"""What a Colab badge starts: the set-up cell of every notebook, in a kernel that has loaded Pillow as `google.colab`
+does.
+"""
 
 import json
 import os
@@ -87,7 +89,9 @@ def test_a_profile_that_needs_a_gpu_stops_without_one_and_says_how_to_get_one(mo
 
 
 class Kernel:
-    """One kernel with a stand-in `google.colab`, a `pip` that only notes what it is asked, and no other foodextract than the clone's."""
+    """One kernel with a stand-in `google.colab`, a `pip` that only notes what it is asked, and no other foodextract
+    than the clone's.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, folder / "asked.txt"
@@ -148,6 +152,7 @@ def kernel(tmp_path):
     kernel.manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [NOTEBOOKS[1], NOTEBOOKS[2]], ids=lambda path: path.name)
 def test_setup_cell_leaves_a_kernel_in_which_the_imports_work(path, kernel):
     setup, parameters, imports = cells(path)[:3]
@@ -168,6 +173,7 @@ def test_setup_cell_leaves_a_kernel_in_which_the_imports_work(path, kernel):
     assert asked == ["install -q --no-deps " + " ".join(installed_by(setup)), "uninstall -q -y torchao"] * 3
 
 
+@pytest.mark.slow
 def test_a_failed_installation_stops_the_cell(kernel):
     (kernel.folder / "bin" / "pip").write_text("#!/bin/sh\necho no connection >&2\nexit 1\n")
     with pytest.raises(AssertionError, match="pip failed: read its message"):

@@ -94,6 +94,7 @@ def test_the_validator_would_notice():
         kubernetes_validate.validate(deployment, VERSION, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_keep_to_the_policy(overlay):
     everything = rendered(overlay)
@@ -154,6 +155,7 @@ def checkov(folder):
     ]
 
 
+@pytest.mark.slow
 def test_the_policy_linter_finds_nothing(tmp_path):
     for overlay in OVERLAYS:
         (tmp_path / f"{overlay}.yaml").write_text(yaml.safe_dump_all(rendered(overlay).values()))
@@ -163,6 +165,7 @@ def test_the_policy_linter_finds_nothing(tmp_path):
     assert skipped == {"CKV_K8S_38 Deployment.foodextract.foodextract"}  # GKE's
 
 
+@pytest.mark.slow
 def test_the_policy_linter_would_notice(tmp_path):
     everything = rendered("cpu")
     pod = everything["Deployment", "foodextract"]["spec"]["template"]["spec"]
@@ -248,8 +251,11 @@ def test_the_image_starts_the_command_that_is_there_and_keeps_no_root():
             assert (DEPLOY.parent / name).exists()
 
 
+@pytest.mark.slow
 def test_the_image_s_own_steps_give_a_server_that_answers(tmp_path):
-    """What the build stage runs, run here: from the files that it copies, by uv from its cache, into a folder in place of /app."""
+    """What the build stage runs, run here: from the files that it copies, by uv from its cache, into a folder in place
+    of /app.
+    """
     context, app, tuned = tmp_path / "src", tmp_path / "app", loading.TINY_TUNED
     build = (DEPLOY / "Dockerfile").read_text().split("FROM ")[1]
     for names, to in re.findall(r"^COPY (.+) (\S+)$", build, re.M):

@@ -132,6 +132,7 @@ def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, tr
     assert answers[0] != Extractor(loading.load_model(loading.TINY_BASE, CPU), processor).generate_texts(images)
 
 
+@pytest.mark.slow
 def test_interrupted_adapters_end_like_uninterrupted_ones(train, die_in_second_epoch):
     stage = replace(TUNE, lora=replace(LORA, lora_dropout=0.05), num_train_epochs=2)
     whole = train(stage, "whole").model
@@ -167,6 +168,7 @@ def test_gemma_answers_alike_alone_and_in_a_batch(tiny_gemma, rows, monkeypatch)
     assert extractor.generate_texts(images) == [extractor.generate_texts([image])[0] for image in images]
 
 
+@pytest.mark.slow
 def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(rows, tmp_path, capsys):
     model, processor = gemma.load(recipes.TINY, CPU)
     stage = Stage(
@@ -272,6 +274,7 @@ def test_blip_sees_what_the_tiny_base_sees(base):
     )  # the class token takes a little attention
 
 
+@pytest.mark.slow
 def test_an_interrupted_loop_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
     def fresh():
         return blip.load(recipes.TINY, CPU), captioning.stream(CAPTIONS, "train", CLASSES[:2])
@@ -337,6 +340,7 @@ def test_ablation_pairs_by_seed_and_has_students_interval():
     assert ablation.interval([0.9, 1.0, 1.0], 0)[1] == 1  # no share is more than all
 
 
+@pytest.mark.slow
 def test_ablation_is_taken_up_where_it_was(tmp_path, monkeypatch):
     asked = []
 
@@ -377,6 +381,7 @@ def test_notebooks_say_what_they_are_an_archive_of(path):
 TINY_RUN = {"scenes": [32, 8], "save_steps": 0, "validation_rows": 0, "num_train_epochs": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.notebooks
 @pytest.mark.parametrize(
     ("name", "changes", "more"),

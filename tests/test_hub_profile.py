@@ -1,4 +1,6 @@
-"""The profile `hub` as a Colab badge starts it, executed: both notebooks against a Hub on this machine, each on a machine of its own."""
+"""The profile `hub` as a Colab badge starts it, executed: both notebooks against a Hub on this machine, each on a
+machine of its own.
+"""
 
 import json
 import os
@@ -22,7 +24,7 @@ ZERO, ONE = "00_create_vlm_dataset.ipynb", "01_fine_tune_vlm_v3_smolVLM_500m.ipy
 IMAGES, MODEL, SPACE = "somebody/food-images", "somebody/food-500m", "somebody/food-demo"
 QUICK = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
-pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @contextmanager

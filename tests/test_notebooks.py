@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 ZERO, ONE = "00_create_vlm_dataset.ipynb", "01_fine_tune_vlm_v3_smolVLM_500m.ipynb"
 SMALL = {"stage1": {"num_train_epochs": 1}, "stage2": {"num_train_epochs": 1}, "eval_batch": 8}
 
-pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 
 def run(name, where, /, **parameters):
@@ -46,6 +46,7 @@ def test_the_offline_story(tmp_path, monkeypatch):
     assert loading.newest_tuned(tmp_path / "outputs") == tmp_path / "outputs" / "offline" / "stage2"
 
 
+@pytest.mark.slow
 def test_any_checkpoint_on_any_labeled_folder(tmp_path, drawn):
     """All paths are parameters, none the default."""
     images, checkpoint = tmp_path / "images", tmp_path / "checkpoint"
@@ -97,6 +98,7 @@ def kill_once(there, where, parameters):
         run.wait()
 
 
+@pytest.mark.slow
 def test_the_notebook_killed_in_both_stages_resumes_on_another_machine(drawn, tmp_path):
     """Killed in stage 1 and run again in the same place; killed in stage 2 and run again where only `keep_in` is left."""
     kept = tmp_path / "drive" / "FoodExtract"

@@ -1,6 +1,7 @@
 """What an installation brings: ranges in pyproject.toml, pins in requirements.txt, errors that name a missing extra."""
 
 import importlib
+import json
 import re
 import sys
 import tomllib
@@ -11,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
+import strip_widgets
 from foodextract import names
 from foodextract.cli import app
 from foodextract.extras import MissingExtraError, extra
@@ -121,3 +123,13 @@ def test_a_command_without_its_extra_stops_and_names_it(monkeypatch, command, mo
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
     assert f"pip install 'foodextract[{key}]'" in result.stderr
+
+
+def test_widget_metadata_is_stripped_and_outputs_stay(tmp_path):
+    cell = {"cell_type": "code", "source": [], "metadata": {}, "execution_count": 1, "outputs": [{"text": "ä"}]}
+    notebook = {"cells": [cell], "metadata": {"widgets": {"state": 1}, "accelerator": "GPU"}}
+    path = tmp_path / "one.ipynb"
+    path.write_text(json.dumps(notebook))
+    assert strip_widgets.strip(path)
+    assert json.loads(path.read_text()) == {"cells": [cell], "metadata": {"accelerator": "GPU"}}
+    assert not strip_widgets.strip(path)

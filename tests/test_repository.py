@@ -25,6 +25,7 @@ def figures_of(path, subject):
     return {row.metric: row for row in read_results(path) if row.subject == subject}
 
 
+@pytest.mark.docs
 def test_results_have_the_one_format():
     files = sorted((ROOT / "results").glob("*.json"))
     assert OFFLINE in files
@@ -35,6 +36,7 @@ def test_results_have_the_one_format():
             assert row.low is None or row.low <= row.value <= row.high, (file.name, row)
 
 
+@pytest.mark.docs
 def test_the_tuned_model_writes_json_and_the_base_does_not():
     base, tuned = figures_of(OFFLINE, "base"), figures_of(OFFLINE, "stage2")
     assert tuned["strict_json_rate"].n >= 400
@@ -45,6 +47,7 @@ def test_the_tuned_model_writes_json_and_the_base_does_not():
     assert figures_of(OFFLINE, "stage2 constrained")["strict_json_rate"].value == 1
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize(
     ("metric", "target"), [("strict_json_rate", 0.99), ("is_food_accuracy", 0.97), ("item_f1_micro", 0.85)]
 )
@@ -52,6 +55,7 @@ def test_offline_figures_meet_their_targets(metric, target):
     assert figures_of(OFFLINE, "stage2")[metric].value >= target
 
 
+@pytest.mark.docs
 def test_extract_keeps_the_items_of_a_repr_checkpoint_and_the_answers_of_a_json_one():
     path = ROOT / "results" / "dialects.json"
     lenient = figures_of(path, "repr free")["item_f1_micro_lenient"]
@@ -95,6 +99,7 @@ def test_bundled_base_does_not_write_json(held_out):
     assert found["schema_valid_rate"].value == figures_of(OFFLINE, "base")["schema_valid_rate"].value
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", pages.PAGES)
 def test_pages_show_the_measured_figures(page):
     text = (ROOT / page).read_text()
@@ -104,6 +109,7 @@ def test_pages_show_the_measured_figures(page):
         )
 
 
+@pytest.mark.docs
 def test_readme_is_short_and_names_its_commands():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
@@ -117,6 +123,7 @@ def anchors_of(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
@@ -126,6 +133,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(target), link
 
 
+@pytest.mark.docs
 def test_contributing_lists_every_module():
     package = ROOT / "src" / "foodextract"
     modules = {path.name for path in package.rglob("*.py") if not path.name.startswith("__")}
@@ -133,6 +141,7 @@ def test_contributing_lists_every_module():
     assert sorted(listed) == sorted(modules)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CITATION.cff"], ids=lambda path: str(path.relative_to(ROOT)))
 def test_addresses_are_those_of_the_project(page):
     text = page.read_text()
@@ -141,6 +150,7 @@ def test_addresses_are_those_of_the_project(page):
     assert set(re.findall(r"huggingface\.co/(?:spaces/|datasets/)?(berk[\w-]*/[\w-]+)", text)) <= hub
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_hygiene(path):
     notebook = json.loads(path.read_text())

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from foodextract.__main__ import app
 from foodextract.models import loading
 
+pytestmark = pytest.mark.slow
+
 FOUR_EPOCHS = json.dumps(
     {"num_train_epochs": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 )  # of 5 steps, each of which ends with a checkpoint

@@ -14,10 +14,11 @@ from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
 
-HEAVY = (
-    "accelerate datasets fastapi gradio inflect jupyter_core matplotlib num2words onnx onnxruntime openai pandas peft "
-    "pyarrow scipy sklearn sympy timm torch._dynamo trl"
-).split()
+HEAVY = [
+    *("accelerate", "datasets", "fastapi", "gradio", "inflect", "jupyter_core", "matplotlib", "num2words", "onnx"),
+    *("onnxruntime", "openai", "pandas", "peft", "pyarrow", "scipy", "sklearn", "sympy"),
+    *("timm", "torch._dynamo", "trl"),
+]
 EXTRACT = """
 import json, sys
 from typer.testing import CliRunner

@@ -16,7 +16,8 @@ from foodextract.training import config as presets
 from foodextract.training import run as training
 
 stage = presets.PROFILES["offline"].stage1
-model, processor = loading.load_model(loading.TINY_BASE, loading.choose_device("cpu"), training=True), loading.load_processor(loading.TINY_BASE)
+model = loading.load_model(loading.TINY_BASE, loading.choose_device("cpu"), training=True)
+processor = loading.load_processor(loading.TINY_BASE)
 training.train_stage(model, processor, stage, dataset.load({rows!r})["train"], {out!r}, max_steps=1)
 
 from huggingface_hub.utils import _telemetry
@@ -34,11 +35,13 @@ def pings_of_a_training(drawn, tmp_path, first, **choice):
         return [path for _, path in hub.requests if "telemetry" in path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["foodextract", "trl"])  # notebook 01 imports trl first
 def test_a_training_sends_no_usage_ping(drawn, tmp_path, first):
     assert pings_of_a_training(drawn, tmp_path, first) == []
 
 
+@pytest.mark.slow
 def test_the_user_can_choose_to_send_them(drawn, tmp_path):
     """This also shows that the test above could fail."""
     assert pings_of_a_training(drawn, tmp_path, "trl", HF_HUB_DISABLE_TELEMETRY="0")

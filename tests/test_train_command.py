@@ -25,6 +25,7 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads((folder / FINISHED).read_text())["log"]]
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(drawn, tmp_path):
     """The same global batch of 8: one process with 2 x 4, or two with 4 each."""
     common = ["--profile", "offline", "--max-steps", "3"]
@@ -71,6 +72,7 @@ runpy.run_module("foodextract", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_weights_each_train_like_one(drawn, tmp_path):
     """FSDP2 with the settings of configs/fsdp2.yaml, as accelerate hands them to its processes."""
     settings, *_ = _validate_launch_command(

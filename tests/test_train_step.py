@@ -16,6 +16,7 @@ def run(results):
     train_step.main(size=["tiny"], device="cpu", repeats=1, steps=1, batch=2, results=results)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_every_rung_is_told(tmp_path, monkeypatch, capsys):
     results, measure, measured = tmp_path / "train_cpu.json", train_step.measure, []
 

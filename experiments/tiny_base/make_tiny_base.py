@@ -1,18 +1,20 @@
 """Make the tiny base: a real SmolVLM of 2.9 M parameters that sees OpenMoji drawings and speaks plain sentences.
 
-SmolVLM2-500M is a base because it can see and talk before anybody asks it for JSON. This script gives the offline profile a base of
-the same kind, from nothing, on a CPU, in two steps:
+SmolVLM2-500M is a base because it can see and talk before anybody asks it for JSON. This script gives the offline
+profile a base of the same kind, from nothing, on a CPU, in two steps:
 
-1. see: the vision tower alone, with dense supervision, on crowds. Which object covers each patch is known exactly, and a tower this
+1. see: the vision tower alone, with dense supervision, on crowds. Which object covers each patch is known exactly, and
+a tower this
    small learns next to nothing from the language loss alone.
-2. talk: everything else, on short conversations about scenes that the tower has not seen, so that the language model learns from sight
-   as good as it will have later. The connector is told what each image token shows, in the language model's own words. No braces,
-   no keys, no JSON anywhere.
+2. talk: everything else, on short conversations about scenes that the tower has not seen, so that the language model
+learns from sight
+   as good as it will have later. The connector is told what each image token shows, in the language model's own words.
+   No braces, no keys, no JSON anywhere.
 
-Three habits that a base has from reading the web must be given to this one on purpose, or fine-tuning spends its steps on them:
-every token has been written now and then (nonsense to repeat; a token that never was has sunk by 14 nats), a long text before the picture
-does not blind it (nonsense as system message), and a word is the same word behind a space and behind a quotation mark (a tokenizer that
-gives spaces tokens of their own).
+Three habits that a base has from reading the web must be given to this one on purpose, or fine-tuning spends its steps
+on them: every token has been written now and then (nonsense to repeat; a token that never was has sunk by 14 nats), a
+long text before the picture does not blind it (nonsense as system message), and a word is the same word behind a space
+and behind a quotation mark (a tokenizer that gives spaces tokens of their own).
 
     python experiments/tiny_base/make_tiny_base.py            # about 70 minutes on 2 cores; writes the model and results/tiny_base.json
 
@@ -85,7 +87,8 @@ AUTOCAST = torch.autocast("cpu", torch.bfloat16)  # a processor with AMX is twic
 SYSTEMS = [None, None, "You are a helpful assistant.", "You look at pictures and answer questions about them."]
 
 
-# ---------------------------------------------------------------------------------------------------------------- talking about scenes
+# ----------------------------------------------------------------------------------------------------------------
+# talking about scenes
 
 
 def _series(things: list[str]) -> str:
@@ -93,7 +96,9 @@ def _series(things: list[str]) -> str:
 
 
 def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Every question the base learns to answer, in random order, with its answer in a plain sentence; now and then names are quoted."""
+    """Every question the base learns to answer, in random order, with its answer in a plain sentence; now and then
+    names are quoted.
+    """
     mark = rng.choice(["", "", "", '"'])
     wish = " Use quotation marks." if mark else ""
     foods, drinks = (
@@ -128,7 +133,9 @@ def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def scribble(tokenizer: PreTrainedTokenizerFast, rng: random.Random, longest: int) -> str:
-    """4 to `longest` tokens of the vocabulary in any order, every other one a sign or a digit: nonsense, and never JSON."""
+    """4 to `longest` tokens of the vocabulary in any order, every other one a sign or a digit: nonsense, and never
+    JSON.
+    """
     words = [token for token in sorted(tokenizer.get_vocab()) if token not in SPECIAL]
     signs = [
         token for token in words if not any(letter.isalpha() for letter in tokenizer.convert_tokens_to_string([token]))
@@ -142,8 +149,8 @@ def conversation_about(
 ) -> list[dict]:
     """Four questions and answers, the picture in the first user turn, sometimes behind a system message.
 
-    With a `tokenizer`, there is nonsense in it: as a long system message, and as something to repeat between two questions.
-    """
+    With a `tokenizer`, there is nonsense in it: as a long system message, and as something to repeat between two
+    questions."""
     turns = []
     pairs = questions_about(scene, rng)
     system = rng.choice(SYSTEMS)
@@ -160,7 +167,8 @@ def conversation_about(
     return turns
 
 
-# ------------------------------------------------------------------------------------------------------------------ model and processor
+# ------------------------------------------------------------------------------------------------------------------
+# model and processor
 
 
 @cache
@@ -230,11 +238,15 @@ def make_model(processor: SmolVLMProcessor) -> SmolVLMForConditionalGeneration:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ the data
+# ----------------------------------------------------------------------------------------------------------------------
+# -------- the data
 
 
 def _patch_classes(scene: Scene) -> np.ndarray:
-    """(GRID, GRID) int16: the object that covers most of each patch, if it covers a fifth. Non-food objects count as their kind."""
+    """(GRID, GRID) int16: the object that covers most of each patch, if it covers a fifth.
+
+    Non-food objects count as their kind.
+    """
     edge = np.linspace(0, scene.owner.shape[0], GRID + 1).round().astype(int)
     classes = np.zeros((GRID, GRID), np.int16)
     covers = np.stack([
@@ -251,9 +263,8 @@ def _patch_classes(scene: Scene) -> np.ndarray:
 def _recolored(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """The scene with half of its non-food objects in exchanged colors.
 
-    The tower is to learn what is food, not by heart which few hundred drawings are not: drawings it has never seen are what it takes
-    for food.
-    """
+    The tower is to learn what is food, not by heart which few hundred drawings are not: drawings it has never seen are
+    what it takes for food."""
     pixels = np.array(scene.image)
     for number, placed in enumerate(scene.objects, 1):
         if placed.name is None and rng.random() < 0.5:
@@ -263,10 +274,11 @@ def _recolored(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def draw_crowd(index: int) -> Scene:
-    """Crowd number `index`: 2 to 9 objects in one picture, over each other as it comes, half of them neither food nor drink.
+    """Crowd number `index`: 2 to 9 objects in one picture, over each other as it comes, half of them neither food nor
+    drink.
 
-    Half of the non-food objects stand on their heads or on a side, in exchanged colors or joined from two halves, for the same reason.
-    """
+    Half of the non-food objects stand on their heads or on a side, in exchanged colors or joined from two halves, for
+    the same reason."""
     rng = np.random.default_rng([SEED, zlib.crc32(b"crowd"), index])
     image, owner, objects = background(rng), np.zeros((SIZE, SIZE), np.uint8), []
     for number in range(1, rng.integers(3, 11)):
@@ -326,7 +338,8 @@ def _schedule(
     return optimizer, get_cosine_schedule_with_warmup(optimizer, int(steps) // 20, int(steps))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------------------------------------
+# -------- training
 
 
 class PatchHead(torch.nn.Linear):
@@ -421,7 +434,9 @@ def _words(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 def _talk_batch(
     processor: SmolVLMProcessor, scenes: list[Scene], rng: random.Random, nonsense: bool
 ) -> dict[str, torch.Tensor]:
-    """Token ids, mask and labels of one conversation a scene: the labels are the assistant's words and EOS, nothing else."""
+    """Token ids, mask and labels of one conversation a scene: the labels are the assistant's words and EOS, nothing
+    else.
+    """
     picture = get_image_prompt_string(0, 0, processor.image_seq_len, *PICTURE_TOKENS)
     said = [conversation_about(scene, rng, processor.tokenizer if nonsense else None) for scene in scenes]
     texts = [processor.apply_chat_template(turns).replace("<image>", picture) for turns in said]
@@ -445,11 +460,12 @@ def learn_to_talk(
     epochs: float,
     batch: int = 16,
 ) -> None:
-    """Step 2: connector and language model, by the language loss, with nonsense in every fourth batch; the tower stays as it is.
+    """Step 2: connector and language model, by the language loss, with nonsense in every fourth batch; the tower stays
+    as it is.
 
-    The second loss asks the connector to turn an image token into something like the embedding of the words for what it shows. Lists of
-    three or four things are then read off, where the language loss alone takes several times the steps to find out how.
-    """
+    The second loss asks the connector to turn an image token into something like the embedding of the words for what it
+    shows. Lists of three or four things are then read off, where the language loss alone takes several times the steps
+    to find out how."""
     rng = random.Random(SEED)
     seen, shown, words = _seen(model, pixels), _token_classes(classes), _words(processor.tokenizer)
     mirrored = _token_classes(classes.flip(-1))
@@ -467,7 +483,8 @@ def learn_to_talk(
             bar.set_postfix(loss=f"{said.item():.3f}", words=f"{named.item():.3f}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- measuring
+# ----------------------------------------------------------------------------------------------------------------------
+# ------- measuring
 
 
 @torch.inference_mode()
@@ -494,7 +511,9 @@ def named_in(sentence: str) -> set[str]:
 def measure(
     model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, scenes: int, command: str
 ) -> list[Row]:
-    """How well the base sees and talks, and that it does not speak JSON: on scenes and non-food objects it has never seen."""
+    """How well the base sees and talks, and that it does not speak JSON: on scenes and non-food objects it has never
+    seen.
+    """
     model.eval()
     pixels, _, drawn = draw_pool("test", range(scenes))
     records = [scene.record for scene in drawn]

@@ -1,4 +1,7 @@
-"""The project's names on GitHub and the Hugging Face Hub. No other file spells them out, except the notebooks' Colab badges."""
+"""The project's names on GitHub and the Hugging Face Hub.
+
+No other file spells them out, except the notebooks' Colab badges.
+"""
 
 GITHUB = "berkruveyik/vlm-foodVision-fine-tuning"  # the owner's name on GitHub differs from the one on the Hub
 CODE = f"https://github.com/{GITHUB}"

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -62,7 +63,7 @@ class _StandIn(ModuleType):
         return _Deferred(self.__name__, lambda: getattr(importlib.import_module(self.__name__), name))
 
 
-class _Finder:
+class _Finder(MetaPathFinder, Loader):
     """Finds stand-ins for modules that are installed."""
 
     def __init__(self, names: Sequence[str]) -> None:
