@@ -382,7 +382,6 @@ TINY_RUN = {"scenes": [32, 8], "save_steps": 0, "validation_rows": 0, "num_train
 
 
 @pytest.mark.slow
-@pytest.mark.notebooks
 @pytest.mark.parametrize(
     ("name", "changes", "more"),
     [
