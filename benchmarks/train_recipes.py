@@ -35,11 +35,11 @@ class Recipe:
 
 
 def ladder(stage: Stage, device: torch.device, parameters: int = 0, slow_bf16: bool = False) -> list[Recipe]:
-    """From the seed's recipe to ours, one change a rung; on a CPU that trains such a model in fp32 also what bf16
-    arithmetic would add.
+    """From the seed's recipe to ours, one change a rung; also bf16 autocast on a CPU that trains such a model in fp32.
 
-    Where a device computes bf16 slower than fp32 (a CPU without AVX-512), the seed's recipe gets fp32 weights, too: it
-    is to be measured at its best, and no rung is about number formats."""
+    Where a device computes bf16 slower than fp32 (a CPU without AVX-512), the seed's recipe has fp32 weights: it is
+    measured at its best, and no rung changes the number format.
+    """
     changes: list[tuple[str, dict[str, Any]]] = [
         ("5 tiles", {"tiles": 5}),
         ("1 tile", {"tiles": 1}),

@@ -1,18 +1,18 @@
 """What training costs an image: the seed projects' recipe beside ours, and what each change between the two is worth.
 
-    python benchmarks/train_step.py                     # 256M and 500M on this CPU, about an hour; writes results/train_cpu.json
+    python benchmarks/train_step.py                     # 256M and 500M on a CPU, an hour; writes results/train_cpu.json
     python benchmarks/train_step.py --device cuda       # writes results/train_gpu_<name>.json
     python benchmarks/train_step.py --render            # table and plot once more, from what is in results/
     python benchmarks/train_step.py --size tiny --results /tmp/train.json       # does it run?
 
 The recipes are a ladder: every rung changes one thing of the rung below, so the factors multiply to the whole. Tiles
-come first, because a step with 17 of them takes minutes on a CPU. All rungs are real trainers (transformers' loop with
-clipping and fused AdamW), take the same images, and run one after the other, alternately, in one process. A step is
-forward and backward of an image and a 32nd of the optimizer's update, since both recipes update after 32 images; the
-data path is what the trainer waits for before a step. What we work out once for all epochs is written down apart, and
-counted where a whole training is compared (two epochs of either stage). Shares are of a matrix product measured beside
-each step, in the same number format; recomputed activations do not count as work. Where a CPU computes bf16 slower than
-fp32 the seed's recipe is measured in fp32, which is its best there.
+come first, because a step with 17 of them takes minutes on a CPU. All rungs are real trainers (transformers' loop
+with clipping and fused AdamW), take the same images, and run one after the other, alternately, in one process. A step
+is forward and backward of an image and a 32nd of the optimizer's update, since both recipes update after 32 images;
+the data path is what the trainer waits for before a step. What we work out once for all epochs is written down apart,
+and counted where a whole training is compared (two epochs of either stage). Shares are of a matrix product measured
+beside each step, in the same number format; recomputed activations do not count as work. Where a CPU computes bf16
+slower than fp32 the seed's recipe is measured in fp32, which is its best there.
 
 Weights are random at true size (`true_size.py`). An interrupted run goes on behind the last cell that it finished.
 """
@@ -238,10 +238,10 @@ def main(
             with notes.open("a") as file:
                 file.write(json.dumps(asdict(done)) + "\n")
             gc.collect()
-            bar.write(
-                f"{cell.size:5} {cell.stage} {recipe.name:37} data {np.mean(done.data):8.4f} s  step {np.mean(done.step):8.3f} s  "
-                f"{done.memory / 2**30:5.2f} GiB"
+            speed = (
+                f"data {np.mean(done.data):8.4f} s  step {np.mean(done.step):8.3f} s  {done.memory / 2**30:5.2f} GiB"
             )
+            bar.write(f"{cell.size:5} {cell.stage} {recipe.name:37} {speed}")
             bar.update(work)
     sizes = "".join(f" --size {one}" for one in size or [])
     command = f"python benchmarks/train_step.py{sizes} --device {device} --repeats {repeats} --steps {steps}"

@@ -1,7 +1,8 @@
 """Models of true size with random weights, and how their costs are summed up: what benchmarks of speed share.
 
 Models are built from their published configurations, so nothing is fetched. The tokenizer is the bundled one unless
-another SmolVLM's folder is named: it knows 920 tokens of the model's 49,280, so prompts differ by some tokens."""
+another SmolVLM's folder is named: it knows 920 tokens of the model's 49,280, so prompts differ by some tokens.
+"""
 
 import io
 from collections.abc import Callable, Sequence

@@ -1,12 +1,11 @@
-"""What each choice of the recipe is worth: the same images, the same number of them seen, one change a row, several
-seeds.
+"""What each choice of the recipe is worth: the same images, seen equally often, one change a row, several seeds.
 
-    python experiments/ablation.py                        # drawn scenes and the tiny base; writes results/ablation.json and .png
-    python experiments/ablation.py --base HuggingFaceTB/SmolVLM2-500M-Video-Instruct --dataset
-    berkeruveyik/vlm-food-4k-not-food-dataset \\
-        --rate1 2e-4 --rate2 2e-6 --images 6000 --out results/ablation_500m.json      # the same at true size, on a GPU
+    python experiments/ablation.py          # drawn scenes and the tiny base; writes results/ablation.json and .png
+    python experiments/ablation.py --base HuggingFaceTB/SmolVLM2-500M-Video-Instruct \\
+        --dataset berkeruveyik/vlm-food-4k-not-food-dataset --rate1 2e-4 --rate2 2e-6 --images 6000 \\
+        --out results/ablation_500m.json        # the same at true size, on a GPU
 
-A row is finished with a seed when its figures lie in the working folder; the same command takes up what is missing.
+A row is finished for a seed when its figures are in the working folder. Rerun the command to resume.
 """
 
 import hashlib
@@ -120,7 +119,7 @@ def run(
 
 
 def interval(values: Sequence[float], least: float) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of a few runs, from `least` to 1 at most; one run has none, and gives itself."""
+    """Student's 95 % interval of the mean of a few runs, clipped to `least` and 1. One run has no width."""
     if len(values) < 2:
         return values[0], values[0]
     half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
@@ -128,9 +127,7 @@ def interval(values: Sequence[float], least: float) -> tuple[float, float]:
 
 
 def summary(runs: list[Row]) -> list[Row]:
-    """Over seeds: the mean of each row's figures, and of the difference to the row it is measured against, seed by
-    seed.
-    """
+    """The mean of each row's metrics over seeds, and of the paired difference to the row it is measured against."""
     of: dict[tuple[str, str], dict[str, float]] = {}
     for row in runs:
         name, seed = row.subject.split(" | ")

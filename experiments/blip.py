@@ -27,9 +27,7 @@ def load(base: str, device: torch.device) -> tuple[PreTrainedModel, ProcessorMix
 
 
 def make_tiny(seed: int = 0) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """A small BLIP that sees and does not talk: the bundled tiny base's vision tower, which is of the same kind, and a
-    random decoder.
-    """
+    """A small BLIP: the vision tower of the bundled tiny base, of the same architecture, and a random decoder."""
     words = dict.fromkeys(" ".join([TARGET.format(""), *FOODS]).lower().split())
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *words]
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}, bos_token="[DEC]")

@@ -1,9 +1,10 @@
 """BLIP learns to caption food: a training loop to read, streamed images, and the way back from a caption to a class
 name.
 
-The loop is written out because that was the point of the original. What the original had promised and not kept is here:
-seeds, mixed precision, clipping, a bar, checkpoints, resume, class names instead of numbers, augmentation, and more
-than one class."""
+The loop is written out because that was the point of the original. What the original had promised and not kept is
+here: seeds, mixed precision, clipping, a bar, checkpoints, resume, class names instead of numbers, augmentation, and
+more than one class.
+"""
 
 import io
 import json
@@ -46,15 +47,15 @@ class Captioning:
     seed: int = 42
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# -------------- data
+# ---------------------------------------------------------------------------------------------------------------- data
 
 
 def stream(recipe: Captioning, split: Split, classes: Sequence[str] = ()) -> datasets.IterableDataset:
     """The split as a stream of `image` and `label`; nothing is downloaded or drawn before it is asked for.
 
     A stream from the Hub reads all its files in turn: Food-101 is sorted by class, so a single file would show a few
-    classes only."""
+    classes only.
+    """
     if recipe.data == "scenes":
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
         what = {"seed": recipe.seed, "split": split, "classes": tuple(classes)}
@@ -108,8 +109,7 @@ def make_batch(
     return {**batch, "labels": labels}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ----------- the loop
+# ------------------------------------------------------------------------------------------------------------ the loop
 
 
 def train(
@@ -117,9 +117,10 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the text decoder in place; the log has the loss and the norm of the gradient by step.
 
-    A run that was interrupted goes on at its last checkpoint in `folder` and ends as if it had not been: it passes over
-    the images that it has seen, and random numbers go on where they were. Raises ModelError when the loss is not a
-    number."""
+    A run that was interrupted goes on at its last checkpoint in `folder` and ends as if it had not been: it passes
+    over the images that it has seen, and random numbers go on where they were. Raises ModelError when the loss is not
+    a number.
+    """
     device, names = model.device, class_names(rows)
     precision = choose_precision(device, training=True)
     torch.manual_seed(recipe.seed)
@@ -158,7 +159,7 @@ def train(
 
 
 def augmented(recipe: Captioning, processor: ProcessorMixin) -> Callable[[Image.Image], Image.Image]:
-    """What happens to an image before the model sees it: mirrored, cropped, turned and recolored at random, or nothing."""
+    """The random change of an image before the model sees it, or none."""
     if not recipe.augment:
         return lambda image: image
     edge = processor.image_processor.size["height"]
@@ -195,8 +196,7 @@ def resume(folder: Path, recipe: Captioning, learning: dict, optimizer, scaler) 
     return state["log"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ----------- captions
+# ------------------------------------------------------------------------------------------------------------ captions
 
 
 @torch.inference_mode()

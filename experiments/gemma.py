@@ -1,8 +1,9 @@
 """Gemma-3n: loading it with the guards it needs, and a tiny model of the same architecture for machines without a GPU.
 
 The tiny one is built from the real configuration classes: a MobileNet-V5 tower with one to three blocks a stage, an
-audio tower, AltUp, LAuReL, per-layer embeddings, shared keys and values, sparse activations. Its weights are random, so
-it knows nothing."""
+audio tower, AltUp, LAuReL, per-layer embeddings, shared keys and values, sparse activations. Its weights are random,
+so it knows nothing.
+"""
 
 import copy
 from pathlib import Path
@@ -34,8 +35,7 @@ LARGEST_FP16 = 65_504.0
 EDGE = 192  # pixels of an image; the tower halves it five times, to 6 x 6
 TURN_END = "<end_of_turn>"
 
-# Gemma's order of token ids: text first, then what only the vision embedder knows, then what only the audio embedder
-# knows.
+# Gemma's order of token ids: text, then those of the vision embedder alone, then those of the audio embedder alone.
 TEXT_TOKENS = ("<bos>", "<pad>", "<eos>", "<start_of_turn>", TURN_END, "<start_of_image>", "<start_of_audio>")
 VISION_TOKENS = ("<end_of_image>", "<image_soft_token>")
 AUDIO_TOKENS = ("<end_of_audio>", "<audio_soft_token>")
@@ -45,15 +45,15 @@ TEMPLATE = (
     "{{ bos_token }}{% set system = messages[0].content[0].text + '\n\n' if messages[0].role == 'system' else '' %}"
     "{% for message in messages if message.role != 'system' %}"
     "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n{{ system if loop.first }}"
-    "{% for part in message.content %}{{ '<image_soft_token>' if part.type == 'image' else part.text }}{% endfor %}<end_of_turn>\n"
+    "{% for part in message.content %}{{ '<image_soft_token>' if part.type == 'image' else part.text }}{% endfor %}"
+    "<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
 
 def load(base: str, device: torch.device) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor by Hub id or folder, or the tiny ones.
-
-    Raises ModelError for a GPU that could only compute in fp16.
+    """Model and processor by Hub id or folder, or the tiny ones. Raises ModelError for a GPU that could only compute
+    in fp16.
 
     Weights come in the type of inference: LoRA leaves them as they are, so that they need no fp32 master copy.
     """
@@ -155,9 +155,7 @@ def make_tiny(seed: int = 0) -> tuple[Gemma3nForConditionalGeneration, Gemma3nPr
 
 @torch.inference_mode()
 def largest_activations(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest absolute value that any layer of each part of the model puts out for one batch; to compare with
-    LARGEST_FP16.
-    """
+    """The largest absolute output of any layer, by part of the model, for one batch; compare it with LARGEST_FP16."""
     found: dict[str, float] = {}
 
     def look(part: str):

@@ -1,7 +1,4 @@
-"""What the archived recipes share: data, the three calls of a training, and where figures go.
-
-A recipe is a handful of values.
-"""
+"""What the archived recipes share: settings, data, and the results file."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -29,7 +26,8 @@ class Recipe:
     """One archived recipe in one profile.
 
     `learning_rates` has one value a stage. Of two stages the first leaves the vision tower alone; a single one is
-    called `tuned`."""
+    called `tuned`.
+    """
 
     base: str  # Hub id or folder of the base model, or TINY
     data: str  # Hub id of the data set, or "scenes" for drawings
@@ -63,9 +61,7 @@ class Recipe:
 
 
 def open_data(recipe: Recipe, folder: Path, seed: int = 42) -> datasets.DatasetDict:
-    """The recipe's data set: drawn scenes, built in `folder` once, or whatever `dataset.open_dataset` knows by that
-    name.
-    """
+    """The recipe's data set: drawn scenes, built once in `folder`, or what `dataset.open_dataset` opens."""
     if recipe.data != "scenes":
         return dataset.open_dataset(recipe.data, folder, seed)
     drawn = folder.with_name(f"{folder.name}-{seed}-{'-'.join(map(str, recipe.scenes))}")

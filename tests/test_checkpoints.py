@@ -63,6 +63,7 @@ def whole(rows, processor, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_start_that_was_computed_again_does_not_cost_the_checkpoint_of_the_next_stage(
     train, tmp_path, die_in_second_epoch, monkeypatch
 ):
@@ -144,6 +145,7 @@ def test_a_stage_whose_cell_is_run_again_is_not_trained_on_top_of_itself(train, 
     assert (tmp_path / "stage2" / FINISHED).read_bytes() == (drive / "stage2" / FINISHED).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_trained_again_replaces_its_copy(train, tmp_path, capsys):
     drive = tmp_path / "drive"
     for options in ({}, {"retrain": True}, {"seed": 7}):
@@ -152,6 +154,7 @@ def test_a_stage_that_is_trained_again_replaces_its_copy(train, tmp_path, capsys
     assert f"retraining, and replacing {drive / 'stage1'}: seed differ" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_model_was_saved_costs_nothing(train, tmp_path, monkeypatch, capsys):
     """Killed while `training.json` is written, before it is renamed, and before the checkpoints are deleted."""
 
@@ -228,6 +231,7 @@ def test_a_kill_while_a_copy_takes_its_place_leaves_one_of_both(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["stage1"]
 
 
+@pytest.mark.slow
 def test_a_copy_is_never_resumed_under_another_recipe(train, tmp_path, die_in_second_epoch, monkeypatch):
     """The first copy under a new recipe fails. The checkpoint of the old one must not pass for it."""
     drive = tmp_path / "drive"
@@ -316,11 +320,13 @@ def test_the_profile_hub_needs_at_most_12_gb():
 
 HUB_CONFIG = {
     "vision_config": {
-        "model_type": "smolvlm_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "model_type": "smolvlm_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12,
         "patch_size": 16, "image_size": 512,
     },
     "text_config": {
-        "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+        "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+        "num_attention_heads": 15,
         "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49280, "tie_word_embeddings": False,
     },
     "scale_factor": 4, "tie_word_embeddings": False,

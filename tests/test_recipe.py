@@ -15,9 +15,10 @@ from foodextract.training.run import StageRun, training_arguments
 NOTEBOOK = Path(__file__).parents[1] / "01_fine_tune_vlm_v3_smolVLM_500m.ipynb"
 CELLS = {cell["id"]: "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]}
 BEFORE_TRAINING = {"stage1": ("cell-14", "stage1-settings"), "stage2": ("cell-17",)}
+CHANGES = {"num_train_epochs": 1, "learning_rate": 1e-3}
 
 
-@pytest.mark.parametrize("values", [{}, {"num_train_epochs": 1, "learning_rate": 1e-3}], ids=["preset", "changed"])
+@pytest.mark.parametrize("values", [{}, pytest.param(CHANGES, marks=pytest.mark.slow)], ids=["preset", "changed"])
 def test_the_cells_train_what_the_command_trains(train, processor, rows, tmp_path, values):
     """The same frozen weights, the same arguments, and the same weights after two steps of each stage."""
     profile, model = PROFILES["offline"], load_base()

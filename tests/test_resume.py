@@ -1,6 +1,4 @@
-"""`foodextract train` killed with SIGKILL in either stage, and started again: the losses and weights of a run that
-nobody disturbed.
-"""
+"""`foodextract train` killed with SIGKILL in either stage resumes to the losses and weights of an uninterrupted run."""
 
 import json
 import os

@@ -1,6 +1,4 @@
-"""The arithmetic of a training step at SmolVLM2-500M's size, against the sums done by hand from its published
-configuration.
-"""
+"""The arithmetic of a training step, against sums by hand from SmolVLM2-500M's published configuration."""
 
 import sys
 

@@ -65,7 +65,7 @@ import runpy, sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-# Accelerate shards over accelerators alone and would silently train two CPU processes as DDP, though torch shards on CPUs just as well.
+# accelerate shards over accelerators only and trains CPU processes as DDP, though torch can shard on CPUs.
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 sys.argv[0] = "foodextract"
 runpy.run_module("foodextract", run_name="__main__")
@@ -129,7 +129,7 @@ def _stages(values: dict) -> list[str]:
         (["nowhere", "--stage1", "{num_train_epochs: 1}"], "--stage1 and --stage2 take JSON"),
         (
             ["nowhere", "--stage2", '{"epoch": 1}'],
-            "stage2: epoch: unexpected keyword argument (the values of a stage are name, freeze, learning_rate, num_train",
+            "stage2: epoch: unexpected keyword argument (the values of a stage are name, freeze, learning_rate",
         ),
         (
             ["nowhere", "--stage1", '{"num_train_epochs": "many"}'],

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from trl import SFTConfig
 
 from foodextract.data.dataset import record_of
+from foodextract.evaluation import evaluate
 from foodextract.evaluation.results import read_results
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
@@ -19,6 +20,7 @@ from foodextract.names import HUB_BASE, HUB_DATASET
 from foodextract.training import checkpoints, freezing
 from foodextract.training import run as training
 from foodextract.training.config import PROFILES, Lora, Stage, changed
+from foodextract.training.rows import held_out_rows
 from foodextract.training.run import StageRun, training_arguments
 from foodextract.training.trainer import FoodTrainer, _marks, unlikelihood_loss
 
@@ -150,29 +152,25 @@ def test_validation_forgives_what_a_label_does_not_claim_to_name(base, processor
     for scope in ("primary", "exhaustive"):
         scoped = split.map(lambda row, scope=scope: {"label_scope": scope})
         run = StageRun(base, processor, replace(STAGE1, validation_rows=8), scoped, tmp_path / scope)
-        held = scoped.select(run.held_out()).remove_columns("image")
+        held = scoped.select(held_out_rows(scoped, 8)).remove_columns("image")
         generous = [
             record.model_copy(update={"drink_items": [*record.drink_items, "air"]}).to_json()
             for record in map(record_of, held)
         ]
-        monkeypatch.setattr(training.evaluate, "predict", lambda *_, generous=generous: generous)
+        monkeypatch.setattr(evaluate, "predict", lambda *_, generous=generous: generous)
         found[scope] = run.score()
     assert found["primary"] == 1
     assert found["exhaustive"] < 0.9
 
 
-def test_validation_rows_do_not_depend_on_order_and_keep_groups_whole(base, processor, rows, tmp_path):
-    def held_out(split, count):
-        run = StageRun(base, processor, replace(STAGE1, validation_rows=count), split, tmp_path)
-        return run.held_out()
-
+def test_validation_rows_do_not_depend_on_order_and_keep_groups_whole(rows):
     split = rows["train"]
-    chosen = held_out(split, 10)
+    chosen = held_out_rows(split, 10)
     assert 10 <= len(chosen) < 20
     assert not {split[n]["group"] for n in chosen} & {split[n]["group"] for n in range(len(split)) if n not in chosen}
     backwards = split.select(range(len(split) - 1, -1, -1))
-    assert {split[n]["name"] for n in chosen} == {backwards[n]["name"] for n in held_out(backwards, 10)}
-    assert held_out(split, 0) == []
+    assert {split[n]["name"] for n in chosen} == {backwards[n]["name"] for n in held_out_rows(backwards, 10)}
+    assert held_out_rows(split, 0) == []
 
 
 # ------------------------------------------------------------------------------------------------- memory and disk

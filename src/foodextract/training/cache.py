@@ -1,8 +1,8 @@
 """Rows prepared once, so that a training step only gathers them.
 
-`Collator` decodes, resizes, normalizes and tokenizes every image again in every epoch, while the device waits. `PreparedRows` returns
-the same batches from files: images as uint8 (memory-mapped, normalized on the device), tokens as lists, and, where the vision tower
-is frozen, its features. Arrow through `datasets` reads a batch of 16 such images in 67 ms, a memory-mapped array in 2 ms.
+`Collator` decodes, resizes and tokenizes every image again in every epoch, while the device waits. `PreparedRows`
+returns the same batches from files: images as uint8 (memory-mapped, normalized on the device) and, where the vision
+tower is frozen, its features. `datasets` reads a batch of 16 such images in 67 ms, a memory-mapped array in 2 ms.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from foodextract.data.dataset import as_conversations
 from foodextract.models.loading import ModelError
-from foodextract.training.collate import Collator, pad
+from foodextract.training.collate import Collator, image_token_of, pad
 from foodextract.training.throughput import Step
 
 PIXELS = "pixels.npy"
@@ -31,11 +32,11 @@ ROUND = 8  # the tokens of a batch, without the shared ones, are padded to a mul
 
 @dataclass(eq=False)
 class PreparedRows:
-    """The rows of a split, as a collator of row numbers: called with rows `{"row": number}`, it returns a batch.
+    """The rows of a split, and their collator: called with `{"row": number}` dicts, it returns a batch.
 
-    A batch has `input_ids`, `attention_mask` and `labels` as `Collator` makes them; the number of real tiles per image, `tiles` (B,);
-    `pixels` (B, T, 3, P, P) uint8 or `features` (B, T, patches, d); and `shared`, the number of tokens with which all rows of the data
-    set begin, up to the first image token at most. The text model then reads them once a batch.
+    A batch has `input_ids`, `attention_mask` and `labels` as `Collator` makes them; `tiles` (B,), the number of real
+    tiles; `pixels` (B, T, 3, P, P) uint8 or `features` (B, T, patches, d); and `shared`, the number of tokens with
+    which all rows begin, up to the first image token at most. The text model reads those once a batch.
     """
 
     processor: ProcessorMixin
@@ -43,7 +44,7 @@ class PreparedRows:
     prompts: list[list[int]]  # token ids, one list for each tile layout
     rows: list[tuple[int, list[int]]]  # number of the prompt, and token ids of the answer
     tiles: np.ndarray  # (N,) int64
-    pixels: np.ndarray | None  # (N, T, 3, P, P) uint8; None where `features` replace them
+    pixels: Any  # (N, T, 3, P, P) uint8; None where `features` replace them
     features: torch.Tensor | None = None  # (N, T, patches, d)
     shared: int = 0
     completion_only_loss: bool = True
@@ -54,12 +55,10 @@ class PreparedRows:
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
         numbers = [row["row"] for row in rows]
-        prompts, answers = zip(
-            *((self.prompts[prompt], answer) for prompt, answer in map(self.rows.__getitem__, numbers))
-        )
+        prompts, answers = [self.prompts[self.rows[n][0]] for n in numbers], [self.rows[n][1] for n in numbers]
         own = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) - self.shared
         width = self.shared + -(-own // ROUND) * ROUND
-        batch = pad(prompts, answers, self.processor, self.completion_only_loss, width)
+        batch: dict[str, Any] = pad(prompts, answers, self.processor, self.completion_only_loss, width)
         batch |= {"shared": self.shared, "tiles": torch.from_numpy(self.tiles[numbers])}
         if self.features is not None:
             return batch | {"features": self.features[torch.tensor(numbers)]}
@@ -110,9 +109,9 @@ def prepare(
     completion_only_loss: bool = True,
     with_pixels: bool = True,
 ) -> PreparedRows:
-    """Prepare a split in a folder below `folder`, or reuse what an earlier run prepared there from the same rows and settings.
+    """Prepare a split below `folder`, or reuse what an earlier run prepared there from the same rows and settings.
 
-    `target` is the form of the answers (`prompts.answer`). Without `with_pixels` a missing file of pixels is not written again.
+    `target` is the form of the answers (`prompts.answer`). `with_pixels` writes a missing file of pixels again.
     Raises ModelError for an image processor that does more than resize, rescale and normalize.
     """
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
@@ -127,7 +126,7 @@ def prepare(
         (home / "rows.partial").write_text(json.dumps(_prepare(split, processor, home, target)))
         (home / "rows.partial").replace(ready)
     values = json.loads(ready.read_text())
-    shared = _shared(values["prompts"], processor.image_token_id) if completion_only_loss else 0
+    shared = _shared(values["prompts"], image_token_of(processor)) if completion_only_loss else 0
     return PreparedRows(
         processor,
         home,
@@ -180,8 +179,8 @@ def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path, tar
 
 def _shared(prompts: list[list[int]], image_token: int) -> int:
     """The number of tokens with which all `prompts` begin, up to the first image token."""
-    shared: list[int] = os.path.commonprefix(prompts)
-    return shared.index(image_token) if image_token in shared else len(shared)
+    columns = zip(*prompts, strict=False)
+    return len(list(takewhile(lambda tokens: set(tokens) == {tokens[0]} != {image_token}, columns)))
 
 
 def reserve(path: Path) -> None:

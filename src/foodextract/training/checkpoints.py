@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: which one to resume from, backups that outlive the machine, and how much disk a training takes."""
+"""Checkpoints of a stage: which one to resume from, backups on another disk, and the disk space of a training."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ UNFINISHED = ("*.partial", "*.old")  # what a kill may leave of a backup
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first. The trainer writes its state last, and a backup is renamed last."""
+    """The complete checkpoints in `folder`, oldest first: the trainer writes its state last."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.stat().st_size]
     numbers = {int(step): path for path in whole if (step := path.name.removeprefix("checkpoint-")).isdigit()}
     return [numbers[step] for step in sorted(numbers)]
@@ -63,16 +63,15 @@ def differences(recipe: str, other: str) -> str:
 def check_keep_in(keep_in: str | Path | None) -> None:
     """Raise ModelError where the parent folder of `keep_in` does not exist, as for a drive that is not mounted."""
     if keep_in and not (parent := Path(keep_in).absolute().parent).is_dir():
-        raise ModelError(
-            f"keep_in is {keep_in}, but {parent} does not exist: mount the drive, or create that folder first"
-        )
+        remedy = "mount the drive, or create that folder first"
+        raise ModelError(f"keep_in is {keep_in}, but {parent} does not exist: {remedy}")
 
 
 class Backup(TrainerCallback):
-    """Copies a stage to a folder that outlives the machine, such as a mounted drive, and restores it on another machine.
+    """Copies a stage to a folder that outlives the machine, such as a mounted drive, and restores it on another one.
 
-    The optimizer's moments are copied in bf16, which takes a third off a checkpoint; `torch.optim` casts them back. A run resumed from
-    a backup therefore differs by rounding. An OSError while copying is printed, and training continues.
+    The optimizer's moments are copied in bf16, which takes a third off a checkpoint; `torch.optim` casts them back,
+    so a run resumed from a backup differs by rounding. An OSError while copying is printed, and training continues.
 
     `home` is the stage's folder on this machine, `kept` its backup.
     """
@@ -81,12 +80,13 @@ class Backup(TrainerCallback):
         self.home, self.kept = home, kept
 
     def restore(self, recipe: str) -> bool:
-        """Copy a finished or interrupted stage of this recipe to `home`. Return whether there was one. Raises ModelError."""
+        """Copy a finished or interrupted stage of this recipe to `home`, if there is one. Raises ModelError."""
         try:
             for folder in (self.kept, *(self.kept / CHECKPOINTS).glob("checkpoint-*.old")):
                 _settle(folder.with_suffix(""))
             if recipe == finished_recipe(self.kept):
-                ignore, source, target = (CHECKPOINTS, *UNFINISHED), self.kept, self.home
+                ignore: tuple[str, ...] = (CHECKPOINTS, *UNFINISHED)
+                source, target = self.kept, self.home
             elif recipe == interrupted_recipe(self.kept):
                 ignore, source, target = UNFINISHED, self.kept / CHECKPOINTS, self.home / CHECKPOINTS
                 shutil.rmtree(self.home, ignore_errors=True)
@@ -171,8 +171,9 @@ def disk_needed(
 ) -> dict[str, int]:
     """The most bytes that each stage of full fine-tuning has on disk at any moment, for so many `rows`, by stage name.
 
-    Counted are the models of earlier stages (fp32), prepared rows, and checkpoints: fp32 weights, and two fp32 moments of each weight
-    that trains. Features replace pixels once they are written. Data set and base model are not counted.
+    Counted are the models of earlier stages (fp32), prepared rows, and checkpoints: fp32 weights, and two fp32
+    moments of each weight that trains. Features replace pixels once they are written. Data set and base model are not
+    counted.
     """
     vision, images = model.config.vision_config, processor.image_processor
     weights = 4 * model.num_parameters()

@@ -1,7 +1,8 @@
 """Rows → tensors and labels.
 
-Labels are the answer and EOS, exactly: no prompt, no image token, no padding, and not the newline that SmolVLM's chat template
-writes after EOS. The answer keeps its leading space: the generation prompt ends in `Assistant:`, so a model writes the space first.
+Labels are the answer and EOS, exactly: no prompt, no image token, no padding, and not the newline that SmolVLM's chat
+template writes after EOS. The answer keeps its leading space, which a model writes first: the prompt ends in
+`Assistant:`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +17,13 @@ from transformers import ProcessorMixin
 IGNORED = -100  # the label that cross-entropy skips
 
 
-@dataclass(frozen=True)
+@dataclass
 class Collator:
     """Turn rows (`images`, `prompt`, `completion`) into the model's input, padded on the right.
 
-    Shapes for B rows, S tokens, T tiles of P x P pixels: `input_ids`, `attention_mask` and `labels` (B, S) int64; `pixel_values`
-    (B, T, 3, P, P) float32; `pixel_attention_mask` (B, T, P, P) int64. `augment` changes an image at random.
+    Shapes for B rows, S tokens, T tiles of P x P pixels: `input_ids`, `attention_mask` and `labels` (B, S) int64;
+    `pixel_values` (B, T, 3, P, P) float32; `pixel_attention_mask` (B, T, P, P) int64. `augment` changes an image at
+    random.
     """
 
     processor: ProcessorMixin
@@ -48,9 +50,7 @@ class Collator:
         whole = self.processor.apply_chat_template(row["prompt"] + row["completion"])
         answer, end, _ = whole[len(prompt) :].rpartition(self.processor.tokenizer.eos_token)
         if not whole.startswith(prompt) or not end:
-            raise ValueError(
-                "the chat template does not end its answer with EOS behind the generation prompt, so labels would be wrong"
-            )
+            raise ValueError("the chat template does not end its answer with EOS, so labels would be wrong")
         return answer + end
 
 
@@ -61,15 +61,20 @@ def pad(
     completion_only_loss: bool = True,
     width: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels` (B, S) of prompts and answers, S being `width` or that of the longest row."""
+    """`input_ids`, `attention_mask` and `labels` (B, S) of prompts and answers. S is `width`, or the longest row's."""
     rows = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
     rows.append(torch.zeros(width, dtype=torch.int64))  # sets the least width
     ids = pad_sequence(rows, batch_first=True, padding_value=processor.tokenizer.pad_token_id)[:-1]
     place = torch.arange(ids.shape[1])
     starts, ends = (torch.tensor([[len(one)] for one in each]) for each in (prompts, rows[:-1]))
     seen = place < ends
-    target = seen & (place >= starts) if completion_only_loss else seen & (ids != processor.image_token_id)
+    target = seen & (place >= starts) if completion_only_loss else seen & (ids != image_token_of(processor))
     return {"input_ids": ids, "attention_mask": seen.long(), "labels": ids.masked_fill(~target, IGNORED)}
+
+
+def image_token_of(processor: Any) -> int:
+    """The id of the placeholder that stands for an image."""
+    return processor.image_token_id
 
 
 def augmentation(edge: int) -> Callable[[Any], Any]:

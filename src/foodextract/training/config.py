@@ -5,13 +5,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from peft import LoraConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from foodextract.models.loading import BUNDLED, ModelError, Precision, choose_device, choose_precision
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 VISION = "model.vision_model"  # the name prefix of the vision tower's parameters
 PRESETS = Path(__file__).parent / "presets"
@@ -21,7 +23,7 @@ PRESETS = Path(__file__).parent / "presets"
 class Lora:
     """LoRA adapters on all linear layers, with the names of peft's LoraConfig.
 
-    Freezing a module does not keep adapters out of it; `exclude_modules`, a regular expression for whole module names, does.
+    Freezing does not keep adapters out of a module; `exclude_modules`, a regular expression for whole names, does.
     """
 
     r: int = 16
@@ -32,7 +34,9 @@ class Lora:
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    def config(self) -> LoraConfig:
+    def config(self) -> "LoraConfig":
+        from peft import LoraConfig  # here, so that reading the presets needs only the core dependencies
+
         values = vars(self) | {"modules_to_save": list(self.modules_to_save) or None}
         return LoraConfig(target_modules="all-linear", **values)
 
@@ -82,7 +86,7 @@ class Profile:
     needs_gpu: bool = False
 
     def require_gpu(self, allow_cpu: bool = False, gpu: str = "T4") -> None:
-        """Raise ModelError where a GPU is needed but missing, unless `allow_cpu`. `gpu` is the one to choose in Colab."""
+        """Raise ModelError where a GPU is needed but missing, unless `allow_cpu`. `gpu` is the choice in Colab."""
         if self.needs_gpu and not allow_cpu and choose_device().type == "cpu":
             raise ModelError(
                 "this profile needs a GPU, and there is none here. In Colab choose Runtime > Change runtime type > "
@@ -103,18 +107,21 @@ PROFILES = {name: _load_profile(PRESETS / f"{name}.toml") for name in ("hub", "o
 
 
 def changed(stage: Stage, values: Mapping[str, Any]) -> Stage:
-    """Return the stage with other `values`, as JSON or YAML spells them.
+    """The stage with other `values`, as JSON or YAML spells them. Raises ModelError for one that it cannot use.
 
-    Raises ModelError for a value that a stage does not have or cannot use.
-
-    >>> changed(Stage("stage1", freeze=(), learning_rate=2e-4), {"learning_rate": "1e-4"}).learning_rate  # a string in YAML
+    >>> changed(Stage("stage1", (), 2e-4), {"learning_rate": "1e-4"}).learning_rate  # a string in YAML
     0.0001
     """
     try:
-        return TypeAdapter(Stage).validate_python(vars(stage) | values)
+        return TypeAdapter(Stage).validate_python(vars(stage) | dict(values))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors())
         raise ModelError(f"{stage.name}: {faults} (the values of a stage are {', '.join(vars(stage))})") from error
+
+
+def trains_vision(model: torch.nn.Module) -> bool:
+    """Whether any weight of the vision tower trains."""
+    return any(p.requires_grad for name, p in model.named_parameters() if name.startswith(VISION))
 
 
 def is_sharded() -> bool:
@@ -123,7 +130,7 @@ def is_sharded() -> bool:
 
 
 def precision_of(stage: Stage, device: torch.device, parameters: int = 0) -> Precision:
-    """Choose the precision for the device and a model of so many parameters, or bf16 autocast where the stage sets `bf16`."""
+    """The precision for the device and a model of so many parameters, or bf16 autocast where the stage sets `bf16`."""
     chosen = choose_precision(device, training=True, parameters=parameters)
     if not stage.bf16 or chosen.autocast is torch.bfloat16:
         return chosen

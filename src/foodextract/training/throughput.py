@@ -1,7 +1,7 @@
 """Arithmetic and speed of a training step.
 
-A multiplication with its addition counts as two operations. A backward pass costs one forward for the gradient of the input, and one
-more for the gradient of the weights.
+A multiplication with its addition counts as two operations. A backward pass costs one forward for the gradient of the
+input, and one more for the gradient of the weights.
 """
 
 import resource
@@ -34,11 +34,11 @@ def flops_per_image(config: PretrainedConfig, step: Step) -> float:
     """Floating point operations of forward and backward for one image.
 
     >>> from transformers import SmolVLMConfig
-    >>> vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 512, "patch_size": 16}
-    >>> text = {"model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "head_dim": 64}
-    >>> text |= {"num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49280}
-    >>> config = SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=4)
-    >>> f"{flops_per_image(config, Step(1, 255, 0, 1, 60, 'frozen')) / 1e12:.3f} TFLOP"  # SmolVLM2-500M, one tile, stage 1
+    >>> vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 512}
+    >>> text = {"model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32}
+    >>> text |= {"head_dim": 64, "num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49280}
+    >>> config = SmolVLMConfig(vision_config=vision | {"patch_size": 16}, text_config=text, scale_factor=4)
+    >>> f"{flops_per_image(config, Step(1, 255, 0, 1, 60, 'frozen')) / 1e12:.3f} TFLOP"  # 500M, one tile, stage 1
     '0.727 TFLOP'
     """
     v, t = config.vision_config, config.get_text_config()

@@ -3,7 +3,7 @@
 Compared with SFTTrainer, a step leaves out work that does not change its result beyond rounding:
 
 - the LM head runs only on positions that are followed by a target token;
-- tokens that all rows share (the system message) run through the text model once a batch, where a batch names their number;
+- tokens that all rows share (the system message) run once a batch, where a batch has their number as `shared`;
 - a frozen vision tower does not run where a batch brings its features.
 """
 
@@ -43,27 +43,32 @@ from foodextract.training.throughput import wait_for
 class FoodTrainer(SFTTrainer):
     """SFTTrainer for batches of `Collator` or `PreparedRows`; `args.output_dir` is `<stage>/checkpoints`.
 
-    `unlikelihood_weight` weighs `unlikelihood_loss`; both parts are then logged as `answer_loss` and `unlikelihood_loss`. `score` returns
-    `eval_item_f1`, where `metric_for_best_model` is "item_f1".
+    `unlikelihood_weight` weighs `unlikelihood_loss`; both parts are then logged as `answer_loss` and
+    `unlikelihood_loss`. `score` returns `eval_item_f1`, where `metric_for_best_model` is "item_f1".
     """
+
+    model: Any
+    data_collator: Any
+    processing_class: Any
 
     def __init__(
         self, *args: Any, unlikelihood_weight: float = 0, score: Callable[[], float] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.unlikelihood_weight, self.score = unlikelihood_weight, score
-        self.parts = {"answer_loss": 0.0, "unlikelihood_loss": 0.0}  # summed since the last log entry
-        self.stage = Path(self.args.output_dir).parent.name
+        self.parts: dict[str, Any] = {"answer_loss": 0.0, "unlikelihood_loss": 0.0}  # summed since the last log entry
+        self.checkpoints = Path(self.args.output_dir or "")
+        self.stage = self.checkpoints.parent.name
         self.progress = Progress(self.stage)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Train with the largest micro-batches that fit into memory; the effective batch stays.
 
-        On a GPU, prepared rows start with the whole effective batch at once. Out of memory, training restarts from its last checkpoint
-        with half as many rows at a time and twice the accumulation. Raises ModelError when not even one row fits, when the disk is full,
-        and when the loss is not a number.
+        On a GPU, prepared rows start with the whole effective batch at once. Out of memory, training restarts from
+        its last checkpoint with half as many rows at a time and twice the accumulation. Raises ModelError when not
+        even one row fits, when the disk is full, and when the loss is not a number.
         """
         args = self.args
         if args.device.type == "cuda" and isinstance(self.data_collator, PreparedRows):
@@ -79,8 +84,8 @@ class FoodTrainer(SFTTrainer):
                     print(f"{self.stage}: resumed from {Path(resume_from_checkpoint).name}", flush=True)
             self._train_batch_size = args.train_batch_size
             try:
-                with full_disk_named(self.stage, Path(args.output_dir)):
-                    return super().train(resume_from_checkpoint, **kwargs)
+                with full_disk_named(self.stage, self.checkpoints):
+                    return super().train(resume_from_checkpoint, *rest, **kwargs)
             except torch.OutOfMemoryError as error:
                 if rows == 1:
                     message = "not even one image at a time fits into memory; take fewer tiles"
@@ -92,15 +97,16 @@ class FoodTrainer(SFTTrainer):
             args.per_device_train_batch_size = 1 if rows % 2 else rows // 2
             args.gradient_accumulation_steps = steps * rows // args.per_device_train_batch_size
             self.optimizer, self.model_wrapped = None, self.model
+            self.parts = dict.fromkeys(self.parts, 0.0)
             for name, weights in start.items():
                 trainable[name].data.copy_(weights)
             gc.collect()
             torch.cuda.empty_cache()
             set_seed(args.seed)
-            resume_from_checkpoint = last_checkpoint(Path(args.output_dir))
+            resume_from_checkpoint = last_checkpoint(self.checkpoints)
 
     def release(self) -> None:
-        """Free the optimizer, the gradients and the dataloaders, while the trainer may still have a name in a notebook."""
+        """Free the optimizer, the gradients and the dataloaders, which a notebook's variable would keep."""
         handler = self.callback_handler
         handler.train_dataloader = handler.eval_dataloader = handler.optimizer = handler.lr_scheduler = None
         self.optimizer = self.lr_scheduler = None
@@ -135,12 +141,12 @@ class FoodTrainer(SFTTrainer):
 
     def compute_loss(
         self,
-        model: PreTrainedModel,
+        model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Mean cross-entropy over the target tokens of all rows of the optimizer step, as in SFTTrainer, and the unlikelihood loss."""
+        """Mean cross-entropy of the optimizer step's target tokens, as in SFTTrainer, plus the unlikelihood loss."""
         with self.accelerator.autocast():
             logits, targets = self._predict(model, inputs)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
@@ -163,7 +169,7 @@ class FoodTrainer(SFTTrainer):
         given = dict(inputs)
         ids, labels, shared = given.pop("input_ids"), given.pop("labels"), given.pop("shared", 0)
         tiles = given.pop("tiles", None)
-        inner = self.accelerator.unwrap_model(model)
+        inner: Any = self.accelerator.unwrap_model(model)
         inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
         if shared:
             given["past_key_values"] = past = DynamicCache(config=inner.config)
@@ -172,7 +178,7 @@ class FoodTrainer(SFTTrainer):
         if "features" in given:
             features = given.pop("features")
             tokens = inner.model.connector(features[is_real(tiles, features.shape[1])])
-            outputs = BaseModelOutputWithPooling(pooler_output=[tokens.flatten(0, 1)])
+            outputs = BaseModelOutputWithPooling(pooler_output=[tokens.flatten(0, 1)])  # type: ignore[arg-type]
             given["mm_encoder_outputs"] = {"image": outputs}
         elif "pixels" in given:
             given["pixel_values"] = normalize(given.pop("pixels"), tiles, self.processing_class.image_processor)
@@ -188,11 +194,12 @@ def unlikelihood_loss(
 ) -> torch.Tensor:
     """Unlikelihood of words that the current title or list already holds, summed over the K target tokens.
 
-    Labels never name an item twice, so cross-entropy hardly punishes it, and a small model repeats what it is sure of. This is equation 4
-    of Welleck et al., Neural Text Generation with Unlikelihood Training (2020), with the words of the same list as candidates.
+    Labels never name an item twice, so cross-entropy hardly punishes it, and a small model repeats what it is sure
+    of. This is equation 4 of Welleck et al., Neural Text Generation with Unlikelihood Training (2020), with the words
+    of the same list as candidates.
 
-    `logits` (K, vocabulary) and `targets` (K,) as in the loss; `rows` (K,) is the row of each token; `words` and `opens` (vocabulary,)
-    mark tokens with a letter and tokens that begin a list.
+    `logits` (K, vocabulary) and `targets` (K,) as in the loss; `rows` (K,) is the row of each token; `words` and
+    `opens` (vocabulary,) mark tokens with a letter and tokens that begin a list.
     """
     lists = opens.to(targets.device)[targets].cumsum(0)
     before = ((rows[:, None] == rows) & (lists[:, None] == lists)).tril(-1) & words.to(targets.device)[targets]
@@ -214,8 +221,9 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tens
 class Progress(TrainerCallback):
     """A plain-text progress bar in images, for notebooks, logs and terminals alike, and the clock of a stage.
 
-    `elapsed` in each log entry is the training time in seconds, without interruptions. The checkpoint after the last step is skipped, since
-    the finished stage is saved next, unless checkpoints are compared (`load_best_model_at_end`).
+    `elapsed` in each log entry is the training time in seconds, without interruptions. The checkpoint after the last
+    step is skipped, since the finished stage is saved next, unless checkpoints are compared
+    (`load_best_model_at_end`).
     """
 
     def __init__(self, name: str) -> None:
@@ -228,9 +236,7 @@ class Progress(TrainerCallback):
         hidden = not state.is_world_process_zero
         self.bar = tqdm(total=total, initial=done, desc=self.name, unit="image", disable=hidden)
         self.first, self.began = state.global_step, time.perf_counter()
-        self.earlier = max(
-            (entry.get("elapsed", 0) for entry in state.log_history), default=0
-        )  # before an interruption
+        self.earlier = max((entry.get("elapsed", 0) for entry in state.log_history), default=0)  # in earlier runs
 
     def on_step_begin(self, args, state, control, **_):
         self.start = time.perf_counter()
@@ -252,10 +258,11 @@ class Progress(TrainerCallback):
             state.log_history[-1]["elapsed"] = self.earlier + time.perf_counter() - self.began
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
-                raise ModelError(
-                    f"{self.name}: the loss became NaN at step {state.global_step}; lower its learning rate ({args.learning_rate}) "
-                    "or look for broken labels. The last checkpoint is kept"
+                where, remedy = f"at step {state.global_step}", f"lower its learning rate ({args.learning_rate})"
+                message = (
+                    f"the loss became NaN {where}; {remedy} or look for broken labels. The last checkpoint is kept"
                 )
+                raise ModelError(f"{self.name}: {message}")
             self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", step=state.global_step)
 
     def on_train_end(self, args, state, control, **_):
