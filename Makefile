@@ -78,10 +78,11 @@ FLOOR_TESTS := $(foreach name,blip cache checkpoints cleaning cli collate datase
 test-floors: $(VENV)/floors/.installed  ## The fast tests against the oldest supported versions, which are those that Colab has.
 	$(VENV)/floors/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow and not docs" $(FLOOR_TESTS)
 
-lint: install  ## ruff, and the direction of the imports.
+lint: install  ## ruff, the direction of the imports, and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy src
 
 lock: install  ## Maintainers: resolve pyproject.toml again into requirements.txt. Pins stay as they are where they can.
 	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-annotate --no-emit-index-url pyproject.toml -o requirements.txt

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from foodextract.models.loading import FINISHED, ModelError
@@ -99,11 +106,11 @@ class Backup(TrainerCallback):
             raise ModelError(f"{self.home.name}: {message}") from error
         return True
 
-    def on_save(self, args, state, control, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Copy the new checkpoint, then delete older copies except that of the best checkpoint."""
         if not state.is_world_process_zero:
             return
-        newest = Path(last_checkpoint(Path(args.output_dir)) or "")
+        newest = Path(last_checkpoint(Path(args.output_dir or "")) or "")
         with self._continuing(newest.name):
             copies, recipe = self.kept / CHECKPOINTS, (newest.parent / RECIPE).read_text()
             if copies.is_dir() and started_recipe(self.kept) != recipe:

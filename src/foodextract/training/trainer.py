@@ -27,6 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -230,7 +233,7 @@ class Progress(TrainerCallback):
         self.name = name
         self.seconds, self.images = 0.0, 0  # in steps, without the first one, which warms up
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         total, done = state.max_steps * self.per_step, state.global_step * self.per_step
         hidden = not state.is_world_process_zero
@@ -238,10 +241,10 @@ class Progress(TrainerCallback):
         self.first, self.began = state.global_step, time.perf_counter()
         self.earlier = max((entry.get("elapsed", 0) for entry in state.log_history), default=0)  # in earlier runs
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.start = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         wait_for(args.device)
         if state.global_step > self.first + 1:
             self.seconds += time.perf_counter() - self.start
@@ -249,11 +252,18 @@ class Progress(TrainerCallback):
         self.bar.update(self.per_step)
         self.on_epoch_end(args, state, control)
 
-    def on_epoch_end(self, args, state, control, **_):
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps and not args.load_best_model_at_end:
             control.should_save = False
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
         if state.log_history:
             state.log_history[-1]["elapsed"] = self.earlier + time.perf_counter() - self.began
         if logs and "loss" in logs:
@@ -265,5 +275,5 @@ class Progress(TrainerCallback):
                 raise ModelError(f"{self.name}: {message}")
             self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", step=state.global_step)
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
