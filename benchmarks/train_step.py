@@ -167,7 +167,7 @@ def images(count: int) -> datasets.Dataset:
 
 
 def expected_tflop(cell: Cell, recipe: Recipe, config: SmolVLMConfig, steps: int) -> float:
-    """What a cell computes, roughly: progress and time left are told in this."""
+    """What a cell computes, roughly: the progress bar counts in it."""
     vision = "cached" if recipe.cached else "frozen" if STAGES[cell.stage].freeze else "trained"
     tokens = 190 + 64 * recipe.tiles
     again = 4 / 3 if recipe.checkpointing else 1

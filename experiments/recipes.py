@@ -88,7 +88,7 @@ def score(experiment: str, labels: Sequence[FoodRecord], answers: Mapping[str, S
 def training_rows(
     experiment: str, logs: Mapping[str, Sequence[Mapping[str, float]]], seconds: Mapping[str, float]
 ) -> list[Row]:
-    """What training itself told: the loss of each stage's first and last step, and how long the stage took."""
+    """The log of training: the loss of each stage's first and last step, and how long the stage took."""
     rows = []
     for stage, log in logs.items():
         for which, entry in (("loss_first", log[0]), ("loss_last", log[-1])):

@@ -148,9 +148,9 @@ def checkov(folder):
         "-o",
         "json",
     ]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["results"]
+    output = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)["results"]
     return [
-        {f"{check['check_id']} {check['resource']}" for check in told[f"{verdict}_checks"]}
+        {f"{check['check_id']} {check['resource']}" for check in output[f"{verdict}_checks"]}
         for verdict in ("failed", "passed", "skipped")
     ]
 

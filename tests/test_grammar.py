@@ -152,11 +152,11 @@ def test_other_texts_have_no_dialect(text):
 def test_dialect_is_recognized_as_early_as_possible():
     for write, dialect in WRITERS.values():
         text = write(FoodRecord.parse(GOOD))
-        told = next(length for length in range(len(text)) if recognize(text[:length]))
-        assert text[:told].count(",") == 1
-        assert all(undecided(text[:length]) for length in range(told))
-        assert not undecided(text[:told])
-        assert recognize(text[:told]) == dialect
+        end = next(length for length in range(len(text)) if recognize(text[:length]))
+        assert text[:end].count(",") == 1
+        assert all(undecided(text[:length]) for length in range(end))
+        assert not undecided(text[:end])
+        assert recognize(text[:end]) == dialect
     assert not undecided("a " * MAX_LEAD)
     assert not undecided("{" + " " * (MAX_HEAD + 1))
 
@@ -270,9 +270,9 @@ def test_warning_is_logged_once(speaking, images, caplog):
     extractor = speaking(WRITERS["repr in a fence"][0])
     for _ in range(2):
         list(extractor.extract_many(images, 2))
-    [told] = [record for record in caplog.records if record.name == "foodextract"]
-    assert told.levelno == logging.WARNING
-    assert "Python reprs behind '```python\\n'" in told.message
+    [warning] = [record for record in caplog.records if record.name == "foodextract"]
+    assert warning.levelno == logging.WARNING
+    assert "Python reprs behind '```python\\n'" in warning.message
 
 
 @pytest.mark.parametrize("folder", [loading.TINY_TUNED, loading.TINY_BASE], ids=lambda folder: folder.name)

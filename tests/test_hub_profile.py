@@ -180,9 +180,9 @@ print(app.extract("white.png"))
 budgets = [model.processor.image_processor.size["longest_edge"] for model in (predict.TUNED, predict.UNTUNED)]
 print(budgets, app.predict.BASE)
 """
-    record, told = in_a_new_process(hub, home, script, FOODEXTRACT_MODEL=MODEL).strip().splitlines()[-2:]
+    record, output = in_a_new_process(hub, home, script, FOODEXTRACT_MODEL=MODEL).strip().splitlines()[-2:]
     FoodRecord.parse(record)
-    assert told == f"[512, 512] {HUB_BASE}"
+    assert output == f"[512, 512] {HUB_BASE}"
 
 
 def in_a_new_process(hub, home: Path, script: str, **more: str) -> str:

@@ -54,8 +54,8 @@ def test_download_counts_and_gradio_are_silent_unless_the_user_chooses_otherwise
     )
     chosen = {"HF_UPDATE_DOWNLOAD_COUNTS": "TRUE", "GRADIO_ANALYTICS_ENABLED": "True"}
     env = {key: value for key, value in os.environ.items() if key not in chosen}
-    told = [
+    output = [
         subprocess.run([sys.executable, "-c", ask], env=env | extra, capture_output=True, text=True).stdout
         for extra in ({}, chosen)
     ]
-    assert [text.split() for text in told] == [["False", "False"], ["True", "True"]]
+    assert [text.split() for text in output] == [["False", "False"], ["True", "True"]]

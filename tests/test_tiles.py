@@ -118,10 +118,10 @@ def test_server_queue_counts_tiles(many_tiles, images, entering, monkeypatch, ba
 
 def test_many_tiles_are_warned_about_unless_requested(many_tiles, caplog):
     Extractor.from_pretrained(many_tiles, "cpu")
-    [told] = [record.message for record in caplog.records if record.name == "foodextract"]
+    [warning] = [record.message for record in caplog.records if record.name == "foodextract"]
     tokens = loading.load_processor(many_tiles).image_seq_len
-    assert f"up to 17 tiles ({17 * tokens:,} image tokens" in told
-    assert "--tiles 1" in told
+    assert f"up to 17 tiles ({17 * tokens:,} image tokens" in warning
+    assert "--tiles 1" in warning
     caplog.clear()
     for folder, tiles in ((many_tiles, 1), (many_tiles, 17), (loading.TINY_TUNED, None)):
         Extractor.from_pretrained(folder, "cpu", tiles=tiles)
@@ -131,9 +131,9 @@ def test_many_tiles_are_warned_about_unless_requested(many_tiles, caplog):
 def test_command_warns_on_stderr(many_tiles, images, tmp_path):
     images[-1].save(tmp_path / "a.png")
     command = [sys.executable, "-m", "foodextract", "extract", "a.png", "--model", str(many_tiles)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert told.stderr.count("up to 17 tiles") == 1
-    assert json.loads(told.stdout)["file"] == "a.png"
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run.stderr.count("up to 17 tiles") == 1
+    assert json.loads(run.stdout)["file"] == "a.png"
 
 
 def test_one_tile_gives_the_answers_of_the_one_tile_model(many_tiles, images, tuned, tmp_path, monkeypatch):

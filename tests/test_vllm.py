@@ -60,11 +60,11 @@ def command(folder):
     fake.chmod(0o755)
     run = ["sh", str(folder / "serve.sh"), "--host", "0.0.0.0"]
     path = f"{fake.parent}:{os.environ['PATH']}"
-    told = subprocess.run(
+    printed = subprocess.run(
         run, capture_output=True, text=True, check=True, cwd="/", env={"PATH": path}
     ).stdout.splitlines()
-    assert told[0] == str(folder)
-    return told[1:]
+    assert printed[0] == str(folder)
+    return printed[1:]
 
 
 def test_folder_holds_the_exported_model(exported, tuned, image):
@@ -208,9 +208,9 @@ def test_client_retries_a_busy_or_broken_server_twice(endpoint, image, capsys, s
     reply["statuses"] = statuses.copy()
     assert run_client(address, image) == ended
     assert len(asked) == 3
-    told = capsys.readouterr()
-    assert told.out == ("" if ended else RECORD.to_json() + "\n")
-    assert f"{image}: Error code: {statuses[-1]}" in told.err or not ended
+    printed = capsys.readouterr()
+    assert printed.out == ("" if ended else RECORD.to_json() + "\n")
+    assert f"{image}: Error code: {statuses[-1]}" in printed.err or not ended
 
 
 def test_client_times_out(endpoint, image, capsys):
@@ -237,10 +237,10 @@ def test_client_sends_an_openai_request(endpoint, image, capsys):
     assert base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))[:2] == b"\xff\xd8"
     reply["text"] = "no JSON"
     assert run_client(address, image, image.with_name("nowhere.png")) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "not JSON" in told.err
-    assert "nowhere.png" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "not JSON" in printed.err
+    assert "nowhere.png" in printed.err
 
 
 # ------------------------------------------------------------------------------------------------------------

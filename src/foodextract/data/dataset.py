@@ -100,6 +100,11 @@ def leaks(folder: str | Path, other: str | Path) -> list[tuple[str, str]]:
     return [(a, b) for group in groups.values() for theirs, a in group if not theirs for foreign, b in group if foreign]
 
 
+def rows_id(split: datasets.Dataset) -> str:
+    """What `datasets` calls the fingerprint of the rows: it changes with any of them. The attribute has no public name."""
+    return split._fingerprint
+
+
 def record_of(row: dict[str, Any]) -> FoodRecord:
     """Return the label of one row."""
     return FoodRecord(**label_of(row))

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from foodextract import prompts
+from foodextract.data.dataset import rows_id
 from foodextract.evaluation.metrics import METRICS, Formula, f1, ratio
 from foodextract.evaluation.results import Row, commit, make_row
 from foodextract.evaluation.scoring import Columns, Counts, Reader, count_items, is_complete, score_answer, try_read
@@ -120,7 +121,7 @@ def cache_key(model: PreTrainedModel, processor: ProcessorMixin, images: dataset
     """Hash everything the answers depend on: weights, prompt, image budget, images and the commit of this code."""
     prompt = processor.apply_chat_template(prompts.conversation(), add_generation_prompt=True)
     weights, settings = checksum(snapshot(model)), processor.to_json_string()
-    parts = (weights, prompt, settings, images._fingerprint, str(len(images)), commit())
+    parts = (weights, prompt, settings, rows_id(images), str(len(images)), commit())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -78,7 +78,8 @@ def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parents[1])]
     status = [*git, "status", "--porcelain", "-uno", "--", "."]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
+        revision = [*git, "rev-parse", "--short", "HEAD"]
+        head = subprocess.run(revision, capture_output=True, text=True, check=True)  # noqa: S603
         dirty = subprocess.run(status, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

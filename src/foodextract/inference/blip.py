@@ -63,7 +63,7 @@ class Captioner:
         try:
             model = BlipForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
             processor = BlipProcessor.from_pretrained(model_id)
-            labels: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # its keys are integers once loaded
+            labels: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # integer keys
             names = {number: label.replace("_", " ") for number, label in sorted(labels.items())}
             records = {number: _record(name) for number, name in names.items()}
         except ValidationError as error:
@@ -73,7 +73,7 @@ class Captioner:
             raise ModelError(f"{model_id} cannot be loaded as a BLIP ({error}): save or download it again") from error
         if all(re.fullmatch(r"LABEL \d+", name) for name in names.values()):  # transformers' default names
             raise ModelError(f"{model_id} does not name its classes: put them into its config.json, as id2label")
-        return cls(model.to(where).eval(), processor, records)  # type: ignore[arg-type]  # the stub of `to` lacks devices
+        return cls(model.to(where).eval(), processor, records)  # type: ignore[arg-type]
 
     def prepare_image(self, image: ImageSource) -> BatchFeature:
         """Open and preprocess one image: `pixel_values` (1, 3, P, P) float32. Raises ImageError."""

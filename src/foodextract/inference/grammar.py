@@ -37,7 +37,8 @@ _STRINGS = {"'": r"'(?:[^'\\]|\\.)*'", '"': r'"(?:[^"\\]|\\.)*"'}
 _WORDS = (("0", "1"), ("false", "true"), ("False", "True"), ('"0"', '"1"'), ("'0'", "'1'"))
 _FLAGS = {flag: flags for flags in _WORDS for flag in flags}
 _HEAD = re.compile(
-    rf"""(?P<lead>[^{{}}]{{0,{MAX_LEAD}}})\{{(?P<gap>{_SPACE}*)(?P<quote>["'])is_food(?P=quote)(?P<colon>{_SPACE}*:{_SPACE}*)"""
+    rf"""(?P<lead>[^{{}}]{{0,{MAX_LEAD}}})\{{(?P<gap>{_SPACE}*)(?P<quote>["'])is_food(?P=quote)"""
+    rf"(?P<colon>{_SPACE}*:{_SPACE}*)"
     rf"(?P<flag>{'|'.join(_FLAGS)})(?P<comma>{_SPACE}*,{_SPACE}*)(?P=quote)image_title(?P=quote)"
 )
 

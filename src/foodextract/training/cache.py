@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from foodextract.data.dataset import as_conversations
+from foodextract.data.dataset import as_conversations, rows_id
 from foodextract.models.loading import ModelError
 from foodextract.training.collate import Collator, image_token_of, pad
 from foodextract.training.throughput import Step
@@ -117,7 +117,7 @@ def prepare(
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     tokenizer |= {"padding": None, "truncation": None}  # left over from its last call
     settings = processor.to_json_string() + json.dumps(tokenizer) + str(processor.chat_template)
-    key = hashlib.sha256((split._fingerprint + settings + target).encode()).hexdigest()[:16]
+    key = hashlib.sha256((rows_id(split) + settings + target).encode()).hexdigest()[:16]
     home = Path(folder) / f"prepared-{key}"
     ready = home / "rows.json"  # written last
     if not ready.is_file() or (with_pixels and not (home / PIXELS).is_file()):

@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTConfig
 
+from foodextract.data.dataset import rows_id
 from foodextract.evaluation.results import write_results
 from foodextract.models.loading import FINISHED, ModelError
 from foodextract.models.weights import checksum, snapshot, whole_state
@@ -84,7 +85,7 @@ class StageRun:
         if stage.lora and stage.lora.modules_to_save:
             untie(model)
         self.before = snapshot(model)
-        values = {"start": start, "rows": split._fingerprint, "seed": seed, "max_steps": max_steps}
+        values = {"start": start, "rows": rows_id(split), "seed": seed, "max_steps": max_steps}
         self.recipe = json.dumps(asdict(stage) | values)
         if known and (retrain or finished_recipe(self.folder) != self.recipe):
             message = "the model in memory has been through this stage; load the base again to train it anew"

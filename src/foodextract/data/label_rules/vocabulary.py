@@ -22,7 +22,8 @@ PHOTO_OF = re.compile(
 SENTENCE = re.compile(
     r"^(?:this|these|that|those|there|here|it|its|i|we|he|she|you (?:can|see)|my|our|someone|people|what|look"
     r"|the (?:image|picture))\b"
-    r"|\b(?:is|are|was|were|has|have|had|will|would|should|could|shows?|depicts?|contains?|consists?|displays?|appears?|looks?|tastes?)\b"
+    r"|\b(?:is|are|was|were|has|have|had|will|would|should|could|shows?|depicts?)\b"
+    r"|\b(?:contains?|consists?|displays?|appears?|looks?|tastes?)\b"
     r"|\b(?:sits?|lies|rests|stands|goes|comes|makes|serves|shown|seen|placed|arranged|featured|sitting|resting|lying"
     r"|holding|eating)\b"
     r"|\b(?:featuring|enjoy\w*|they|we)\b"
