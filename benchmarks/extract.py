@@ -10,7 +10,8 @@ too. All subjects see the same drawn images, one after the other, alternately, i
 the whole process, which other programs on the machine do not count towards. Where the CPU computes bf16 slower than
 fp32, the seed's way is measured in fp32, which is its best there. Without `--processor` the prompt differs by some
 tokens from the real one's (their number is written down), and a grammar mask is cheaper by some 20 microseconds a
-token."""
+token.
+"""
 
 import copy
 import gc

@@ -5,7 +5,8 @@
 
 Parity: the tuned tiny model on drawn scenes, torch in fp32 beside the graphs in fp32 and int8. Latency: as in
 `extract.py`, random weights at true size that write a dictated answer under the grammar, CPU-seconds, all subjects
-alternately on the same images."""
+alternately on the same images.
+"""
 
 import copy
 import gc

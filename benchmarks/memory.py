@@ -4,7 +4,8 @@
 
 Generated images of many sizes stream through `extract_many` of the bundled tiny model; the process's resident memory is
 noted after every tenth answer. Flat means: the mean of the last tenth of the curve is not more than 2 % above that of
-the second tenth."""
+the second tenth.
+"""
 
 import os
 from functools import partial

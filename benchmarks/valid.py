@@ -3,7 +3,8 @@
     python benchmarks/valid.py                  # 2,000 images each for three sets of weights; writes results/extract_valid.json
 
 The odd images are those of `odd_images.py`; the comparisons are made on drawn scenes, where the tuned model says
-something. Answers that differ are printed."""
+something. Answers that differ are printed.
+"""
 
 from collections.abc import Iterable
 from itertools import islice

@@ -47,7 +47,7 @@ class Captioning:
     seed: int = 42
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# --- data
 
 
 def stream(recipe: Captioning, split: Split, classes: Sequence[str] = ()) -> datasets.IterableDataset:
@@ -109,7 +109,7 @@ def make_batch(
     return {**batch, "labels": labels}
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
+# --- the loop
 
 
 def train(
@@ -196,7 +196,7 @@ def resume(folder: Path, recipe: Captioning, learning: dict, optimizer, scaler) 
     return state["log"]
 
 
-# ------------------------------------------------------------------------------------------------------------ captions
+# --- captions
 
 
 @torch.inference_mode()

@@ -43,7 +43,7 @@ def parameters(name, profile, monkeypatch):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- recipes
+# --- recipes
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_an_experiment_replaces_its_own_rows_only(tmp_path):
     assert [(r.benchmark, r.value) for r in read_results(tmp_path / "r.json")] == [("a", 0.2), ("b", 0.3)]
 
 
-# ------------------------------------------------------------------------------------------------------------ adapters
+# --- adapters
 
 
 LORA = Lora(4, 8, 0.0, exclude_modules=r".*vision_model.*", modules_to_save=("lm_head", "embed_tokens"))
@@ -140,7 +140,7 @@ def test_interrupted_adapters_end_like_uninterrupted_ones(train, die_in_second_e
     torch.testing.assert_close(dict(train(stage, "broken").model.named_parameters()), dict(whole.named_parameters()))
 
 
-# --------------------------------------------------------------------------------------------------------------- Gemma
+# --- Gemma
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_largest_activations_are_found(tiny_gemma, rows):
     assert found["lm_head"] >= logits.abs().max() * 0.99  # softcapping comes behind the head
 
 
-# ---------------------------------------------------------------------------------------------------------------- BLIP
+# --- BLIP
 
 
 CLASSES = ("pizza", "banana", "apple pie")
@@ -306,7 +306,7 @@ def test_an_interrupted_loop_ends_like_an_uninterrupted_one(tmp_path, monkeypatc
         assert torch.equal(a, b), name
 
 
-# ------------------------------------------------------------------------------------------------------------ ablation
+# --- ablation
 
 
 def test_each_row_of_the_ablation_has_one_change():
@@ -368,7 +368,7 @@ def test_ablation_is_taken_up_where_it_was(tmp_path, monkeypatch):
     assert {row.n for row in read_results(tmp_path / "a.json") if " minus " in row.subject} == {2}
 
 
-# ----------------------------------------------------------------------------------------------------------- notebooks
+# --- notebooks
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -161,8 +161,7 @@ def test_dialect_is_recognized_as_early_as_possible():
     assert not undecided("{" + " " * (MAX_HEAD + 1))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# models that speak
+# --- models that speak
 
 
 class Cache:

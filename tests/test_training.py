@@ -121,7 +121,7 @@ def test_values_of_a_stage_may_come_as_yaml_spells_them():
             changed(STAGE1, wrong)
 
 
-# ------------------------------------------------------------------------------------------------------- validation
+# --- validation
 
 
 def test_the_epoch_with_the_best_answers_is_kept(base, train, tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_validation_rows_do_not_depend_on_order_and_keep_groups_whole(rows):
     assert held_out_rows(split, 0) == []
 
 
-# ------------------------------------------------------------------------------------------------- memory and disk
+# --- memory and disk
 
 
 def test_out_of_memory_shrinks_batches_and_keeps_the_effective_batch(train, monkeypatch, capsys):
@@ -253,7 +253,7 @@ def test_a_full_disk_is_named_where_torch_does_not_say_so(tmp_path, monkeypatch)
         fail()
 
 
-# ------------------------------------------------------------------------------------------- augmentation and losses
+# --- augmentation and losses
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -312,7 +312,7 @@ def test_the_unlikelihood_loss_is_part_of_the_loss(base, processor, rows, tmp_pa
     assert losses[1] > losses[0]
 
 
-# --------------------------------------------------------------------------------------- settings, speed and trackers
+# --- settings, speed and trackers
 
 
 def test_settings_reach_trl(base, processor, rows, tmp_path):

@@ -243,8 +243,7 @@ def test_client_sends_an_openai_request(endpoint, image, capsys):
     assert "nowhere.png" in printed.err
 
 
-# ------------------------------------------------------------------------------------------------------------
-# labeling millions, resumably
+# --- labeling millions, resumably
 
 
 @pytest.fixture

@@ -87,8 +87,7 @@ AUTOCAST = torch.autocast("cpu", torch.bfloat16)  # a processor with AMX is twic
 SYSTEMS = [None, None, "You are a helpful assistant.", "You look at pictures and answer questions about them."]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# talking about scenes
+# --- talking about scenes
 
 
 def _series(things: list[str]) -> str:
@@ -150,7 +149,8 @@ def conversation_about(
     """Four questions and answers, the picture in the first user turn, sometimes behind a system message.
 
     With a `tokenizer`, there is nonsense in it: as a long system message, and as something to repeat between two
-    questions."""
+    questions.
+    """
     turns = []
     pairs = questions_about(scene, rng)
     system = rng.choice(SYSTEMS)
@@ -167,8 +167,7 @@ def conversation_about(
     return turns
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# model and processor
+# --- model and processor
 
 
 @cache
@@ -238,8 +237,7 @@ def make_model(processor: SmolVLMProcessor) -> SmolVLMForConditionalGeneration:
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# -------- the data
+# --- the data
 
 
 def _patch_classes(scene: Scene) -> np.ndarray:
@@ -264,7 +262,8 @@ def _recolored(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """The scene with half of its non-food objects in exchanged colors.
 
     The tower is to learn what is food, not by heart which few hundred drawings are not: drawings it has never seen are
-    what it takes for food."""
+    what it takes for food.
+    """
     pixels = np.array(scene.image)
     for number, placed in enumerate(scene.objects, 1):
         if placed.name is None and rng.random() < 0.5:
@@ -278,7 +277,8 @@ def draw_crowd(index: int) -> Scene:
     drink.
 
     Half of the non-food objects stand on their heads or on a side, in exchanged colors or joined from two halves, for
-    the same reason."""
+    the same reason.
+    """
     rng = np.random.default_rng([SEED, zlib.crc32(b"crowd"), index])
     image, owner, objects = background(rng), np.zeros((SIZE, SIZE), np.uint8), []
     for number in range(1, rng.integers(3, 11)):
@@ -338,8 +338,7 @@ def _schedule(
     return optimizer, get_cosine_schedule_with_warmup(optimizer, int(steps) // 20, int(steps))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# -------- training
+# --- training
 
 
 class PatchHead(torch.nn.Linear):
@@ -465,7 +464,8 @@ def learn_to_talk(
 
     The second loss asks the connector to turn an image token into something like the embedding of the words for what it
     shows. Lists of three or four things are then read off, where the language loss alone takes several times the steps
-    to find out how."""
+    to find out how.
+    """
     rng = random.Random(SEED)
     seen, shown, words = _seen(model, pixels), _token_classes(classes), _words(processor.tokenizer)
     mirrored = _token_classes(classes.flip(-1))
@@ -483,8 +483,7 @@ def learn_to_talk(
             bar.set_postfix(loss=f"{said.item():.3f}", words=f"{named.item():.3f}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ------- measuring
+# --- measuring
 
 
 @torch.inference_mode()

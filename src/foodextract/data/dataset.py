@@ -101,7 +101,7 @@ def leaks(folder: str | Path, other: str | Path) -> list[tuple[str, str]]:
 
 
 def rows_id(split: datasets.Dataset) -> str:
-    """What `datasets` calls the fingerprint of the rows: it changes with any of them. The attribute has no public name."""
+    """The fingerprint that `datasets` keeps of the rows. It has no public name."""
     return split._fingerprint
 
 

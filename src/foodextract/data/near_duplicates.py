@@ -99,7 +99,8 @@ def group_near(fingerprints: Sequence[bytes]) -> list[int]:
 
 def _distinct(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the m distinct fingerprints in order of content as cells (m, 3, GRID, GRID), which one each is, and where
-    each occurs first."""
+    each occurs first.
+    """
     for position, given in enumerate(fingerprints):
         if len(given) != FINGERPRINT_BYTES:
             size = f"{len(given)} bytes, not {FINGERPRINT_BYTES}"

@@ -32,7 +32,7 @@ STYLE: Any = {"font.size": FONT, "axes.spines.top": False, "axes.spines.right": 
 _styled = cast(ContextDecorator, plt.rc_context(STYLE))
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# --- images
 
 
 def contact_sheet(
@@ -92,7 +92,7 @@ def verdict(label: FoodRecord, text: str) -> Lines:
     return lines or [("✓ food or drink" if label.is_food else "✓ no food or drink", RIGHT)]
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# --- training
 
 
 def token_mask(tokens: Sequence[tuple[str, bool]], columns: int = 111) -> Figure:
@@ -136,7 +136,7 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------- data and results
+# --- data and results
 
 
 @_styled

@@ -64,7 +64,7 @@ def differences(recipe: str, other: str) -> str:
     return ", ".join(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)))
 
 
-# ---------------------------------------------------------------------------------------------------------- backups
+# --- backups
 
 
 def check_keep_in(keep_in: str | Path | None) -> None:
@@ -170,7 +170,7 @@ def _copy_small(checkpoint: Path, folder: Path) -> None:
         torch.save(optimizer, folder / OPTIMIZER_NAME)
 
 
-# ------------------------------------------------------------------------------------------------------------- disk
+# --- disk
 
 
 def disk_needed(
