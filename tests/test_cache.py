@@ -93,6 +93,7 @@ def test_a_processor_that_does_more_is_refused(rows, processor, tmp_path, monkey
         cache.prepare(rows["test"], processor, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage",
     [

@@ -88,6 +88,7 @@ def test_a_start_that_was_computed_again_does_not_cost_the_checkpoint_of_the_nex
     assert found == {"stage2": "checkpoint-5"}  # 5 steps an epoch
 
 
+@pytest.mark.slow
 def test_weights_that_were_changed_between_the_stages_are_another_start(train, tmp_path, capsys):
     model = fresh()
     train(STAGE1, "", model, max_steps=1)
@@ -99,6 +100,7 @@ def test_weights_that_were_changed_between_the_stages_are_another_start(train, t
     assert f"stage2: retraining, and replacing {tmp_path / 'stage2'}: start differ" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_new_machine_resumes_from_the_copies(train, tmp_path, die_in_second_epoch, monkeypatch, capsys, whole):
     drive = tmp_path / "drive" / "FoodExtract"
     drive.parent.mkdir()
@@ -126,6 +128,7 @@ def test_a_new_machine_resumes_from_the_copies(train, tmp_path, die_in_second_ep
         assert not (drive / stage / "checkpoints").exists()  # the finished stage replaces them
 
 
+@pytest.mark.slow
 def test_a_stage_whose_cell_is_run_again_is_not_trained_on_top_of_itself(train, tmp_path, capsys):
     model, drive = fresh(), tmp_path / "drive"
     options = {"max_steps": 1, "keep_in": drive}
@@ -246,6 +249,7 @@ def test_a_copy_is_never_resumed_under_another_recipe(train, tmp_path, die_in_se
     assert found == {"stage1": None}
 
 
+@pytest.mark.slow
 def test_a_full_drive_does_not_end_the_training(train, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -264,6 +268,7 @@ def test_a_drive_that_is_not_mounted_is_named_before_anything_is_done(train, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_seconds_add_up_over_an_interruption(train, tmp_path, die_in_second_epoch):
     die_in_second_epoch(STAGE1, "")
     state = json.loads((tmp_path / "stage1" / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())
@@ -275,6 +280,7 @@ def test_seconds_add_up_over_an_interruption(train, tmp_path, die_in_second_epoc
     assert run.seconds > elapsed[-1] > first > 0
 
 
+@pytest.mark.slow
 def test_disk_is_what_was_computed(train, processor, rows, tmp_path):
     """The largest sum of file sizes that a thread sees while both stages train, against the computed one."""
     stages = STAGE1, STAGE2

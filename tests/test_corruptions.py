@@ -1,7 +1,9 @@
+import pytest
 import corruptions
 from foodextract.data import dataset, sources
 
 
+@pytest.mark.slow
 def test_corruptions_are_found(tmp_path):
     log = []
     samples = list(corruptions.corrupted(sources.scenes(seed=3, train=120, test=40), every=5, log=log))

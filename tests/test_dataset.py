@@ -184,6 +184,7 @@ dataset.build(slowly(), {out!r})
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_resumes_to_the_same_bytes(tmp_path):
     def start(out):
         script = BUILD.format(here=str(Path(__file__).parent), out=str(tmp_path / out))

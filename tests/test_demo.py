@@ -224,6 +224,7 @@ print(*durations)
 """
 
 
+@pytest.mark.slow
 def test_errors_are_the_same_on_zero_gpu(tmp_path, image):
     """ZeroGPU runs a function in a process of its own, from which only results and `gr.Error` come back."""
     (tmp_path / "b.png").write_bytes(b"no image")

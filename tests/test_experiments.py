@@ -109,6 +109,7 @@ def test_only_excluding_keeps_adapters_out_of_the_vision_tower(base):
     assert not [name for name, p in base.named_parameters() if p.requires_grad and "vision_model" in name]
 
 
+@pytest.mark.slow
 def test_merged_saved_and_loaded_adapters_answer_alike(base, processor, rows, train, tmp_path):
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     run = train(replace(TUNE, num_train_epochs=4), "", base)

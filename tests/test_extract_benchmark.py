@@ -15,6 +15,7 @@ def figures(path):
     return {(row.subject, row.metric): row for row in read_results(path)}
 
 
+@pytest.mark.slow
 def test_every_optimization_is_measured(tmp_path):
     results = tmp_path / "extract.json"
     extract.main(["tiny"], images=1, batch=[1, 2], threads=1, processor=TINY_TUNED, results=results)
@@ -33,6 +34,7 @@ def test_every_optimization_is_measured(tmp_path):
     assert "times the tokens per CPU-second" in extract_report.batches(rows)
 
 
+@pytest.mark.slow
 def test_parity_and_latency_of_onnx_are_measured(tmp_path):
     results = tmp_path / "onnx.json"
     extract_onnx.main(["tiny"], compared=4, images=1, batch_size=3, threads=1, model=TINY_TUNED, results=results)
@@ -42,6 +44,7 @@ def test_parity_and_latency_of_onnx_are_measured(tmp_path):
         assert of[f"tiny, {way}", "vision_cpu_seconds"].value > 0
 
 
+@pytest.mark.slow
 def test_validity_and_memory_are_measured(tmp_path, capsys):
     valid.main(8, 8, 4, TINY_TUNED, TINY_BASE, tmp_path / "valid.json")
     of = figures(tmp_path / "valid.json")

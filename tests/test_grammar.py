@@ -357,6 +357,7 @@ def test_unknown_form_is_warned_about(written, images, tuned, caplog):
     assert "compare with --free" in warning
 
 
+@pytest.mark.slow
 def test_dialect_benchmark_runs(tmp_path):
     benchmark.main("", "train", 16, 4, 7e-4, 5, tmp_path / "work", tmp_path / "dialects.json")
     subjects = {row.subject for row in read_results(tmp_path / "dialects.json")}

@@ -83,6 +83,7 @@ def scored(extractor, held_out):
     return {metric.name: metric for metric in evaluate.score(labels, texts)}
 
 
+@pytest.mark.slow
 def test_bundled_model_answers_as_make_demo_measured(tuned, held_out):
     """Its figures lie within the intervals that `make demo` wrote, so a regression of its answers shows here."""
     found = scored(tuned, held_out)

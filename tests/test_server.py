@@ -394,6 +394,7 @@ def test_sigterm_answers_accepted_requests_and_exits_with_0(images):
     assert process.wait(TIMEOUT) == 0
 
 
+@pytest.mark.slow
 def test_sigterm_while_loading_exits_with_0():
     process, _ = start("--model", str(TINY_TUNED), until="running on")
     process.send_signal(signal.SIGTERM)
@@ -401,6 +402,7 @@ def test_sigterm_while_loading_exits_with_0():
     assert process.wait(TIMEOUT) == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_says_why(tmp_path):
     command = [sys.executable, "-m", "foodextract", "serve", "--port", "0", "--model", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=4 * TIMEOUT)

@@ -51,6 +51,7 @@ def image(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_an_extraction_imports_only_what_it_uses_and_the_rest_works_afterwards(image, tmp_path):
     code = EXTRACT.format(image=str(image), heavy=HEAVY)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -552,6 +552,7 @@ def test_a_torn_last_line_is_done_again_and_nothing_else(lost, ask, folder, endp
     assert not endpoint.requests
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(folder, endpoint):
     endpoint.behave = lambda request: replace(right(request), seconds=0.0 if request.number <= 3 else 600.0)
     command = [

@@ -47,6 +47,7 @@ def test_the_user_can_choose_to_send_them(drawn, tmp_path):
     assert pings_of_a_training(drawn, tmp_path, "trl", HF_HUB_DISABLE_TELEMETRY="0")
 
 
+@pytest.mark.slow
 def test_download_counts_and_gradio_are_silent_unless_the_user_chooses_otherwise():
     ask = (
         "import foodextract, os; from datasets import config; "

@@ -128,6 +128,7 @@ def test_many_tiles_are_warned_about_unless_requested(many_tiles, caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_command_warns_on_stderr(many_tiles, images, tmp_path):
     images[-1].save(tmp_path / "a.png")
     command = [sys.executable, "-m", "foodextract", "extract", "a.png", "--model", str(many_tiles)]

@@ -193,6 +193,7 @@ def test_out_of_memory_shrinks_batches_and_keeps_the_effective_batch(train, monk
         assert [entry[part] for entry in log[2]] == pytest.approx([entry[part] for entry in log[8]], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_a_later_step_starts_from_the_same_weights(train, monkeypatch):
     stage = replace(STAGE1, per_device_train_batch_size=8, gradient_accumulation_steps=1)
     expected, failed, compute = train(stage, "whole").log, [], FoodTrainer.compute_loss
@@ -207,6 +208,7 @@ def test_out_of_memory_in_a_later_step_starts_from_the_same_weights(train, monke
     assert [e["loss"] for e in train(stage).log] == pytest.approx([e["loss"] for e in expected], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_not_even_one_image_fits(train, monkeypatch):
     def never(*args, **kwargs):
         raise torch.OutOfMemoryError
@@ -216,6 +218,7 @@ def test_not_even_one_image_fits(train, monkeypatch):
         train(STAGE1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -241,6 +244,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(train, tmp_path, monkeypatch, er
     assert checkpoints.last_checkpoint(folder) == str(folder / "checkpoint-3")  # the other one is not whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_where_torch_does_not_say_so(tmp_path, monkeypatch):
     def fail():
         with checkpoints.full_disk_named("stage1", tmp_path):
@@ -347,6 +351,7 @@ def test_losses_can_be_watched_in_tensorboard(train, tmp_path):
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([entry["loss"] for entry in log])
 
 
+@pytest.mark.slow
 def test_bf16_on_a_cpu_on_request(train, tmp_path):
     exact, rounded = train(STAGE1, "fp32", max_steps=1), train(replace(STAGE1, bf16=True), "bf16", max_steps=1)
     assert rounded.log[0]["loss"] != exact.log[0]["loss"]

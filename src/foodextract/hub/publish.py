@@ -53,7 +53,10 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
     "space": ("README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py", "*.css"),
 }  # fmt: skip
 BUNDLED = "models/bundled/*/*"
-PACKAGE = ("**/*.py", "py.typed", "data/**/*.txt", f"{BUNDLED}.json", f"{BUNDLED}.jinja", f"{BUNDLED}.safetensors")
+PACKAGE = (
+    "**/*.py", "py.typed", "data/**/*.txt", "training/presets/*.toml", "reporting/templates/*.md",
+    f"{BUNDLED}.json", f"{BUNDLED}.jinja", f"{BUNDLED}.safetensors",
+)  # fmt: skip
 SHARD = 500_000_000  # bytes of Arrow per parquet file, as in `datasets`
 APP_TIMEOUT = 1800  # seconds for the downloaded app to load its model and answer
 VARIABLE = "FOODEXTRACT_MODEL"
