@@ -1,4 +1,5 @@
 import pytest
+
 import corruptions
 from foodextract.data import dataset, sources
 
