@@ -20,7 +20,7 @@ import typer
 
 from extract import Dictation, Subject, alternately, cost_rows
 from foodextract.data.scenes import draw_scenes
-from foodextract.evaluation.evaluate import rate
+from foodextract.evaluation.evaluate import rate, to_rows
 from foodextract.evaluation.results import Row, make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.inference.onnx import GraphModel, export_onnx, write_graphs
@@ -60,18 +60,7 @@ def parity(model: Path, count: int, batch_size: int, command: str) -> list[Row]:
             (f"{name}, batch of {batch_size} or 1", "same_answer_rate", [a == b for a, b in alone]),
         ):
             share = rate(metric, hits)
-            rows.append(
-                make_row(
-                    "extract_onnx",
-                    subject,
-                    metric,
-                    share.value,
-                    low=share.low,
-                    high=share.high,
-                    n=share.n,
-                    command=command,
-                )
-            )
+            rows += to_rows("extract_onnx", subject, [share], command)
             print(f"{subject:32} {metric:20} {share.value:8.2%}  n = {share.n}", flush=True)
     return rows
 

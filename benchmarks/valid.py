@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import SmolVLMForConditionalGeneration
 
 from foodextract.data.scenes import draw_scenes
-from foodextract.evaluation.evaluate import rate
-from foodextract.evaluation.results import Row, make_row, write_results
+from foodextract.evaluation.evaluate import rate, to_rows
+from foodextract.evaluation.results import Row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.schema import AnswerError, FoodRecord
@@ -55,18 +55,7 @@ def main(
     def note(subject: str, metric: str, hits: list[bool]) -> None:
         share = rate(metric, hits)
         command = f"python benchmarks/valid.py --images {images} --compared {compared}"
-        rows.append(
-            make_row(
-                "extract_valid",
-                subject,
-                metric,
-                share.value,
-                low=share.low,
-                high=share.high,
-                n=share.n,
-                command=command,
-            )
-        )
+        rows.extend(to_rows("extract_valid", subject, [share], command))
         print(f"{subject:28} {metric:24} {share.value:8.2%}  n = {share.n}", flush=True)
 
     def compare(subject: str, pairs: list[tuple[str, str]]) -> None:

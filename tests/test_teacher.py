@@ -276,11 +276,12 @@ def test_there_are_as_many_tasks_as_requests(folder, endpoint, drawn_files):
     assert most <= 6  # two workers, this test, the run, and what the client starts for itself
 
 
-def test_tokens_add_up(ask):
+def test_tokens_and_cost_add_up(ask):
     summary = ask()
     assert (summary.prompt_tokens, summary.completion_tokens) == (6000, 240)
     assert "6 asked = 6 labeled + 0 rejected + 0 failed" in str(summary)
     assert "6,000 prompt tokens" in str(summary)
+    assert summary.cost(2.0, 10.0) == pytest.approx(6000 * 2 / 1e6 + 240 * 10 / 1e6)
 
 
 def test_a_server_that_does_not_count_tokens(ask, endpoint):
@@ -749,9 +750,10 @@ def test_a_key_with_odd_characters_is_an_error_that_hides_it(folder, endpoint, m
 
 def test_command_line(folder, endpoint):
     where = ["--endpoint", endpoint.address + "/"]
-    result = run(folder, *where, "--limit", 2)
+    result = run(folder, *where, "--limit", 2, "--prompt-price", 1, "--completion-price", 5)
     assert result.exit_code == 0, result.output
     assert "2 asked = 2 labeled" in result.stdout
+    assert "cost: 0.0024" in result.stdout
     endpoint.behave = lambda request: Reply(completion("prose"))
     result = run(folder, *where, "--license", "CC0", "--max-edge", 64, "--max-tokens", 99)
     assert result.exit_code == 1  # max_edge is part of the question: all are asked for again

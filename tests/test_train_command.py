@@ -18,6 +18,7 @@ from foodextract.__main__ import app
 from foodextract.models.loading import FINISHED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+COMMON = ["--profile", "offline", "--max-steps", "3"]
 SHORT = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 
 
@@ -25,22 +26,17 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads((folder / FINISHED).read_text())["log"]]
 
 
+def train_in_one_process(dataset: Path, out: Path) -> None:
+    """Train with the same global batch of 8 as two processes with 4 each."""
+    stages = _stages(SHORT | {"gradient_accumulation_steps": 2})
+    one = CliRunner().invoke(app, ["train", str(dataset), "-o", str(out), *COMMON, *stages])
+    assert one.exit_code == 0, one.output
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one(drawn, tmp_path):
     """The same global batch of 8: one process with 2 x 4, or two with 4 each."""
-    common = ["--profile", "offline", "--max-steps", "3"]
-    one = CliRunner().invoke(
-        app,
-        [
-            "train",
-            str(drawn),
-            "-o",
-            str(tmp_path / "one"),
-            *common,
-            *_stages(SHORT | {"gradient_accumulation_steps": 2}),
-        ],
-    )
-    assert one.exit_code == 0, one.output
+    train_in_one_process(drawn, tmp_path / "one")
     launch = [
         sys.executable,
         "-m",
@@ -49,7 +45,7 @@ def test_two_processes_train_like_one(drawn, tmp_path):
         "--nproc_per_node",
         "2",
     ]  # accelerate wants MPI for CPUs
-    command = [*launch, "-m", "foodextract", "train", str(drawn), "-o", str(tmp_path / "two"), *common, *_stages(SHORT)]
+    command = [*launch, "-m", "foodextract", "train", str(drawn), "-o", str(tmp_path / "two"), *COMMON, *_stages(SHORT)]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
     )
@@ -81,23 +77,11 @@ def test_two_processes_with_half_the_weights_each_train_like_one(drawn, tmp_path
     sharding = {key: value for key, value in prepare_multi_gpu_env(settings).items() if "FSDP" in key}
     assert sharding["ACCELERATE_USE_FSDP"] == "true"
     assert sharding["FSDP_VERSION"] == "2"
-    common = ["--profile", "offline", "--max-steps", "3"]
-    one = CliRunner().invoke(
-        app,
-        [
-            "train",
-            str(drawn),
-            "-o",
-            str(tmp_path / "one"),
-            *common,
-            *_stages(SHORT | {"gradient_accumulation_steps": 2}),
-        ],
-    )
-    assert one.exit_code == 0, one.output
+    train_in_one_process(drawn, tmp_path / "one")
     script = tmp_path / "sharded.py"
     script.write_text(AS_ACCELERATORS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    command = [*launch, "train", str(drawn), "-o", str(tmp_path / "two"), *common, *_stages(SHORT)]
+    command = [*launch, "train", str(drawn), "-o", str(tmp_path / "two"), *COMMON, *_stages(SHORT)]
     environment = os.environ | sharding | {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -210,6 +210,10 @@ def label(
         bool, typer.Option("--retry-rejected", help="Ask again about images that earlier runs rejected.")
     ] = False,
     license: Annotated[str | None, typer.Option(help="License of the images, written beside every label.")] = None,
+    prompt_price: Annotated[
+        float, typer.Option(min=0, help="Price of a million prompt tokens, to print the cost.")
+    ] = 0,
+    completion_price: Annotated[float, typer.Option(min=0, help="Price of a million completion tokens.")] = 0,
 ) -> None:
     """Label a folder of images with a larger model at an OpenAI-compatible endpoint. Rerun the command to resume.
 
@@ -227,6 +231,8 @@ def label(
             label_folder(teacher, folder, output, limit=limit, license=license, retry_rejected=retry_rejected)
         )
     print(summary)
+    if prompt_price or completion_price:
+        print(f"cost: {summary.cost(prompt_price, completion_price):,.4f}")
     raise typer.Exit(int(summary.labeled < summary.asked))
 
 

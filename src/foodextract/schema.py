@@ -29,9 +29,7 @@ class AnswerError(ValueError):
 
 
 class FoodRecord(BaseModel):
-    """What is in one image. `is_food` is 1 when food or drink is visible; not food means an empty title and empty
-    lists.
-    """
+    """What is in one image. `is_food` is 1 when food or drink is visible; 0 means an empty title and empty lists."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -92,10 +90,9 @@ class FoodRecord(BaseModel):
 
 
 def label_in(value: object) -> dict[str, Any]:
-    """Return a label with its values unchanged: a mapping, or the first object in a text. Raises AnswerError without
-    one.
+    """Return a label with its values unchanged: a mapping, or the first object in a text.
 
-    A set becomes a sorted list, and any other value that JSON lacks becomes text.
+    Raises AnswerError without one. A set becomes a sorted list, and any other value that JSON lacks becomes text.
     """
     if isinstance(value, str):  # the whole text first, so that braces in a title do no harm
         value = next(chain(_parsed(value), _objects_in(value)), None)
@@ -111,9 +108,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def guided_schema() -> dict[str, Any]:
-    """`json_schema` with canonical separators, for llguidance (vLLM's backend `guidance`). Other engines ignore
-    `x-guidance`.
-    """
+    """`json_schema` with canonical separators, for llguidance; other engines ignore `x-guidance`."""
     return json_schema() | {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
 

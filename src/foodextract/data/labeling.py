@@ -36,6 +36,10 @@ class Summary:
     completion_tokens: int = 0
     seconds: float = 0.0
 
+    def cost(self, prompt_price: float, completion_price: float) -> float:
+        """The cost in the currency of the prices, which are per million tokens."""
+        return (self.prompt_tokens * prompt_price + self.completion_tokens * completion_price) / 1e6
+
     def __str__(self) -> str:
         return (
             f"{self.images:,} images: {self.known:,} finished before, {self.duplicates:,} duplicates, "

@@ -98,8 +98,9 @@ def group_near(fingerprints: Sequence[bytes]) -> list[int]:
 
 
 def _distinct(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the m distinct fingerprints in order of content as cells (m, 3, GRID, GRID), which one each is, and where
-    each occurs first.
+    """Return the m distinct fingerprints as cells (m, 3, GRID, GRID), in order of content.
+
+    With them the number of each fingerprint among them, and the position where each occurs first.
     """
     for position, given in enumerate(fingerprints):
         if len(given) != FINGERPRINT_BYTES:

@@ -133,17 +133,15 @@ def predict_cached(
     batch_size: int = 32,
     title: str = "model",
 ) -> tuple[list[str], float]:
-    """`predict`, resumable: answers are kept at `path` (JSON lines, one per batch), and a repeated call predicts only
-    what is missing.
+    """Like `predict`, but resumable: a repeated call predicts only the answers missing in `path` (JSON lines).
 
     `key` is the `cache_key`; answers stored under another key are discarded. Returns the answers and the seconds they
     took in total.
     """
     path, header = Path(path), json.dumps({"key": key}) + "\n"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    done = [
-        line for line in lines[1:] if lines[0] == header and line.endswith("\n")
-    ]  # a killed run may leave half a line
+    # A killed run may leave half a line.
+    done = [line for line in lines[1:] if lines[0] == header and line.endswith("\n")]
     if lines != [header, *done]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -227,8 +225,8 @@ def known_item_recall(labels: Sequence[FoodRecord], answers: Sequence[str], know
 def to_rows(benchmark: str, subject: str, metrics: Sequence[Metric], command: str) -> list[Row]:
     """Return the metrics of one model as rows of a results file.
 
-    `subject` names the model and, after a space, the mode (`base constrained`); a group of images follows a bar (`base
-    | 2 items`).
+    `subject` names the model and, after a space, the mode (`base constrained`); a group of images follows a bar:
+    `base | 2 items`.
     """
     return [
         make_row(benchmark, subject, m.name, m.value, unit=m.unit, low=m.low, high=m.high, n=m.n, command=command)

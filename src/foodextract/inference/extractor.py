@@ -115,8 +115,7 @@ class Extractor:
     def extract_many(
         self, images: Iterable[ImageSource] | str | os.PathLike[str], batch_size: int = 8
     ) -> Iterator[FoodRecord | ImageError | AnswerError]:
-        """Yield one result per image, in order: its record, or its error. An error does not affect the rest of a
-        batch.
+        """Yield one result per image, in order: its record or its error. An error does not affect other images.
 
         `images` may be endless, or a folder, whose images are read in path order. A batch holds at most `batch_size`
         tiles, but at least one image; every image counts as `tiles`. A thread prepares up to `PREPARED` batches

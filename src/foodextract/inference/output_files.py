@@ -1,5 +1,6 @@
-"""Output files with one image per line, as JSON lines or CSV. Every write is a whole line, so an interrupted run can
-resume.
+"""Output files with one image per line, as JSON lines or CSV.
+
+Every write is a whole line, so an interrupted run can resume.
 """
 
 import csv

@@ -1,5 +1,4 @@
-"""Export of a tuned model for vLLM's OpenAI-compatible server: the folder, and the command that serves it as it was
-trained.
+"""Export of a tuned model for vLLM: a folder, and the command that serves it with the prompt and budget of training.
 
 Checked against vLLM 0.33, which includes SmolVLM and needs `num2words`. It takes the image budget from the saved
 processor. With `--chat-template-content-format openai` it wraps text messages as the chat template expects, and its
@@ -29,8 +28,7 @@ exec {command} "$@"
 
 
 def export_vllm(model_id: str | os.PathLike[str], out: Path, tiles: int | None = None) -> str:
-    """Write bf16 weights, processor, chat template, JSON schema and `serve.sh` into `out`, and return the command in
-    it.
+    """Write bf16 weights, processor, chat template, JSON schema and `serve.sh` into `out`. Returns its command.
 
     Raises ModelError, also for a model whose dialect is not canonical JSON: under the schema it would silently lose
     items.

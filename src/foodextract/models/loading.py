@@ -18,9 +18,9 @@ TINY_BASE, TINY_TUNED = BUNDLED / "tiny-base", BUNDLED / "tiny-tuned"
 OUTPUTS = Path("outputs")
 FINISHED = "training.json"  # a training writes it last, so its presence marks a complete model
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}  # to load
-AMX_PAYS = (
-    30_000_000  # parameters; chosen between the tiny model (2.9 M) and the SmolVLMs (256 M and more), not measured
-)
+# Parameters from which bf16 training pays on a CPU with AMX: chosen between the tiny model (2.9 M) and the SmolVLMs
+# (256 M and more), not measured.
+AMX_PAYS = 30_000_000
 INT8_PAYS = 200_000_000  # parameters; measured at 256 M and 507 M, see results/extract_cpu.json
 TILE_BUDGETS = {1: 1, 5: 2, 17: 4}  # tiles per image → longest edge in tiles: an overview, plus 2 x 2 or 4 x 4 details
 
@@ -40,9 +40,7 @@ class Precision:
 
 
 def choose_device(wanted: str | None = None) -> torch.device:
-    """Return the wanted device, or the first GPU, Apple's GPU, or the CPU. Raises ModelError for an unavailable
-    device.
-    """
+    """Return the wanted device, or the first GPU, Apple's GPU or the CPU. Raises ModelError if it is not available."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(wanted or best)
@@ -105,7 +103,12 @@ def image_budget(processor: ProcessorMixin) -> int:
     image_processor = processor.image_processor
     if not getattr(image_processor, "do_image_splitting", False):
         return 1
-    edge = -(-image_processor.size["longest_edge"] // image_processor.max_image_size["longest_edge"])  # rounded up
+    return most_tiles(image_processor.size["longest_edge"], image_processor.max_image_size["longest_edge"])
+
+
+def most_tiles(longest_edge: int, tile: int) -> int:
+    """The most tiles of `tile` pixels into which an image is split: details, and an overview if there are several."""
+    edge = -(-longest_edge // tile)  # rounded up
     return edge * edge + 1 if edge > 1 else 1
 
 

@@ -34,8 +34,9 @@ class TokenByToken(torch.nn.Module):
 
 
 def quantize(model: PreTrainedModel) -> None:
-    """Make every linear layer of an fp32 model int8, in place: weights per output channel, activations per token at
-    run time.
+    """Make every linear layer of an fp32 model int8, in place.
+
+    Weights are rounded per output channel, activations per token at run time.
 
     torch deprecates its dynamic quantization in favor of torchao, but torchao's kernels need `torch.compile` and have
     no fast path for the single token of a decoding step. The pinned torch has both; check again when the pin moves.

@@ -9,6 +9,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from foodextract import prompts
 from foodextract.evaluation.provenance import AND, Provenance, base_of, is_hub_id, name_of
 from foodextract.evaluation.results import Row
+from foodextract.models.loading import most_tiles
 from foodextract.names import CODE
 from foodextract.reporting.tables import NAMES, markdown_table, metric_table
 
@@ -34,7 +35,7 @@ def image_budget(processor: Mapping[str, Any]) -> str:
     """Say what a processor_config.json makes of an image. Raises KeyError or TypeError where it is not SmolVLM's."""
     size = processor["image_processor"]
     tile = size["max_image_size"]["longest_edge"]
-    most = (size["size"]["longest_edge"] // tile) ** 2 + 1
+    most = most_tiles(size["size"]["longest_edge"], tile)
     return f"{f'up to {most} tiles' if size['do_image_splitting'] else 'one tile'} of {tile} x {tile} pixels"
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from foodextract.data.dataset import as_conversations, rows_id
-from foodextract.models.loading import ModelError
+from foodextract.models.loading import ModelError, image_budget
 from foodextract.training.collate import Collator, image_token_of, pad
 from foodextract.training.throughput import Step
 
@@ -93,13 +93,6 @@ def is_real(tiles: torch.Tensor, most: int) -> torch.Tensor:
     return torch.arange(most, device=tiles.device) < tiles[:, None]
 
 
-def most_tiles(image_processor: Any) -> int:
-    """The most tiles an image can become: the overview alone, or with up to (longest edge / tile)² details."""
-    if not image_processor.do_image_splitting:
-        return 1
-    return 1 + round(image_processor.size["longest_edge"] / image_processor.max_image_size["longest_edge"]) ** 2
-
-
 def prepare(
     split: datasets.Dataset,
     processor: ProcessorMixin,
@@ -144,7 +137,7 @@ def _prepare(split: datasets.Dataset, processor: ProcessorMixin, home: Path, tar
     conversations = as_conversations(split, target)
     prompts: dict[tuple, list[int]] = {}  # by text and tile layout: one or a few for a whole data set
     edge = images.max_image_size["longest_edge"]
-    shape = (len(split), most_tiles(images), 3, edge, edge)
+    shape = (len(split), image_budget(processor), 3, edge, edge)
     pixels = np.lib.format.open_memmap(home / PIXELS, "w+", np.uint8, shape)
     reserve(home / PIXELS)
 
@@ -201,7 +194,7 @@ def features_shape(model: PreTrainedModel, rows: PreparedRows) -> torch.Size:
     """(N, T, patches, d) of `vision_features`."""
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    return torch.Size([len(rows), most_tiles(rows.processor.image_processor), patches, vision.hidden_size])
+    return torch.Size([len(rows), image_budget(rows.processor), patches, vision.hidden_size])
 
 
 def are_stored(path: Path) -> bool:

@@ -21,8 +21,7 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
-from foodextract.models.loading import FINISHED, ModelError
-from foodextract.training.cache import most_tiles
+from foodextract.models.loading import FINISHED, ModelError, image_budget
 from foodextract.training.config import VISION, Stage, precision_of
 
 FULL = 2**24  # bytes: a disk with less free space counts as full
@@ -184,7 +183,7 @@ def disk_needed(
     """
     vision, images = model.config.vision_config, processor.image_processor
     weights = 4 * model.num_parameters()
-    tiles = rows * most_tiles(images)
+    tiles = rows * image_budget(processor)
     needed, before = {}, 0
     for stage in stages:
         training = [(name, p.numel()) for name, p in model.named_parameters() if not name.startswith(stage.freeze)]

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from foodextract.data.dataset import as_conversations, record_of, scopes_of
 from foodextract.evaluation import evaluate
 from foodextract.inference.extractor import Extractor
-from foodextract.models.loading import ModelError
+from foodextract.models.loading import ModelError, image_budget
 from foodextract.training import cache
 from foodextract.training.collate import Collator, augmentation
 from foodextract.training.config import is_sharded, trains_vision
@@ -30,7 +30,7 @@ def open_rows(run: "StageRun") -> Rows:
     if stage.validation_rows and is_sharded():
         message = "validation generates answers, which takes whole weights: leave it out, or use configs/ddp.yaml"
         raise ModelError(f"{stage.name}: {message}")
-    if stage.augment and cache.most_tiles(images) > 1:
+    if stage.augment and image_budget(run.processor) > 1:
         raise ModelError(
             "several tiles cannot be augmented, since the tiles of an image must fit together: take 1 tile"
         )
