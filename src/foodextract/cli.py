@@ -21,7 +21,7 @@ app = typer.Typer(name="foodextract", no_args_is_help=True, add_completion=False
 export = typer.Typer(no_args_is_help=True, help="Write a model for another engine.")
 app.add_typer(export, name="export")
 
-_MODEL = "Model folder or Hub id. Default: the latest model in outputs/, or the bundled tiny one."
+_MODEL = "Model folder or Hub id. Default: the latest model in outputs/, or the bundled photo model."
 Model = Annotated[str | None, typer.Option(help=_MODEL)]
 ServedModel = Annotated[str | None, typer.Option(envvar="FOODEXTRACT_MODEL", help=_MODEL)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … Default: the best available one.")]
@@ -102,8 +102,9 @@ def extract(
         if not files:
             return
         source = model or newest_tuned()
-        _note(f"model: {source}")
+        _note(f"loading {source} …")
         extractor = Extractor.from_pretrained(source, device, precision, constrained=not free, tiles=tiles)
+        _note(_described(source, extractor))
     if not output:
         print(output_files.header(form), end="")
     failed = 0
@@ -117,6 +118,32 @@ def extract(
     if failed:
         _note(f"{failed} of {len(files)} images failed; their lines say why")
         raise typer.Exit(1)
+
+
+def _described(source: str | Path, extractor: Any) -> str:
+    """What answers: name, size, and what it was trained on where the model states that."""
+    from foodextract.models.training_data import TrainingData
+
+    name = Path(source).name if Path(source).is_dir() else str(source)
+    count = getattr(getattr(extractor, "model", None), "num_parameters", None)  # an exported model does not say
+    size = f", {count() / 1e6:.0f} M parameters" if count else ""
+    data = TrainingData.find(source)
+    return f"model: {name}{size}" + (f"; {data.describe()} (list: `foodextract names`)" if data else "")
+
+
+@app.command("names")
+def names_command(model: Model = None) -> None:
+    """List the foods and drinks that a model knows, one a line, with the number of its training images of each."""
+    from foodextract.models.loading import newest_tuned
+    from foodextract.models.training_data import TrainingData
+
+    source = model or newest_tuned()
+    data = TrainingData.find(source)
+    if data is None:
+        _stop(f"{source} does not state what it was trained on (no training_data.json)")
+    _note(f"{source}: {data.describe()}")
+    for name in data.names:
+        print(f"{name}\t{data.food_items.get(name, 0) + data.drink_items.get(name, 0)}")
 
 
 def _rows(extractor: Any, files: list[str], batch_size: int, confidence: bool) -> Iterator[dict[str, Any]]:
@@ -138,7 +165,7 @@ def _rows(extractor: Any, files: list[str], batch_size: int, confidence: bool) -
 def train(
     dataset: Annotated[str, typer.Argument(help="A dataset from notebook 00, a labeled image folder, or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where models and checkpoints go.")] = Path("outputs/train"),
-    profile: Annotated[str, typer.Option(help="Base model and settings: hub or offline.")] = "hub",
+    profile: Annotated[str, typer.Option(help="Base model and settings: hub, photo or offline.")] = "hub",
     base: Annotated[str | None, typer.Option(help="Hub id or folder of another base model.")] = None,
     stage1: Annotated[
         str, typer.Option(help='What differs in stage 1, as JSON: {"num_train_epochs": 1, "learning_rate": 1e-4}')
@@ -333,8 +360,14 @@ def serve(
         api_key=os.environ.get("FOODEXTRACT_API_KEY") or None,
         origins=tuple(origin or ()),
     )
+
+    def load_and_describe() -> Any:
+        answerer = load(source, device, precision, tiles)
+        logging.getLogger("foodextract").info(_described(source, answerer))
+        return answerer
+
     with _stop_on(ModelError):
-        run(lambda: load(source, device, precision, tiles), name, settings, host, port)
+        run(load_and_describe, name, settings, host, port)
 
 
 ExportFolder = Annotated[Path, typer.Argument(help="The folder to write.")]

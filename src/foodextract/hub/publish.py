@@ -33,6 +33,7 @@ from foodextract.evaluation import provenance
 from foodextract.evaluation.scoring import count_items, try_read
 from foodextract.hub.client import PublishError, client, explained
 from foodextract.inference.extractor import Extractor
+from foodextract.models import training_data
 from foodextract.models.loading import ModelError, newest_tuned
 from foodextract.names import HUB_BASE, HUB_MODEL, HUB_SPACE, REPOSITORY
 from foodextract.reporting.cards import UNNAMED, image_budget, model_card, stored_as
@@ -45,12 +46,14 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
         "README.md", "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
         "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "merges.txt", "model.safetensors", "model-*-of-*.safetensors",
-        "model.safetensors.index.json", "training.json", provenance.EVALUATION,
+        "model.safetensors.index.json", "training.json", training_data.FILE, provenance.EVALUATION,
     ),
     "dataset": (
         "README.md", "data/*.parquet", "report.json", "rejects.jsonl", "issues.jsonl", "near_duplicates.jsonl",
     ),
-    "space": ("README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py", "*.css"),
+    "space": (
+        "README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py", "*.css", "examples/*",
+    ),
 }  # fmt: skip
 BUNDLED = "models/bundled/*/*"
 PACKAGE = (

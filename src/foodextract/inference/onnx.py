@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
 from foodextract.extras import extra
+from foodextract.models import training_data
 from foodextract.models.loading import ModelError, load_model, load_processor
 
 FOLDER = "onnx"
@@ -161,6 +162,7 @@ def export_onnx(model_id: str | os.PathLike[str], out: Path, tiles: int | None =
     processor = load_processor(model_id, tiles)
     write_graphs(load_model(model_id, torch.device("cpu"), precision="fp32"), out)
     processor.save_pretrained(out)
+    training_data.copy(model_id, out)
     return {file.name: file.stat().st_size / 1e6 for file in sorted((out / FOLDER).iterdir())}
 
 

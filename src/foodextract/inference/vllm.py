@@ -15,6 +15,7 @@ from PIL import Image
 
 from foodextract import schema
 from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
+from foodextract.models import training_data
 from foodextract.models.loading import ModelError, load_model, load_processor
 
 NAME = "foodextract"  # of the model, in requests
@@ -45,6 +46,7 @@ def export_vllm(model_id: str | os.PathLike[str], out: Path, tiles: int | None =
     model.generation_config.do_sample = False
     model.save_pretrained(out)
     processor.save_pretrained(out)
+    training_data.copy(model_id, out)
     (out / SCHEMA_FILE).write_text(json.dumps(schema.guided_schema(), indent=2) + "\n")
     longest = extractor.prepare([Image.new("RGB", (4096, 4096))])["input_ids"].shape[1] + MAX_NEW_TOKENS
     arguments = [

@@ -15,6 +15,7 @@ from foodextract.models.startup import SkipInitialization
 
 BUNDLED = Path(__file__).parent / "bundled"
 TINY_BASE, TINY_TUNED = BUNDLED / "tiny-base", BUNDLED / "tiny-tuned"
+PHOTO = BUNDLED / "photo"
 OUTPUTS = Path("outputs")
 FINISHED = "training.json"  # a training writes it last, so its presence marks a complete model
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}  # to load
@@ -148,10 +149,12 @@ def load_model(
 
 
 def newest_tuned(outputs: Path = OUTPUTS) -> Path:
-    """The model trained last below `outputs`, or else the bundled tuned model."""
+    """The model trained last below `outputs`, or else the bundled photo model."""
     unfinished = (".partial", ".old")  # copies that an interrupted training left
     found = [path for path in outputs.glob(f"**/{FINISHED}") if path.parent.suffix not in unfinished]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else TINY_TUNED
+    if found:
+        return max(found, key=lambda path: path.stat().st_mtime).parent
+    return PHOTO if PHOTO.is_dir() else TINY_TUNED
 
 
 @contextmanager

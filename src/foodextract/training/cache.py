@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from foodextract.data.dataset import as_conversations, rows_id
 from foodextract.models.loading import ModelError, image_budget
+from foodextract.models.weights import checksum
 from foodextract.training.collate import Collator, image_token_of, pad
 from foodextract.training.throughput import Step
 
@@ -93,6 +94,15 @@ def is_real(tiles: torch.Tensor, most: int) -> torch.Tensor:
     return torch.arange(most, device=tiles.device) < tiles[:, None]
 
 
+def home_of(split: datasets.Dataset, processor: ProcessorMixin, folder: str | Path, target: str = "json") -> Path:
+    """Where `prepare` keeps these rows. The name depends on the rows, the processor and the form of the answers."""
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    tokenizer |= {"padding": None, "truncation": None}  # left over from its last call
+    settings = processor.to_json_string() + json.dumps(tokenizer) + str(processor.chat_template)
+    key = hashlib.sha256((rows_id(split) + settings + target).encode()).hexdigest()[:16]
+    return Path(folder) / f"prepared-{key}"
+
+
 def prepare(
     split: datasets.Dataset,
     processor: ProcessorMixin,
@@ -107,11 +117,7 @@ def prepare(
     `target` is the form of the answers (`prompts.answer`). `with_pixels` writes a missing file of pixels again.
     Raises ModelError for an image processor that does more than resize, rescale and normalize.
     """
-    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    tokenizer |= {"padding": None, "truncation": None}  # left over from its last call
-    settings = processor.to_json_string() + json.dumps(tokenizer) + str(processor.chat_template)
-    key = hashlib.sha256((rows_id(split) + settings + target).encode()).hexdigest()[:16]
-    home = Path(folder) / f"prepared-{key}"
+    home = home_of(split, processor, folder, target)
     ready = home / "rows.json"  # written last
     if not ready.is_file() or (with_pixels and not (home / PIXELS).is_file()):
         home.mkdir(parents=True, exist_ok=True)
@@ -195,6 +201,12 @@ def features_shape(model: PreTrainedModel, rows: PreparedRows) -> torch.Size:
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     return torch.Size([len(rows), image_budget(rows.processor), patches, vision.hidden_size])
+
+
+def features_file(home: Path, model: PreTrainedModel, dtype: torch.dtype) -> Path:
+    """The file of `vision_features` in the folder of prepared rows, named by the tower's weights and the type."""
+    weights = checksum({name: p.detach().cpu() for name, p in model.model.vision_model.named_parameters()})
+    return home / f"features-{weights}-{str(dtype).removeprefix('torch.')}.bin"
 
 
 def are_stored(path: Path) -> bool:

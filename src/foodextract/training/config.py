@@ -1,4 +1,4 @@
-"""The settings of a stage of training, and the presets of the two profiles."""
+"""The settings of a stage of training, and the presets of the profiles."""
 
 import os
 import tomllib
@@ -103,7 +103,7 @@ def _load_profile(path: Path) -> Profile:
     return TypeAdapter(Profile).validate_python(values)
 
 
-PROFILES = {name: _load_profile(PRESETS / f"{name}.toml") for name in ("hub", "offline")}
+PROFILES = {name: _load_profile(PRESETS / f"{name}.toml") for name in ("hub", "offline", "photo")}
 
 
 def changed(stage: Stage, values: Mapping[str, Any]) -> Stage:

@@ -71,14 +71,19 @@ def held_out_f1(run: "StageRun") -> float:
 def _prepare(run: "StageRun") -> cache.PreparedRows:
     """Prepare rows once for all stages. Features of a frozen tower replace pixels if the disk has room for both."""
     model, stage, dtype, processes = run.model, run.stage, run.dtype, PartialState()
-    path = run.checkpoints / f"features-{str(dtype).removeprefix('torch.')}.bin"  # another GPU may use another type
-    stored, options = cache.are_stored(path), {"completion_only_loss": stage.completion_only_loss}
+    options = {"completion_only_loss": stage.completion_only_loss}
     with processes.main_process_first():  # one folder for all stages
         folder = run.folder.parent
+        home, looks = cache.home_of(run.split, run.processor, folder, stage.target), not stage.augment
+        looks = looks and not is_sharded() and not trains_vision(model)
+        path = cache.features_file(home, model, dtype) if looks else None
+        for old in set(home.glob("features-*")) - ({path, path.with_suffix(".done")} if path else set()):
+            old.unlink()  # features of other weights, or for another stage
+        stored = path is not None and cache.are_stored(path)
         rows = cache.prepare(run.split, run.processor, folder, stage.target, with_pixels=not stored, **options)
     if is_sharded():
         rows.shared = 0  # a forward in two parts needs whole weights
-    if is_sharded() or stage.augment or trains_vision(model):
+    if not path:
         return rows
     needed = cache.features_shape(model, rows).numel() * dtype.itemsize
     if not stored and needed > 0.5 * shutil.disk_usage(path.parent).free:

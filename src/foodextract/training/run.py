@@ -23,6 +23,7 @@ from trl import SFTConfig
 from foodextract.data.dataset import rows_id
 from foodextract.evaluation.results import write_results
 from foodextract.models.loading import FINISHED, ModelError
+from foodextract.models.training_data import TrainingData
 from foodextract.models.weights import checksum, snapshot, whole_state
 from foodextract.training import checkpoints
 from foodextract.training.cache import PIXELS
@@ -209,11 +210,10 @@ class StageRun:
             if prepared:
                 (prepared.home / PIXELS).unlink(missing_ok=True)
                 self._save_performance(trainer, step)
-            for features in self.checkpoints.glob("features-*"):
-                features.unlink()
             with full_disk_named(stage.name, self.checkpoints):
                 model.save_pretrained(self.folder, state_dict=state)
                 self.processor.save_pretrained(self.folder)
+                TrainingData.of(self.split.remove_columns("image")).write(self.folder)
                 unfinished = self.folder / f"{FINISHED}.partial"
                 unfinished.write_text(json.dumps(values, indent=1))
                 unfinished.replace(self.folder / FINISHED)
