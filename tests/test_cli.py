@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from foodextract.images import ImageError, open_image
 from foodextract.inference import output_files
 from foodextract.inference.extractor import Extractor
 from foodextract.inference.grammar import Dialect
+from foodextract.models.training_data import TrainingData
 from foodextract.schema import FoodRecord
 
 
@@ -65,6 +68,7 @@ def test_a_broken_image_has_its_line_and_sets_the_status(images):
         (["--device", "cuda:99"], "not available"),
         (["--precision", "int4"], "'int4' is not known"),
         (["--free", "--confidence"], "leave out --free"),
+        (["--free", "--min-confidence", "0.5"], "leave out --free"),
         (["--output", "no/such/folder/out.jsonl"], "cannot write"),
     ],
 )
@@ -119,7 +123,7 @@ def test_what_failed_is_tried_again_and_nothing_else(images):
     assert sorted(json.loads(line)["file"] for line in Path("out.jsonl").read_text().splitlines()) == sorted(
         map(str, images.iterdir())
     )
-    assert "model:" not in run(images, "--output", "out.jsonl").stderr  # nothing left to ask
+    assert "loading" not in run(images, "--output", "out.jsonl").stderr  # nothing left to ask
 
 
 @pytest.mark.parametrize(
@@ -179,6 +183,76 @@ def test_csv_with_confidence(images):
     assert [bool(row["error"]) for row in rows] == [False, False, True, False]
     for row in rows[:2]:
         assert len(json.loads(row["food_items"])) == len(json.loads(row["confidence"])["food_items"])
+    plain = list(csv.DictReader(io.StringIO(run(images, "--format", "csv").stdout)))
+    assert list(plain[0]) == ["file", "is_food", "image_title", "food_items", "drink_items", "error"]
+
+
+def test_one_csv_file_has_one_form(images):
+    assert run(images, "--format", "csv", "-o", "out.csv").exit_code == 0
+    (images / "3.png").write_bytes((images / "0.png").read_bytes())
+    for others, words in ((["--confidence"], "leave --confidence out"), ([], "already has answers for 3 of 4")):
+        result = run(images, "--format", "csv", "-o", "out.csv", *others)
+        assert words in result.stderr
+        assert result.exit_code == (2 if others else 0)
+
+
+def test_a_missing_path_is_named_before_a_model_is_loaded(images, monkeypatch):
+    monkeypatch.setattr(Extractor, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
+    result = run("lunch.jpg", "dinner.jpg")
+    assert result.exit_code == 2
+    assert "there is no lunch.jpg, dinner.jpg" in result.stderr
+
+
+def test_a_missing_path_beside_good_ones_has_its_line(images):
+    result = run(images / "0.png", "lunch.jpg")
+    assert result.exit_code == 1
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert "is_food" in first
+    assert second["file"] == "lunch.jpg"
+    assert result.stderr.index("there is no lunch.jpg") < result.stderr.index("loading")
+
+
+def test_one_image_has_no_progress_bar(images):
+    assert "image/s" not in run(images / "0.png").stderr
+    assert "3/3" in run(images).stderr
+
+
+def test_unsure_items_are_left_out_and_the_title_follows(images):
+    edible = [scene for scene in scenes.draw_scenes(7, "test", 12) if scene.record.is_food]
+    for number, scene in enumerate(edible):
+        scene.image.save(images / f"edible-{number}.png")
+    everything, nothing = (
+        [json.loads(line) for line in run(images, "--min-confidence", least).stdout.splitlines()] for least in (0, 1)
+    )
+    assert any(line["food_items"] or line["drink_items"] for line in everything)
+    for before, after in zip(everything, nothing, strict=True):
+        assert after["is_food"] == before["is_food"]
+        assert not after["food_items"] + after["drink_items"]
+        assert after["image_title"] == ("food or drink" if before["food_items"] + before["drink_items"] else "")
+
+
+def test_a_redirected_output_is_utf8(images):
+    """Windows gives a redirected process another encoding. JSON lines are ASCII."""
+    shutil.move(images / "0.png", images / "crème 🍮.png")
+    command = [sys.executable, "-m", "foodextract", "extract", str(images), "--format", "csv"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert str(images / "crème 🍮.png") in done.stdout.decode()
+
+
+def test_names_lists_what_a_model_knows(tmp_path):
+    TrainingData.of(
+        [
+            {"source": "scenes", "food_items": ["pizza"], "drink_items": ["tea"] if number < 9 else []}
+            for number in range(10)
+        ]
+    ).write(tmp_path)
+    result = CliRunner().invoke(app, ["names", "--model", str(tmp_path)])
+    assert result.exit_code == 0
+    assert result.stdout == "pizza\t10\n"
+    assert "never seen a photograph" in result.stderr
+    assert CliRunner().invoke(app, ["names", "--model", str(tmp_path / "other")]).exit_code == 2
 
 
 def test_free_answers_are_those_without_the_grammar(images, tuned):

@@ -111,7 +111,7 @@ def test_confidence_has_one_value_per_item(tuned, images):
         assert 0.5 <= confidence.is_food <= 1
         for field in ("food_items", "drink_items"):
             assert len(getattr(record, field)) == len(getattr(confidence, field))
-            assert all(value <= 0 for value in getattr(confidence, field))
+            assert all(0 < value <= 1 for value in getattr(confidence, field))
     assert len({confidence.is_food for _, confidence in results}) > 6
     free = next(
         result

@@ -323,7 +323,7 @@ def test_confidence_finds_the_items_in_any_dialect(images, tuned):
         assert record == doubtful
         assert confidence.is_food > 0.99
         for field in FIELDS:
-            sure = [value > -1e-3 for value in getattr(confidence, field)]
+            sure = [value > 0.999 for value in getattr(confidence, field)]
             assert sure == ["?" not in item for item in getattr(doubtful, field)], (name, confidence)
 
 

@@ -1,6 +1,7 @@
 """The HTTP server over the loopback: every status it can give, and what stays out of logs and metrics."""
 
 import asyncio
+import base64
 import io
 import json
 import logging
@@ -120,6 +121,68 @@ def test_form_raw_body_and_batch_get_the_answers_of_the_extractor(real, tuned, i
         (415, "not_an_image"),
         (422, "bad_image"),
     ]
+
+
+def as_base64(image):
+    return base64.b64encode(image).decode()
+
+
+def test_json_with_base64_or_a_data_url_gets_the_same_answers(real, images):
+    alone = [real.post("/predict", content=image).json()["record"] for image in images[:2]]
+    url = f"data:image/png;base64,{as_base64(images[1])}"
+    assert real.post("/predict", json={"image": as_base64(images[0]), "model": "any"}).json()["record"] == alone[0]
+    assert real.post("/predict", json={"image": url}).json()["record"] == alone[1]
+    wrapped = base64.encodebytes(images[0]).decode()  # in lines
+    results = real.post("/predict/batch", json={"images": [wrapped, url, as_base64(b"no image")]}).json()["results"]
+    assert [result["record"] for result in results[:2]] == alone
+    assert results[2]["reason"] == "not_an_image"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "why"),
+    [
+        (b"{", 400, "bad_json"),
+        (b"[]", 400, "bad_json"),
+        (b'"x"', 400, "bad_json"),
+        (b"\xff", 400, "bad_json"),
+        (b'{"picture": "aGk="}', 400, "bad_json"),
+        (b'{"image": 5}', 400, "bad_json"),
+        (b'{"image": ["aGk="]}', 400, "bad_json"),
+        (b'{"image": "https://example.org/lunch.jpg"}', 400, "bad_base64"),
+        (b'{"image": "data:image/png;base64,%%%"}', 400, "bad_base64"),
+        (b'{"image": "aGk="}', 415, "not_an_image"),
+    ],
+)
+def test_json_without_an_image_says_what_to_send(real, body, status, why):
+    response = real.post("/predict", content=body, headers={"Content-Type": "application/json; charset=utf-8"})
+    assert reason(response, status) == why
+    if why.startswith("bad"):
+        assert '{"image": "…"}' in response.json()["message"]
+
+
+def test_json_without_images_or_with_too_many():
+    with stub_serving(queue=QueueLimits(size=2)) as (client, _):
+        assert reason(client.post("/predict/batch", json={"images": []}), 400) == "no_image"
+        assert reason(client.post("/predict/batch", json={"images": ["aGk="] * 3}), 413) == "too_many_images"
+        assert reason(client.post("/predict/batch", json={"images": "aGk="}), 400) == "bad_json"
+
+
+def test_probes_answer_head(real):
+    for path in ("/health", "/ready"):
+        response = real.head(path)
+        assert (response.status_code, response.text) == (200, "")
+    assert real.head("/predict").status_code == 405
+
+
+def test_the_documentation_needs_no_other_server_and_knows_its_prefix():
+    with stub_serving(root_path="/food") as (client, _):
+        page = client.get("/docs").text
+        addresses = re.findall(r"(?:src|href|url)['\"]?[=:] ?['\"]([^'\"]+)", page)
+        assert len(addresses) >= 4
+        assert all(address.startswith("/food/") for address in addresses), addresses
+        for address in addresses:
+            assert client.get(address.removeprefix("/food")).status_code == 200
+        assert client.get("/openapi.json").json()["servers"] == [{"url": "/food"}]
 
 
 def test_an_animation_counts_as_its_first_frame(real, tuned, images):

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from html import escape
-from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def predict_many(paths: list[str] | None) -> tuple[str, str, str]:
             rows.append(row | result[0].model_dump() | {"confidence": asdict(result[1])})
     folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
     for form in ("csv", "jsonl"):
-        lines = [output_files.header(form), *(output_files.as_line(row, form) for row in rows)]
+        lines = [output_files.header(form, True), *(output_files.as_line(row, form, True) for row in rows)]
         (folder / f"answers.{form}").write_text("".join(lines), encoding="utf-8")
     return rows_as_html(rows), str(folder / "answers.csv"), str(folder / "answers.jsonl")
 
@@ -174,8 +173,8 @@ def record_as_html(record: FoodRecord, confidence: Confidence, seconds: float) -
     lists = ""
     for field, name in (("food_items", "Food"), ("drink_items", "Drinks")):
         chips = "".join(
-            f'<li class="chip {field}">{escape(item)} <small>{percent(exp(log_probability))}</small></li>'
-            for item, log_probability in zip(getattr(record, field), getattr(confidence, field), strict=True)
+            f'<li class="chip {field}">{escape(item)} <small>{percent(probability)}</small></li>'
+            for item, probability in zip(getattr(record, field), getattr(confidence, field), strict=True)
         )
         lists += f'<h4>{name}</h4><ul class="chips">{chips or "<li>none</li>"}</ul>'
     sure = f"<p>sure that this is food or drink: {facts}</p>"

@@ -31,7 +31,7 @@ from foodextract.data.build import build
 from foodextract.data.samples import PRIMARY, Rows, Sample
 from foodextract.data.sources import scenes
 from foodextract.images import open_image
-from foodextract.schema import EXHAUSTIVE
+from foodextract.schema import EXHAUSTIVE, listing
 
 TEST, VALIDATION = 0.09, 0.04  # shares of the groups
 RARE = 5  # a name with fewer photographs than this is not learned
@@ -99,9 +99,8 @@ def _photo(folder: Path, row: dict[str, Any], drinks: Counter[str]) -> Photo:
 
 def _label(foods: Sequence[str], drinks: Sequence[str]) -> dict[str, Any]:
     foods, drinks = sorted(dict.fromkeys(foods)), sorted(dict.fromkeys(drinks))
-    *start, last = sorted([*foods, *drinks]) or [""]
-    title = f"{', '.join(start)} and {last}" if start else last
-    return {"is_food": int(bool(last)), "image_title": title[:100], "food_items": foods, "drink_items": drinks}
+    title = listing(sorted([*foods, *drinks]))
+    return {"is_food": int(bool(title)), "image_title": title, "food_items": foods, "drink_items": drinks}
 
 
 def split_of(group: str) -> str:

@@ -35,6 +35,9 @@ Tiles = Annotated[
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Tiles per forward pass, but at least one image. With one tile per image: images.")
 ]
+MinConfidence = Annotated[
+    float, typer.Option(min=0, max=1, help="Leave out items that the model is less sure of. The title follows.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,6 +58,9 @@ def main(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported
     # A check in every forward pass that imports sympy; `loading.check_image_tokens` checks the same once.
     os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    for stream in (sys.stdout, sys.stderr):  # a redirected stream is not UTF-8 everywhere
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 @app.command()
@@ -72,8 +78,14 @@ def extract(
     device: Device = None,
     precision: Precision = None,
     confidence: Annotated[
-        bool, typer.Option("--confidence", help="Add the confidence in is_food and in each item.")
+        bool,
+        typer.Option(
+            "--confidence",
+            help="Add how sure the model is of is_food and of each item: probabilities from 0 to 1. A model with a "
+            "calibration.json is right about that often.",
+        ),
     ] = False,
+    min_confidence: MinConfidence = 0.0,
     free: Annotated[
         bool, typer.Option("--free", help="Decode without the grammar. An answer that is not strict JSON is an error.")
     ] = False,
@@ -86,31 +98,40 @@ def extract(
     """
     from foodextract.images import find_images
     from foodextract.inference import output_files
+
+    if free and (confidence or min_confidence):
+        _stop("confidence needs the grammar: leave out --free")
+    if missing := [str(path) for path in paths if not path.exists()]:
+        _note(f"there is no {', '.join(missing)}: check the spelling")
+    found = dict.fromkeys(map(str, find_images(paths)))
+    if not found or len(missing) == len(paths):
+        _stop(f"no images in {', '.join(map(str, paths))}: name files, or folders that hold .jpg, .png, .webp … files")
+    with _stop_on(output_files.AnswerFileError):
+        answered = output_files.resume(output, form, confidence) if output else set()
+    files = [file for file in found if file not in answered]
+    if len(files) < len(found):
+        _note(f"{output} already has answers for {len(found) - len(files)} of {len(found)} images")
+    if not files:
+        return
+    _note("loading …")
+
     from foodextract.inference.extractor import Extractor
     from foodextract.models.loading import ModelError, newest_tuned
 
-    if free and confidence:
-        _stop("--confidence needs the grammar: leave out --free")
-    found = dict.fromkeys(map(str, find_images(paths)))
-    if not found:
-        _stop(f"no images in {', '.join(map(str, paths))}: name files, or folders that hold .jpg, .png, .webp … files")
-    with _stop_on(ModelError, MissingExtraError, output_files.AnswerFileError):
-        answered = output_files.resume(output, form) if output else set()
-        files = [file for file in found if file not in answered]
-        if len(files) < len(found):
-            _note(f"{output} already has answers for {len(found) - len(files)} of {len(found)} images")
-        if not files:
-            return
+    with _stop_on(ModelError, MissingExtraError):
         source = model or newest_tuned()
-        _note(f"loading {source} …")
-        extractor = Extractor.from_pretrained(source, device, precision, constrained=not free, tiles=tiles)
+        extractor = Extractor.from_pretrained(
+            source, device, precision, constrained=not free, tiles=tiles, min_confidence=min_confidence
+        )
         _note(_described(source, extractor))
     if not output:
-        print(output_files.header(form), end="")
+        print(output_files.header(form, confidence), end="")
     failed = 0
-    for row in _rows(extractor, files, batch_size, confidence):
+    # Lines on a terminal show the progress themselves.
+    bar = len(files) > 1 and (output is not None or not sys.stdout.isatty())
+    for row in _rows(extractor, files, batch_size, confidence, bar):
         failed += "error" in row
-        line = output_files.as_line(row, form)
+        line = output_files.as_line(row, form, confidence)
         if output:
             output_files.append(output, line)
         else:
@@ -146,14 +167,15 @@ def names_command(model: Model = None) -> None:
         print(f"{name}\t{data.food_items.get(name, 0) + data.drink_items.get(name, 0)}")
 
 
-def _rows(extractor: Any, files: list[str], batch_size: int, confidence: bool) -> Iterator[dict[str, Any]]:
-    """Yield a row per file, with a progress bar on stderr."""
+def _rows(extractor: Any, files: list[str], batch_size: int, confidence: bool, bar: bool) -> Iterator[dict[str, Any]]:
+    """Yield a row per file, with a progress `bar` on stderr."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     with logging_redirect_tqdm([logging.getLogger("foodextract")]):  # log lines go above the bar
         results = extractor.extract_many_with_confidence(files, batch_size)
-        for file, result in zip(files, tqdm(results, total=len(files), unit="image", file=sys.stderr), strict=True):
+        results = tqdm(results, total=len(files), unit="image", file=sys.stderr, disable=not bar)
+        for file, result in zip(files, results, strict=True):
             if isinstance(result, Exception):
                 yield {"file": file, "error": str(result)}
             else:
@@ -337,6 +359,8 @@ def serve(
     origin: Annotated[
         list[str] | None, typer.Option(help="Web page allowed to send requests, as https://host. Repeatable.")
     ] = None,
+    root_path: Annotated[str, typer.Option(help="Prefix that a proxy strips from the path, such as /food.")] = "",
+    min_confidence: MinConfidence = 0.0,
 ) -> None:
     """Answer images over HTTP: POST /predict and /predict/batch, GET /docs, /health, /ready, /metrics.
 
@@ -359,10 +383,12 @@ def serve(
         upload=UploadLimits(max_bytes=int(max_megabytes * MEGABYTE)),
         api_key=os.environ.get("FOODEXTRACT_API_KEY") or None,
         origins=tuple(origin or ()),
+        root_path=root_path.rstrip("/"),
     )
 
     def load_and_describe() -> Any:
-        answerer = load(source, device, precision, tiles)
+        answerer: Any = load(source, device, precision, tiles)
+        answerer.min_confidence = min_confidence
         logging.getLogger("foodextract").info(_described(source, answerer))
         return answerer
 

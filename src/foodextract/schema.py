@@ -7,7 +7,7 @@ score other models.
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Annotated, Any, Self
 
@@ -87,6 +87,22 @@ class FoodRecord(BaseModel):
             except (ValueError, TypeError, RecursionError, MemoryError):
                 continue
         raise AnswerError("no object that could be read as a record")
+
+
+def listing(items: Iterable[str]) -> str:
+    """A title that lists the items, as many as fit: "egg, pie and tea"."""
+    names = list(items)
+    while True:
+        *start, last = names or [""]
+        title = f"{', '.join(start)} and {last}" if start else last
+        if len(title) <= MAX_TITLE:
+            return title
+        names.pop()
+
+
+def title_parts(title: str) -> list[str]:
+    """What a title names: `listing` the other way round."""
+    return [part for part in re.split(r",? and |, ", title) if part]
 
 
 def label_in(value: object) -> dict[str, Any]:

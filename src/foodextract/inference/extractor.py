@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Self
 
@@ -15,7 +15,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from foodextract import prompts
 from foodextract.images import ImageError, ImageSource, find_images, open_image
-from foodextract.inference.confidence import Confidence, confidence_of
+from foodextract.inference.confidence import Calibration, Confidence, confidence_of, with_fitting_title, with_sure_items
 from foodextract.inference.decoding import ALWAYS, Answer, Decoder, Guide, Wanted
 from foodextract.inference.grammar import Dialect, recognize, undecided
 from foodextract.inference.onnx import GraphModel, is_exported
@@ -27,6 +27,7 @@ from foodextract.models.loading import (
     load_model,
     load_processor,
 )
+from foodextract.models.training_data import TrainingData
 from foodextract.schema import AnswerError, FoodRecord
 
 LOG = logging.getLogger("foodextract")
@@ -44,7 +45,15 @@ class Extractor:
     `extract` and `extract_many` decode under a grammar, so their answers are always records, whatever the weights. The
     grammar follows the model's own `dialect`. With `constrained=False`, an answer that is not canonical JSON is an
     AnswerError, and confidence is None.
+
+    `calibration` turns raw probabilities into confidence. Items below `min_confidence` are left out. `training_data`
+    says what the model knows, and no title names another of those foods and drinks than the items do. `from_pretrained`
+    finds both beside the weights.
     """
+
+    calibration: Calibration | None = None
+    training_data: TrainingData | None = None
+    min_confidence: float = 0.0
 
     def __init__(
         self, model: PreTrainedModel | GraphModel, processor: ProcessorMixin, constrained: bool = True
@@ -72,6 +81,7 @@ class Extractor:
         precision: str | None = None,
         constrained: bool = True,
         tiles: int | None = None,
+        min_confidence: float = 0.0,
     ) -> Self:
         """Load a folder or a Hub id, in one of `loading.PRECISIONS` or the device's default. Raises ModelError.
 
@@ -92,6 +102,8 @@ class Extractor:
             processor = load_processor(model_id, tiles)
             check_image_tokens(model, processor)
         extractor = cls(model, processor, constrained)
+        extractor.calibration, extractor.training_data = Calibration.find(model_id), TrainingData.find(model_id)
+        extractor.min_confidence = min_confidence
         if tiles is None and extractor.tiles > 1:
             most, one = extractor.tiles, processor.image_seq_len  # type: ignore[attr-defined]
             LOG.warning(
@@ -249,7 +261,19 @@ class Extractor:
     def _constrained(self, inputs: BatchFeature, wanted: Wanted = ALWAYS) -> list[tuple[FoodRecord, Confidence]]:
         dialect, decoder = self.dialect, self._decoder
         answers = self._generate(inputs, MAX_NEW_TOKENS, self._guide(dialect), wanted)
-        return [(dialect.read(decoder.raw_text(a)), confidence_of(decoder.pieces(a), dialect)) for a in answers]
+        pairs = ((dialect.read(decoder.raw_text(a)), confidence_of(decoder.pieces(a), dialect)) for a in answers)
+        return [self._finished(*pair) for pair in pairs]
+
+    def _finished(self, record: FoodRecord, confidence: Confidence) -> tuple[FoodRecord, Confidence]:
+        """Calibrate, leave unsure items out, and let the title fit the items."""
+        if self.calibration:
+            confidence = self.calibration.apply(confidence)
+        record, confidence = with_sure_items(record, confidence, self.min_confidence)
+        return with_fitting_title(record, self._known), confidence
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.training_data.all_names if self.training_data else ())
 
     def _free(self, inputs: BatchFeature, wanted: Wanted = ALWAYS) -> list[str]:
         answers = self._generate(inputs, MAX_NEW_TOKENS, None, wanted)

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from foodextract.schema import FoodRecord
 
 Format = Literal["jsonl", "csv"]
-COLUMNS = ("file", *FoodRecord.model_fields, "confidence", "error")  # of a CSV file; lists and confidence as JSON
+PLAIN = ("file", *FoodRecord.model_fields, "error")  # the columns of a CSV file; lists are JSON
+CONFIDENT = ("file", *FoodRecord.model_fields, "confidence", "error")  # those with confidence, also as JSON
 # A spreadsheet may run a cell that begins so (OWASP), so it gets an apostrophe in front. A cell with an apostrophe of
 # its own gets another, so that reading can always remove one.
 ESCAPED = ("=", "+", "-", "@", "\t", "\r", "'")
@@ -25,12 +26,15 @@ class AnswerFileError(ValueError):
     """An output file that cannot be written or resumed. The message names it and the remedy."""
 
 
-def as_line(row: dict[str, Any], form: Format) -> str:
-    """Format one row with its newline: `file`, and either the fields of a record or `error`."""
+def as_line(row: dict[str, Any], form: Format, confidence: bool = False) -> str:
+    """Format one row with its newline: `file`, and either the fields of a record or `error`.
+
+    `confidence` adds its column to a CSV file.
+    """
     if form == "jsonl":
         return json.dumps(row) + "\n"
     text = io.StringIO()
-    csv.DictWriter(text, COLUMNS).writerow({key: _cell(value) for key, value in row.items()})
+    csv.DictWriter(text, _columns(confidence)).writerow({key: _cell(value) for key, value in row.items()})
     return text.getvalue().removesuffix("\r\n") + "\n"  # with lineterminator="\n", csv would leave "\r" unquoted
 
 
@@ -40,12 +44,16 @@ def _cell(value: Any) -> str | int:
     return value if isinstance(value, int) else json.dumps(value)
 
 
-def header(form: Format) -> str:
+def header(form: Format, confidence: bool = False) -> str:
     """The first line of a new file, if the format has one."""
-    return ",".join(COLUMNS) + "\n" if form == "csv" else ""
+    return ",".join(_columns(confidence)) + "\n" if form == "csv" else ""
 
 
-def resume(path: Path, form: Format) -> set[str]:
+def _columns(confidence: bool) -> tuple[str, ...]:
+    return CONFIDENT if confidence else PLAIN
+
+
+def resume(path: Path, form: Format, confidence: bool = False) -> set[str]:
     """Prepare `path` for appending and return the names of the files answered in it. Raises AnswerFileError.
 
     Drops an incomplete line, and the lines of images that failed, so that they are tried again.
@@ -54,11 +62,11 @@ def resume(path: Path, form: Format) -> set[str]:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as kept:
-            kept.write(header(form))
-            for row in _rows(path, form) if path.exists() else ():
+            kept.write(header(form, confidence))
+            for row in _rows(path, form, confidence) if path.exists() else ():
                 if row.get("is_food") not in (None, ""):  # "" in a CSV line that was cut between two cells
                     answered.add(row["file"])
-                    kept.write(as_line(row, form))
+                    kept.write(as_line(row, form, confidence))
         partial.replace(path)
     except OSError as error:
         raise AnswerFileError(f"cannot write {path}: {error.strerror}") from error
@@ -77,7 +85,7 @@ def append(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def _rows(path: Path, form: Format) -> Iterator[dict[str, Any]]:
+def _rows(path: Path, form: Format, confidence: bool) -> Iterator[dict[str, Any]]:
     """Yield the complete rows of a file. Raises AnswerFileError for a file that this command did not write."""
     problem = f"{path} is not a {form} output of this command, so it is left alone"
     foreign = AnswerFileError(f"{problem}: name another file, or move it away")
@@ -96,7 +104,11 @@ def _rows(path: Path, form: Format) -> Iterator[dict[str, Any]]:
                 yield row
             return
         table = csv.DictReader(lines, strict=True)
-        if table.fieldnames and tuple(table.fieldnames) != COLUMNS:
+        found = tuple(table.fieldnames or ())
+        if found == _columns(not confidence):
+            remedy = "leave --confidence out" if confidence else "add --confidence"
+            raise AnswerFileError(f"{path} was written {'without' if confidence else 'with'} --confidence: {remedy}")
+        if found not in ((), _columns(confidence)):
             raise foreign
         try:
             for cells in table:

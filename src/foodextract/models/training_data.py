@@ -56,6 +56,11 @@ class TrainingData:
         return self.images > 0 and self.drawings == self.images
 
     @property
+    def all_names(self) -> set[str]:
+        """Every name in the training labels, however rare."""
+        return {*self.food_items, *self.drink_items}
+
+    @property
     def names(self) -> list[str]:
         """The foods and drinks that the model knows, in alphabetical order."""
         counts = Counter(self.food_items) + Counter(self.drink_items)

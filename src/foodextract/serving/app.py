@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
@@ -31,6 +32,7 @@ class Settings:
     upload: UploadLimits = field(default_factory=UploadLimits)
     api_key: str | None = None  # required by the endpoints that take images
     origins: tuple[str, ...] = ()  # web pages that may call the server
+    root_path: str = ""  # the prefix that a proxy strips
 
 
 class Single(Prediction):
@@ -61,17 +63,22 @@ STATUSES = {
 }
 PREDICTION = {
     "record": {"is_food": 1, "image_title": "beer and pretzel", "food_items": ["pretzel"], "drink_items": ["beer"]},
-    "confidence": {"is_food": 0.998, "food_items": [-0.02], "drink_items": [-0.11]},
+    "confidence": {"is_food": 0.998, "food_items": [0.93], "drink_items": [0.81]},
     "seconds": {"prepare": 0.004, "queue": 0.011, "model": 0.062},
 }
 PROBLEM = {"status": 415, "reason": "not_an_image", "message": "not an image in a format we read: save it …"}
 FILE = {"type": "string", "format": "binary"}
+BASE64 = {"type": "string", "description": "Base64, or a data URL (`data:image/jpeg;base64,…`)."}
 
 
-def _openapi(field: str, schema: dict[str, Any], example: dict[str, Any], *raw_types: str) -> dict[str, Any]:
+def _openapi(
+    field: str, schema: dict[str, Any], text: dict[str, Any], example: dict[str, Any], *raw_types: str
+) -> dict[str, Any]:
     """Describe the body, which FastAPI cannot derive because we read it ourselves, and the errors."""
-    form = {"type": "object", "required": [field], "properties": {field: schema}}
-    content = {"multipart/form-data": {"schema": form}} | {kind: {"schema": FILE} for kind in raw_types}
+    form: dict[str, Any] = {"type": "object", "required": [field], "properties": {field: schema}}
+    json_body: dict[str, Any] = {"type": "object", "required": [field], "properties": {field: text}}
+    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": json_body}}
+    content |= {kind: {"schema": FILE} for kind in raw_types}
     errors = {status: {"model": Problem, "description": text} for status, text in STATUSES.items()}
     return {
         "responses": {200: {"content": {"application/json": {"example": {"model": "tiny", **example}}}}, **errors},
@@ -80,8 +87,10 @@ def _openapi(field: str, schema: dict[str, Any], example: dict[str, Any], *raw_t
     }
 
 
-ONE = _openapi("image", FILE, PREDICTION, "image/jpeg", "image/png", "image/webp", "application/octet-stream")
-MANY = _openapi("images", {"type": "array", "minItems": 1, "items": FILE}, {"results": [PREDICTION, PROBLEM]})
+RAW = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
+ONE = _openapi("image", FILE, BASE64, PREDICTION, *RAW)
+LIST = {"type": "array", "minItems": 1}
+MANY = _openapi("images", LIST | {"items": FILE}, LIST | {"items": BASE64}, {"results": [PREDICTION, PROBLEM]})
 PROBE: dict[str, Any] = {"tags": ["operation"], "response_class": PlainTextResponse}
 
 
@@ -109,7 +118,7 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
             with queue.extra_slots(len(images) - 1):
                 return await _while_connected(request, asyncio.gather(*map(queue.answer, images)))
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs loads nothing from other servers
         title="FoodExtract Vision", version=__version__, summary="Images in, strict JSON out.", lifespan=lifespan
     )
     app.state.queue = queue
@@ -136,10 +145,10 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
 
     @app.post("/predict", dependencies=guarded, **ONE)
     async def predict(request: Request) -> Single:
-        """Answer one image, sent as the form field `image` or as the body. An animation counts as its first frame.
+        """Answer one image: the form field `image`, the body itself, or base64 in the field `image` of a JSON object.
 
         `curl -F image=@lunch.jpg http://localhost:8000/predict`, or
-        `curl --data-binary @lunch.jpg http://localhost:8000/predict`.
+        `curl --data-binary @lunch.jpg http://localhost:8000/predict`. An animation counts as its first frame.
         """
         [result] = await predictions(request, "image", 1)
         if isinstance(result, RequestError):
@@ -158,11 +167,13 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
                 metrics.rejects.labels(error.problem.reason).inc()
         return Batch(model=model, results=[r.problem if isinstance(r, RequestError) else r for r in results])
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"description": "The model fails or hangs."}}, **PROBE)
     async def health() -> PlainTextResponse:
         """Liveness: 503 when only a new process can help."""
         return PlainTextResponse("ok") if queue.healthy else PlainTextResponse("the model fails or hangs", 503)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"description": "The reason in a word."}}, **PROBE)
     async def ready() -> PlainTextResponse:
         """Readiness: 200 while images are accepted."""

@@ -46,7 +46,7 @@ class Prediction(BaseModel):
     """The record of one image."""
 
     record: FoodRecord
-    confidence: Confidence | None = Field(description="How sure the model was; not calibrated.")
+    confidence: Confidence | None = Field(description="Probabilities: of the chosen is_food, and of each item.")
     seconds: dict[str, float] = Field(description="Time per phase: prepare, queue, model.")
 
 

@@ -61,6 +61,7 @@ def make_server(load: Callable[[], Answerer], model: str, settings: Settings, ho
         app,
         host=host,
         port=port,
+        root_path=settings.root_path,
         http=_HeadTimeoutProtocol,
         ws="none",
         loop="asyncio",

@@ -1,6 +1,8 @@
 """Read the images of a request body, within limits on bytes, files and seconds."""
 
 import asyncio
+import base64
+import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -24,15 +26,17 @@ class UploadLimits:
 
 
 async def read_images(request: Request, field: str, limits: UploadLimits) -> list[bytes]:
-    """Return the files in the form field `field`, or the whole body if it is not a form. Content types are ignored.
+    """Return the images of a form, of a JSON object with base64, or the whole body of any other type.
 
-    Nothing is written to disk. Raises RequestError (400, 408, 413, 431), or ClientDisconnect.
+    `field` is the name of the form field, or of the key with a text or a list of texts. Nothing is written to disk.
+    Raises RequestError (400, 408, 413, 431), or ClientDisconnect.
     """
     if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEAD:
         raise RequestError(431, "head_too_large", f"the headers exceed {MAX_HEAD:,} bytes: send fewer or shorter ones")
     try:
         async with asyncio.timeout(limits.timeout):
-            if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            kind = request.headers.get("content-type", "").lower().partition(";")[0].strip()
+            if kind == "multipart/form-data":
                 return await _read_form(request, field, limits)
             body = b"".join([chunk async for chunk in _limited(request, limits)])
     except TimeoutError:
@@ -40,7 +44,36 @@ async def read_images(request: Request, field: str, limits: UploadLimits) -> lis
         raise RequestError(408, "slow_upload", message, {"Connection": "close"}) from None
     if not body:
         raise RequestError(400, "no_image", f"the body is empty: send an image as the body or in the field {field!r}")
+    if kind == "application/json":
+        return await asyncio.to_thread(_read_json, body, field, limits)
     return [body]
+
+
+def _read_json(body: bytes, field: str, limits: UploadLimits) -> list[bytes]:
+    example = '["…", "…"]' if field == "images" else '"…"'
+    remedy = f'send {{"{field}": {example}}}, each image in base64 or as a data URL'
+    try:
+        found = json.loads(body)[field]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        message = f"the body is no JSON object with the key {field!r} ({type(error).__name__}): {remedy}"
+        raise RequestError(400, "bad_json", message) from None
+    texts = found if field == "images" else [found]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(400, "bad_json", f"the value of {field!r} has another type: {remedy}")
+    if not texts:
+        raise RequestError(400, "no_image", f"{field!r} is empty: {remedy}")
+    if len(texts) > limits.max_images:
+        raise RequestError(413, "too_many_images", f"{field!r} has more than {limits.max_images} images: send fewer")
+    try:
+        return [base64.b64decode(_without_head(text), validate=True) for text in texts]
+    except ValueError:
+        message = f"{field!r} is not base64 (addresses are not fetched): {remedy}"
+        raise RequestError(400, "bad_base64", message) from None
+
+
+def _without_head(text: str) -> str:
+    """Base64 without the head of a data URL, spaces and line ends."""
+    return "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
 
 
 async def _limited(request: Request, limits: UploadLimits) -> AsyncGenerator[bytes, None]:

@@ -20,7 +20,7 @@ from foodextract.data.label_rules import vocabulary
 from foodextract.data.label_rules.conversion import convert, shape_fault
 from foodextract.data.label_rules.issues import LONG_LIST, MIN_SUPPORT, POLICIES, RULES, Issue, Policy, Statistics
 from foodextract.data.label_rules.vocabulary import key
-from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
+from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord, listing
 
 RARE = 5  # how many times as common the other form or field must be to overrule one row
 AGREED = 0.95  # share of a class's other rows that must agree on is_food to contradict one row
@@ -231,32 +231,22 @@ def _is_food(draft: _Draft) -> None:
 
 
 def _title(draft: _Draft) -> None:
-    listing = _listing(draft.items)
-    if not draft.is_food or draft.title == listing:
+    from_items = listing(draft.items)
+    if not draft.is_food or draft.title == from_items:
         return
     if not draft.title:
-        if draft.report("untitled", "", "the title is empty", "can" if listing else "cannot"):
-            draft.title = listing
+        if draft.report("untitled", "", "the title is empty", "can" if from_items else "cannot"):
+            draft.title = from_items
         return
     subject = vocabulary.without_photo_of(draft.title)
     if subject != draft.title and draft.report("photo_of", draft.title, f"{draft.title!r} describes the image"):
         draft.title = subject
     title, names = draft.title, [*draft.items, draft.category]
     too_long = len(title) > MAX_TITLE
-    reason = f"the title {title!r} shares no word with {listing!r}, nor with the class"
-    if listing and not vocabulary.share_a_word(title, names) and draft.report("title_mismatch", title, reason):
-        draft.title = listing
-    fix: Literal["can", "must", "cannot"] = "must" if too_long else "can" if listing else "cannot"
+    reason = f"the title {title!r} shares no word with {from_items!r}, nor with the class"
+    if from_items and not vocabulary.share_a_word(title, names) and draft.report("title_mismatch", title, reason):
+        draft.title = from_items
+    fix: Literal["can", "must", "cannot"] = "must" if too_long else "can" if from_items else "cannot"
     reason = f"{title!r} is a sentence, or too long for a title"
     if (too_long or vocabulary.is_sentence(title, names)) and draft.report("sentence_title", title, reason, fix):
-        draft.title = listing or vocabulary.trimmed(title[:MAX_TITLE].rpartition(" ")[0])
-
-
-def _listing(items: list[str]) -> str:
-    """Join the items to a title, as many as the schema allows: "egg, pie and tea"."""
-    while True:
-        *start, last = items or [""]
-        title = f"{', '.join(start)} and {last}" if start else last
-        if len(title) <= MAX_TITLE:
-            return title
-        items = items[:-1]
+        draft.title = from_items or vocabulary.trimmed(title[:MAX_TITLE].rpartition(" ")[0])
