@@ -1,21 +1,22 @@
-"""Calibration of `is_food`: how often the model is right at each level of its own confidence.
-
-Take the probabilities from `Extractor.extract_many_with_confidence`: the confidence where `is_food` is 1, and 1 minus
-it where it is 0.
-"""
+"""Calibration: how often the model is right at each level of its own confidence, and how to make the two agree."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
 
 from foodextract.evaluation.evaluate import rate
-from foodextract.schema import FoodRecord
+from foodextract.evaluation.scoring import is_complete
+from foodextract.inference.confidence import Calibration, Confidence, logit
+from foodextract.schema import FIELDS, FoodRecord
+
+LEAST_SLOPE = 0.05  # a calibrated model stays more sure of what it was more sure of
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Images of similar predicted probability: its mean, the share that shows food or drink with its interval, n."""
+    """Predictions of similar probability: its mean, the share that is right with its interval, n."""
 
     predicted: float
     observed: float
@@ -24,12 +25,12 @@ class Bin:
     n: int
 
 
-def reliability(labels: Sequence[FoodRecord], probabilities: Sequence[float], bins: int = 10) -> list[Bin]:
-    """Group images by their probability of `is_food` = 1 into bins of equal width; empty bins are left out.
+def reliability(right: Sequence[bool], probabilities: Sequence[float], bins: int = 10) -> list[Bin]:
+    """Group predictions by probability into bins of equal width; empty bins are left out.
 
     The means are those of sklearn's `calibration_curve`, which returns no counts; intervals and ECE need them.
     """
-    truth, predicted = np.array([bool(label.is_food) for label in labels]), np.asarray(probabilities)
+    truth, predicted = np.asarray(right, bool), np.asarray(probabilities)
     number = np.minimum((predicted * bins).astype(int), bins - 1)
     result = []
     for one in np.unique(number):
@@ -39,5 +40,49 @@ def reliability(labels: Sequence[FoodRecord], probabilities: Sequence[float], bi
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """Return the expected calibration error (ECE, Naeini et al. 2015): mean |predicted - observed| over images."""
+    """Return the expected calibration error (ECE, Naeini et al. 2015): mean |predicted - observed| over predictions."""
     return sum(b.n * abs(b.predicted - b.observed) for b in bins) / sum(b.n for b in bins)
+
+
+def judged_items(
+    labels: Sequence[FoodRecord], answers: Sequence[tuple[FoodRecord, Confidence]], scopes: Sequence[str]
+) -> tuple[list[bool], list[float]]:
+    """Whether each named item is right, and its confidence.
+
+    Under a label of the main item only, further items are left out where that item is named: they may be right.
+    """
+    right, sure = [], []
+    for label, (record, confidence), scope in zip(labels, answers, scopes, strict=True):
+        wanted = {(field, name) for field in FIELDS for name in getattr(label, field)}
+        named = [
+            ((field, name), value)
+            for field in FIELDS
+            for name, value in zip(getattr(record, field), getattr(confidence, field), strict=True)
+        ]
+        found = any(item in wanted for item, _ in named)
+        for item, value in named:
+            if item in wanted or not found or is_complete(label, scope):
+                right.append(item in wanted)
+                sure.append(value)
+    return right, sure
+
+
+def fit(
+    labels: Sequence[FoodRecord], answers: Sequence[tuple[FoodRecord, Confidence]], scopes: Sequence[str]
+) -> Calibration:
+    """Fit a `Calibration` to raw confidences on images that were not trained on.
+
+    Where all answers are right, or all wrong, nothing can be fitted and the raw values stay.
+    """
+    decided = [record.is_food == label.is_food for label, (record, _) in zip(labels, answers, strict=True)]
+    slope, _ = _platt(decided, [confidence.is_food for _, confidence in answers], intercept=False)
+    item_slope, item_intercept = _platt(*judged_items(labels, answers, scopes), intercept=True)
+    return Calibration(slope, item_slope, item_intercept, len(labels))
+
+
+def _platt(right: Sequence[bool], probabilities: Sequence[float], intercept: bool) -> tuple[float, float]:
+    if len(set(right)) < 2:
+        return 1.0, 0.0
+    model = LogisticRegression(C=1e6, fit_intercept=intercept)
+    model.fit([[logit(probability)] for probability in probabilities], right)
+    return max(float(model.coef_[0, 0]), LEAST_SLOPE), float(model.intercept_[0]) if intercept else 0.0

@@ -91,6 +91,7 @@ METRICS: dict[str, Formula] = {
     "is_food_mcc": Formula(mcc, tuple(CONFUSION.values()), unit="correlation"),
     **_item_metrics(),
     "title_similarity": Formula(ratio, ("title", "titled"), "titled"),
+    "title_agreement_rate": _rate("title fits", "itemized"),
     "hallucination_rate": _rate("hallucinated", "not food"),
     "repetition_rate": _rate("repeats"),
     "truncation_rate": _rate("truncated"),

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from rapidfuzz import fuzz, process, utils
 from scipy.optimize import linear_sum_assignment
 
-from foodextract.schema import EXHAUSTIVE, FIELDS, AnswerError, FoodRecord
+from foodextract.schema import EXHAUSTIVE, FIELDS, AnswerError, FoodRecord, title_parts
 
 ITEM_KINDS = {"item": FIELDS, "food": FIELDS[:1], "drink": FIELDS[1:]}  # metric prefix → fields it covers
 THRESHOLD = 80  # token_sort_ratio of a soft match, 0 to 100: egg/eggs 86, burger/hamburger 80, but also ice/rice 86
@@ -139,6 +139,8 @@ def score_answer(label: FoodRecord, text: str, scope: str = EXHAUSTIVE, read: Re
         "hallucinated": not label.is_food and answer is not None and bool(answer.food_items or answer.drink_items),
         "titled": bool(label.image_title),
         "title": _title_similarity(label, answer),
+        "itemized": answer is not None and bool(answer.food_items or answer.drink_items),
+        "title fits": answer is not None and title_fits(answer),
         "complete": complete,
     }
     columns |= {name: verdict == cell for cell, name in CONFUSION.items()}
@@ -158,6 +160,16 @@ def score_answer(label: FoodRecord, text: str, scope: str = EXHAUSTIVE, read: Re
                 f"{name} f1": complete * readable * counts.f1,
             }
     return columns
+
+
+def title_fits(record: FoodRecord) -> bool:
+    """Whether the record names items, and everything that its title names shares a word with one of them."""
+    known = {word for item in record.food_items + record.drink_items for word in _words(item)}
+    return bool(known) and all(known & _words(part) for part in title_parts(record.image_title))
+
+
+def _words(text: str) -> set[str]:
+    return {word.removesuffix("s") for word in re.findall(r"\w+", text.casefold())}
 
 
 def _title_similarity(label: FoodRecord, answer: FoodRecord | None) -> float:

@@ -21,6 +21,7 @@ MORE_NAMES = {  # the others, except precision, recall and F1 of items, which `i
     "item_f1_micro_lenient": "item F1 (lenient parser)",
     "item_f1_macro": "item F1 (mean over images)",
     "title_similarity": "title similarity",
+    "title_agreement_rate": "titles that name only listed items",
     "repetition_rate": "answers that repeat themselves (lower is better)",
     "truncation_rate": "truncated answers (lower is better)",
     "answer_characters": "characters per answer",
