@@ -64,7 +64,7 @@ def test_metrics_worked_out_by_hand():
 
 
 def test_intervals_contain_the_value_and_n_is_the_number_of_covered_images():
-    covered = {"hallucination_rate": 2, "title_similarity": 3}
+    covered = {"hallucination_rate": 2, "title_similarity": 3, "title_agreement_rate": 3}
     for name, metric in by_name().items():
         assert metric.low <= metric.value <= metric.high, name
         assert metric.unit != "share" or 0 <= metric.low <= metric.high <= 1, name
@@ -72,10 +72,27 @@ def test_intervals_contain_the_value_and_n_is_the_number_of_covered_images():
 
 
 def test_perfect_and_useless_answers():
-    errors = {"hallucination_rate", "repetition_rate", "truncation_rate", "answer_characters"}
+    errors = {"hallucination_rate", "repetition_rate", "truncation_rate", "answer_characters", "title_agreement_rate"}
     perfect, useless = values(answers=[label.to_json() for label in LABELS]), values(answers=["I see food."] * 5)
     assert {value for name, value in perfect.items() if name not in errors} == {1.0}
     assert {value for name, value in useless.items() if name != "answer_characters"} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("title", "fits"),
+    [
+        ("pizza", True),
+        ("iced tea and pizzas", True),
+        ("Margherita pizza, and tea", True),
+        ("pizza and salad", False),
+        ("lunch", False),
+        ("", True),
+    ],
+)
+def test_a_title_names_only_what_the_lists_name(title, fits):
+    record = FoodRecord(is_food=1, image_title=title, food_items=["pizza"], drink_items=["tea"])
+    assert scoring.title_fits(record) == fits
+    assert values(labels=[record], answers=[record.to_json()])["title_agreement_rate"] == fits
 
 
 def test_other_spacing_counts_as_valid_but_not_as_strict():
