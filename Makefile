@@ -49,7 +49,8 @@ demo: install  ## The whole story on the offline profile: draw, train in two sta
 		01_fine_tune_vlm_v3_smolVLM_500m.ipynb $(OUT)/notebooks/01_fine_tune_vlm_v3_smolVLM_500m.ipynb
 	@$(BIN)/python tools/pages.py
 	@$(BIN)/foodextract draw $(OUT)/examples --seed 5 --count 3
-	@$(BIN)/foodextract extract $(OUT)/examples
+	@$(BIN)/foodextract extract $(OUT)/examples --model $(OUT)/offline/stage2
+	@$(BIN)/python tools/examples.py
 	@echo "notebooks with outputs: $(OUT)/notebooks   tuned model: $(OUT)/offline/stage2   figures: results/offline.json"
 
 space: install  ## Start the Gradio demo on this machine: http://127.0.0.1:7860

@@ -7,11 +7,14 @@ and by name. The split is by group (`photos.split_of`) and the same as in traini
 that at least 20 training photographs show. Baselines are the most frequent training record, the record of the nearest
 training photograph, and a linear probe on the features of the model's own vision tower; the features of the training
 photographs, half an hour of work, are kept in a file. Rerun to resume.
+
+    python benchmarks/photographs.py FOLDER --calibrate --split validation    # fits calibration.json beside the weights
 """
 
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,9 +31,10 @@ from tqdm import tqdm
 
 from baseline_models import Majority
 from baselines import breakdown, number_of_items
-from foodextract.evaluation import evaluate
+from foodextract.evaluation import calibration, evaluate
 from foodextract.evaluation.results import Row, make_row, write_results
 from foodextract.images import open_image
+from foodextract.inference.confidence import Confidence, with_sure_items
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.weights import checksum
@@ -43,6 +47,9 @@ KNOWN = 20  # training photographs of a name from which its recall counts
 SHOWN = 8  # test photographs of a name from which it has a row
 BROKEN_DOWN = ("is_food_accuracy", "item_recall_micro", "item_precision_micro", "hallucination_rate")
 TIMED = 100  # photographs
+THRESHOLDS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+Answer = tuple[FoodRecord, Confidence]
 
 
 class Features:
@@ -151,13 +158,50 @@ def cpu_seconds(extractor: Extractor, images: list[Image.Image], command: str) -
     return rows
 
 
+def answered(extractor: Extractor, paths: Sequence[Path], batch: int, title: str) -> list[Answer]:
+    """Records with confidence; an unreadable photograph is an error."""
+    results = extractor.extract_many_with_confidence(list(paths), batch)
+    return [result for result in tqdm(results, total=len(paths), desc=title, unit="image")]  # type: ignore[misc]
+
+
+def reliability_rows(subject: str, photos: Sequence[Photo], answers: Sequence[Answer], command: str) -> list[Row]:
+    """Expected calibration error of `is_food` and of items."""
+    labels, scopes = [FoodRecord(**photo.label) for photo in photos], [photo.label_scope for photo in photos]
+    decided = [record.is_food == label.is_food for label, (record, _) in zip(labels, answers, strict=True)]
+    pairs = {"is_food": (decided, [confidence.is_food for _, confidence in answers])}
+    pairs["item"] = calibration.judged_items(labels, answers, scopes)
+    rows = []
+    for name, (right, sure) in pairs.items():
+        error = calibration.calibration_error(calibration.reliability(right, sure))
+        rows.append(make_row("photographs", subject, f"{name}_calibration_error", error, n=len(right), command=command))
+    return rows
+
+
+def threshold_rows(photos: Sequence[Photo], answers: Sequence[Answer], known: set[str], command: str) -> list[Row]:
+    """Precision of named items and recall of known names by `--min-confidence`."""
+    labels, scopes = [FoodRecord(**photo.label) for photo in photos], [photo.label_scope for photo in photos]
+    rows = []
+    for least in THRESHOLDS:
+        kept = [with_sure_items(record, confidence, least) for record, confidence in answers]
+        right, _ = calibration.judged_items(labels, kept, scopes)
+        metrics = [replace(evaluate.rate("", right), name="item_precision")] if right else []
+        if recall := evaluate.known_item_recall(labels, [record.to_json() for record, _ in kept], known):
+            metrics.append(recall)
+        rows += evaluate.to_rows("photographs", f"photo | min confidence {least:g}", metrics, command)
+    return rows
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder with `manifest.jsonl`.")],
     model: Annotated[Path, typer.Option(help="The photo model.")] = loading.PHOTO,
+    base: Annotated[Path | None, typer.Option(help="Its base.")] = loading.PHOTO_BASE,
     drawings: Annotated[Path, typer.Option(help="The drawings model.")] = loading.TINY_TUNED,
     features: Annotated[Path, typer.Option(help="File that keeps the features.")] = ROOT / "outputs/photo/features.npz",
     split: Annotated[str, typer.Option(help="test, or validation for a look while the recipe is still open.")] = "test",
     baselines: Annotated[bool, typer.Option(help="Score the baselines, too.")] = True,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Fit the confidence on these photographs, save it, and stop.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     out: Annotated[Path, typer.Option(help="The results file.")] = ROOT / "results" / "photographs.json",
 ) -> None:
@@ -168,12 +212,22 @@ def main(
     known = {name for name, count in learned_names(photos).items() if count >= KNOWN}
     paths: Any = [photo.path for photo in test]
     ours = Extractor.from_pretrained(model, "cpu")
+    found, ours.calibration = ours.calibration, None
+    raw = answered(ours, paths, batch, "photo constrained")
+    if calibrate:
+        labels, scopes = [FoodRecord(**photo.label) for photo in test], [photo.label_scope for photo in test]
+        found = calibration.fit(labels, raw, scopes)
+        found.write(model)
+        print(found)
+        return
+    sure = [(record, found.apply(confidence) if found else confidence) for record, confidence in raw]
     answers = {
         "photo": evaluate.predict(ours.generate_texts, paths, batch, "photo"),
-        "photo constrained": evaluate.predict(
-            partial(ours.generate_texts, constrained=True), paths, batch, "constrained"
-        ),
+        "photo constrained": [record.to_json() for record, _ in sure],
     }
+    if base:
+        before = Extractor.from_pretrained(base, "cpu")
+        answers["base"] = evaluate.predict(before.generate_texts, paths, batch, "base")
     if baselines:
         seen = Features(ours, features)
         known_features, asked = seen.of(train), seen.of(test)
@@ -187,6 +241,9 @@ def main(
             "linear probe": linear_probe(train, known_features, asked),
         }
     rows = [row for subject, texts in answers.items() for row in scored(subject, test, texts, known, command)]
+    rows += reliability_rows("photo constrained", test, sure, command)
+    rows += reliability_rows("photo constrained, uncalibrated", test, raw, command)
+    rows += threshold_rows(test, sure, known, command)
     rows += cpu_seconds(ours, [open_image(path) for path in paths[:TIMED]], command)
     write_results(out, rows)
     overall = [row for row in rows if " | " not in row.subject]

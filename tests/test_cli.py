@@ -16,8 +16,11 @@ from foodextract.images import ImageError, open_image
 from foodextract.inference import output_files
 from foodextract.inference.extractor import Extractor
 from foodextract.inference.grammar import Dialect
+from foodextract.models.loading import TINY_TUNED
 from foodextract.models.training_data import TrainingData
 from foodextract.schema import FoodRecord
+
+EXAMPLES = Path(__file__).parents[1] / "demos" / "FoodExtract-Vision" / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,20 @@ def images(tmp_path):
 
 
 def run(*args):
-    return CliRunner().invoke(app, ["extract", *map(str, args)])
+    return CliRunner().invoke(app, ["extract", "--model", str(TINY_TUNED), *map(str, args)])
+
+
+def test_without_a_model_the_bundled_photo_model_answers():
+    result = CliRunner().invoke(app, ["extract", *(str(EXAMPLES / f"{name}.jpg") for name in ("pizza", "cat"))])
+    assert result.exit_code == 0
+    assert "model: photo, 26 M parameters; trained on" in result.stderr
+    pizza, cat = map(json.loads, result.stdout.splitlines())
+    assert "pizza" in pizza["food_items"]
+    assert not cat["is_food"]
+
+
+def test_a_model_for_drawings_says_so(images):
+    assert "it has never seen a photograph" in run(images / "0.png").stderr
 
 
 def test_one_line_of_json_a_image(images):
@@ -234,7 +250,17 @@ def test_unsure_items_are_left_out_and_the_title_follows(images):
 def test_a_redirected_output_is_utf8(images):
     """Windows gives a redirected process another encoding. JSON lines are ASCII."""
     shutil.move(images / "0.png", images / "crème 🍮.png")
-    command = [sys.executable, "-m", "foodextract", "extract", str(images), "--format", "csv"]
+    command = [
+        sys.executable,
+        "-m",
+        "foodextract",
+        "extract",
+        str(images),
+        "--format",
+        "csv",
+        "--model",
+        str(TINY_TUNED),
+    ]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     done = subprocess.run(command, capture_output=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -7,13 +7,31 @@ from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
 
+BUNDLED = {  # bytes at most; the base reads the photo model's vision tower
+    loading.TINY_BASE: 12_000_000,
+    loading.TINY_TUNED: 12_000_000,
+    loading.PHOTO: 64_000_000,
+    loading.PHOTO_BASE: 20_000_000,
+}
 
-@pytest.mark.parametrize("folder", [loading.TINY_BASE, loading.TINY_TUNED], ids=lambda folder: folder.name)
+
+@pytest.mark.parametrize("folder", BUNDLED, ids=lambda folder: folder.name)
 def test_bundled_models_are_smolvlms_and_small(folder):
     assert type(loading.load_model(folder)) is SmolVLMForConditionalGeneration
     assert type(loading.load_processor(folder)) is SmolVLMProcessor
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= 12_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= BUNDLED[folder]
     assert not {file.suffix for file in folder.iterdir()} - {".json", ".safetensors", ".jinja"}
+
+
+def test_the_photo_models_are_plain_checkpoints_that_share_their_vision_tower():
+    tuned, base = map(SmolVLMForConditionalGeneration.from_pretrained, (loading.PHOTO, loading.PHOTO_BASE))
+    assert tuned.num_parameters() <= 32_000_000
+    weights = dict(base.named_parameters())
+    same = {name for name, weight in tuned.named_parameters() if torch.equal(weight, weights[name])}
+    assert same == {name for name in weights if "vision_model" in name}
+    shards = sorted(path.name for path in loading.PHOTO.glob("*.safetensors"))
+    assert shards == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert all((loading.PHOTO / shard).stat().st_size < 50_000_000 for shard in shards)
 
 
 def test_image_budget_survives_saving(tmp_path, rows):
@@ -106,8 +124,8 @@ def test_missing_device_is_named():
 
 
 def test_newest_finished_training_is_the_default(tmp_path):
-    assert loading.newest_tuned(tmp_path) == loading.TINY_TUNED
+    assert loading.newest_tuned(tmp_path) == loading.PHOTO
     (tmp_path / "run" / "stage2").mkdir(parents=True)
-    assert loading.newest_tuned(tmp_path) == loading.TINY_TUNED
+    assert loading.newest_tuned(tmp_path) == loading.PHOTO
     (tmp_path / "run" / "stage2" / loading.FINISHED).write_text("{}")
     assert loading.newest_tuned(tmp_path) == tmp_path / "run" / "stage2"

@@ -25,6 +25,49 @@ CLASSES = {
 EFFECTS = ("strict_json_rate", "is_food_accuracy", "item_f1_micro", "item_f1_micro_lenient")
 MODES = ("free", "constrained")  # the subject `base` is free, `base constrained` is constrained
 
+PHOTO_METRICS = {
+    "is_food_accuracy": "`is_food` right",
+    "known_item_recall": "labeled items named, of the names it knows",
+    "hallucination_rate": "items invented where there is neither food nor drink (lower is better)",
+    "item_precision_micro": "named items that are right, where labels list everything",
+    "strict_json_rate": "strict JSON",
+}
+PHOTO_SUBJECTS = {
+    "photo constrained": "photo model",
+    "photo": "photo model, no grammar",
+    "linear probe": "linear probe",
+    "nearest": "nearest photograph",
+    "drawings constrained": "drawings model",
+    "majority": "most frequent label",
+}
+BEST_AND_WORST = 20
+
+
+def photographs(rows: Sequence[Row], subjects: Sequence[str] = tuple(PHOTO_SUBJECTS)) -> str:
+    """Return the table of results/photographs.json, one column per subject."""
+    cells = {(row.metric, row.subject): row for row in rows}
+    lines = []
+    for metric, name in PHOTO_METRICS.items():
+        n = max(cells[metric, subject].n for subject in subjects if (metric, subject) in cells)
+        lines.append([f"{name}, n = {n:,}", *(format_row(cells.get((metric, subject))) for subject in subjects)])
+    return markdown_table(["", *(PHOTO_SUBJECTS[subject] for subject in subjects)], lines)
+
+
+def photographs_in_full(rows: Sequence[Row]) -> str:
+    """Return tables of the photo model by license class and number of items, and its best and worst names."""
+    ours = [row for row in rows if row.subject.startswith("photo constrained | ")]
+    groups = [row for row in ours if " | from " not in row.subject and " | name " not in row.subject]
+    names = [row for row in ours if " | name " in row.subject]
+    names.sort(key=lambda row: (-row.value, -row.n, row.subject))
+    tables = [group_table(groups, metric) for metric in ("is_food_accuracy", "item_recall_micro")]
+
+    def listed(some: Sequence[Row]) -> str:
+        shares = ((row.subject.partition(" | name ")[2], row.value, row.n) for row in some)
+        return ", ".join(f"{name} {value * 100:.0f} % of {n}" for name, value, n in shares)
+
+    best, worst = names[:BEST_AND_WORST], names[::-1][:BEST_AND_WORST]
+    return "\n\n".join([*tables, f"Best known names: {listed(best)}.", f"Worst: {listed(worst)}."])
+
 
 def mode_table(
     rows: Sequence[Row], subjects: Sequence[str] = ("base", "stage2"), metrics: Sequence[str] = tuple(NAMES)

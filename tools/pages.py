@@ -75,14 +75,20 @@ def _benchmark(module: str, function: str) -> Render:
 PYTHON = ".venv/bin/python"
 ABLATION = "ablation.json", f"{PYTHON} experiments/ablation.py"
 BASELINES = "baselines.json", f"{PYTHON} benchmarks/baselines.py"
+PHOTOGRAPHS = "photographs.json", f"{PYTHON} benchmarks/photographs.py FOLDER"
 PAGES: dict[str, dict[str, Render]] = {
-    "README.md": {BEFORE_AFTER: offline_table, "stages": _rendered("offline.json", "make demo", stage_comparison)},
+    "README.md": {
+        "photographs": _rendered(*PHOTOGRAPHS, page_tables.photographs),
+        BEFORE_AFTER: offline_table,
+        "stages": _rendered("offline.json", "make demo", stage_comparison),
+    },
     "experiments/README.md": {
         "experiments": _rendered("experiments.json", "make experiments", page_tables.outcome_table),
         "why": _rendered(*ABLATION, page_tables.effect_sentences),
         "ablation": _rendered(*ABLATION, page_tables.effect_table),
     },
     "results/README.md": {
+        "photographs in full": _rendered(*PHOTOGRAPHS, page_tables.photographs_in_full),
         "offline in full": _rendered("offline.json", "make demo", page_tables.offline_in_full),
         "other scenes": _rendered("other_scenes.json", f"{PYTHON} benchmarks/other_scenes.py", metric_table),
         "baselines": _rendered(*BASELINES, page_tables.baselines),

@@ -15,7 +15,7 @@ from foodextract.models.startup import SkipInitialization
 
 BUNDLED = Path(__file__).parent / "bundled"
 TINY_BASE, TINY_TUNED = BUNDLED / "tiny-base", BUNDLED / "tiny-tuned"
-PHOTO = BUNDLED / "photo"
+PHOTO, PHOTO_BASE = BUNDLED / "photo", BUNDLED / "photo-base"
 OUTPUTS = Path("outputs")
 FINISHED = "training.json"  # a training writes it last, so its presence marks a complete model
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}  # to load
