@@ -6,6 +6,7 @@ python tools/pages.py --publish    # maintainers, after `make demo experiments`:
 
 import base64
 import io
+import json
 import re
 import shutil
 import sys
@@ -51,6 +52,18 @@ def offline_table(root: Path) -> str:
     return metric_table([row for row in rows if row.low is not None], HEADLINES)
 
 
+def photo_sources(root: Path) -> str:
+    """The sources of the photo model's training photographs, by license class, in one line each."""
+    path = root / "src" / "foodextract" / "models" / "bundled" / "photo" / "sources.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    lines = []
+    for kind in dict.fromkeys(row["license_class"] for row in rows):
+        mine = [row for row in rows if row["license_class"] == kind]
+        named = ", ".join(f"{row['source'].removeprefix('github:')} ({row['images']})" for row in mine)
+        lines.append(f"- **{kind}**, {sum(row['images'] for row in mine):,} training photographs: {named}")
+    return "\n".join(lines)
+
+
 def _rendered(file: str, command: str, render: Callable[[list[Row]], str]) -> Render:
     """Render a results file, or say how to measure it while it does not exist."""
 
@@ -82,6 +95,7 @@ PAGES: dict[str, dict[str, Render]] = {
         BEFORE_AFTER: offline_table,
         "stages": _rendered("offline.json", "make demo", stage_comparison),
     },
+    "experiments/photo_base/README.md": {"photo sources": photo_sources},
     "experiments/README.md": {
         "experiments": _rendered("experiments.json", "make experiments", page_tables.outcome_table),
         "why": _rendered(*ABLATION, page_tables.effect_sentences),

@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from make_base import REST_SHARD, TOWER_SHARD, save
+from photos import read_photos
 
 from foodextract.data.dataset import load
 from foodextract.evaluation import provenance
@@ -56,17 +58,20 @@ def main(
     take(out / "base", PHOTO_BASE)
     share_tower(PHOTO_BASE, PHOTO)
     shutil.copy(out / "stage2" / FILE, PHOTO / FILE)
+    sources = Counter((photo.license_class, photo.source) for photo in read_photos(photos) if photo.split == "train")
+    rows = [{"source": source, "license_class": kind, "images": n} for (kind, source), n in sources.most_common()]
+    (PHOTO / "sources.json").write_text(json.dumps(rows, indent=1))
     for arguments in (["--calibrate", "--split", "validation"], []):
         command = [sys.executable, "benchmarks/photographs.py", str(photos), *arguments]
         subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603
     profile = PROFILES["photo"]
-    names = {"photo": "stage2", "photo constrained": "stage2 constrained", "base": "base"}
-    rows = [
-        replace(row, subject=names[row.subject])
+    subjects = {"photo": "stage2", "photo constrained": "stage2 constrained", "base": "base"}
+    figures = [
+        replace(row, subject=subjects[row.subject])
         for row in read_results(ROOT / "results" / "photographs.json")
-        if row.subject in names
+        if row.subject in subjects
     ]
-    provenance.write(PHOTO, PHOTO_BASE, load(out / "dataset"), [profile.stage1, profile.stage2], rows)
+    provenance.write(PHOTO, PHOTO_BASE, load(out / "dataset"), [profile.stage1, profile.stage2], figures)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from foodextract.models.loading import (
     image_budget,
     load_model,
     load_processor,
+    newest_tuned,
 )
 from foodextract.models.training_data import TrainingData
 from foodextract.schema import AnswerError, FoodRecord
@@ -48,7 +49,7 @@ class Extractor:
 
     `calibration` turns raw probabilities into confidence. Items below `min_confidence` are left out. `training_data`
     says what the model knows, and no title names another of those foods and drinks than the items do. `from_pretrained`
-    finds both beside the weights.
+    finds both beside the weights. `Extractor()` is the model trained last in `outputs/`, or else the bundled photo model.
     """
 
     calibration: Calibration | None = None
@@ -56,8 +57,15 @@ class Extractor:
     min_confidence: float = 0.0
 
     def __init__(
-        self, model: PreTrainedModel | GraphModel, processor: ProcessorMixin, constrained: bool = True
+        self,
+        model: PreTrainedModel | GraphModel | None = None,
+        processor: ProcessorMixin | None = None,
+        constrained: bool = True,
     ) -> None:
+        if model is None or processor is None:
+            source = newest_tuned()
+            model, processor = load_model(source).requires_grad_(False), load_processor(source)
+            self.calibration, self.training_data = Calibration.find(source), TrainingData.find(source)
         self.model, self.processor, self.constrained = model, processor, constrained
         self.tiles = image_budget(processor)  # the most that one image takes
         self._prompt: str = processor.apply_chat_template(prompts.conversation(), add_generation_prompt=True)
