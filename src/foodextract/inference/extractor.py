@@ -49,7 +49,7 @@ class Extractor:
 
     `calibration` turns raw probabilities into confidence. Items below `min_confidence` are left out. `training_data`
     says what the model knows, and no title names another of those foods and drinks than the items do. `from_pretrained`
-    finds both beside the weights. `Extractor()` is the model trained last in `outputs/`, or else the bundled photo model.
+    finds both beside the weights. `Extractor()` takes the model trained last in `outputs/`, or else the photo model.
     """
 
     calibration: Calibration | None = None
