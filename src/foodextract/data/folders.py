@@ -34,8 +34,8 @@ def labeled_folder(folder: str | Path) -> Rows:
         if (path := folder / name).is_file():
             rows = (_metadata_row(folder, f"{name} line {number}", row) for number, row in read(path))
             return Rows(rows, total=sum(1 for _ in read(path)))
-    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if images := [(path.name, image) for path in classes for image in find_images([path])]:
+    found = [image.relative_to(folder) for image in find_images([folder])] if folder.is_dir() else []
+    if images := [(image.parts[0], folder / image) for image in found if len(image.parts) > 1]:
         return Rows((_class_row(folder, name, image) for name, image in images), total=len(images))
     raise DatasetError(
         f"{folder} has neither {' nor '.join(METADATA)} nor class-named subfolders with images: write one line of JSON "
