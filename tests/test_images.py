@@ -102,6 +102,12 @@ def with_chunk(kind, data):
     return png[:33] + struct.pack(">I", len(data)) + kind + data + crc + png[33:]
 
 
+def with_segment(marker, data):
+    """RED as a turned JPEG with one more segment in front."""
+    jpeg = with_exif(TURN)
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data + jpeg[2:]
+
+
 TURN = (0x0112, 3, struct.pack("<H", 6))
 ODD_METADATA = {
     "turned, and a text that is a float": (with_exif(TURN, (0x0131, 11, struct.pack("<f", 1.5))), (30, 40)),
@@ -109,6 +115,8 @@ ODD_METADATA = {
     "Exif that is cut off": (with_chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\3"), (40, 30)),
     "long text": (with_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(1_200_000))), (40, 30)),
     "long profile": (with_chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(1_200_000))), (40, 30)),
+    "cut JFIF segment": (with_segment(0xE0, b"JFIF\0\1"), (30, 40)),
+    "cut color profile": (with_segment(0xE2, b"ICC_PROFILE\0\1"), (30, 40)),
     "text with a wrong checksum": (with_chunk(b"tEXt", b"a\0b").replace(b"a\0b", b"a\0c"), (40, 30)),
 }
 
@@ -161,6 +169,7 @@ def test_heic_without_the_extra_names_it(monkeypatch):
     [
         (b"", "empty"),
         (b"no image at all", "format"),
+        (b"\xff\xd8\xff", "format"),
         (encoded(RED)[:-40], "truncated"),
         (encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")[:600], "truncated"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "format"),

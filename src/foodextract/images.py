@@ -25,6 +25,8 @@ NOT_SEARCHED = ("__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN
 HEIF_START = rb".{4}ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)"
 IMAGE_START = rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftypavi[fs]|" + HEIF_START
 PNG_START = b"\x89PNG\r\n\x1a\n"
+JPEG_START = b"\xff\xd8"
+JPEG_METADATA = {0xE0, *range(0xE2, 0xEE), 0xEF, 0xFE}  # all application segments but Exif and Adobe, and comments
 PNG_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
 MAX_PIXELS = 64_000_000  # checked before decoding; each decoded copy takes 4 bytes a pixel, so 256 MB
 TO_8_BITS = [(value + 128) // 257 for value in range(65536)]  # 16 bits to 8, rounded
@@ -82,8 +84,6 @@ def decode(data: bytes) -> tuple[Image.Image, bool]:
     try:
         return _decoded(data)
     except ImageError:
-        if not data.startswith(PNG_START):
-            raise
         whole = _without_metadata(data)
         if whole == data:
             raise
@@ -136,15 +136,26 @@ def _turn_upright(image: Image.Image) -> bool:
     return True
 
 
-def _without_metadata(png: bytes) -> bytes:
-    """Drop texts and color profile, which Pillow refuses over 1 MB or when damaged. Exif and pixels stay."""
-    kept, at = [PNG_START], len(PNG_START)
-    while at < len(png):
-        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
-        if png[at + 4 : at + 8] not in PNG_METADATA:
-            kept.append(png[at:end])
-        at = end
-    return b"".join(kept)
+def _without_metadata(data: bytes) -> bytes:
+    """Drop what Pillow refuses where it is damaged, or in a PNG over 1 MB: texts, profiles, sizes in print.
+
+    Exif and pixels stay, and the Adobe segment of a JPEG, which says how colors are stored.
+    """
+    if data.startswith(PNG_START):
+        kept, at = [PNG_START], len(PNG_START)
+        while at < len(data):
+            end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+            kept += [data[at:end]] * (data[at + 4 : at + 8] not in PNG_METADATA)
+            at = end
+        return b"".join(kept)
+    if data.startswith(JPEG_START):
+        kept, at = [JPEG_START], len(JPEG_START)
+        while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"", b"\xff", b"\xda"):  # pixels follow
+            end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            kept += [data[at:end]] * (data[at + 1] not in JPEG_METADATA)
+            at = end
+        return b"".join([*kept, data[at:]])
+    return data
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
