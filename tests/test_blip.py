@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
 from captioning import make_batch
@@ -107,6 +109,17 @@ def test_unusable_captioner_is_refused(folder, tmp_path):
         blip.load(tmp_path)
     with pytest.raises(ModelError, match="not for a BLIP"):
         blip.load(folder, precision="int8")
+
+
+def test_captioner_with_weights_of_other_names_is_read_or_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"_orig_mod.{name}": weight for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    read = [blip.load(place, "cpu") for place in (folder, tmp_path)]
+    assert len({model.model.state_dict()["vision_model.post_layernorm.bias"].sum().item() for model in read}) == 1
+    save_file({f"vlm.{name}": weight for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"missing .* unknown \(vlm\."):
+        blip.load(tmp_path, "cpu")
 
 
 def test_other_models_are_extractors(tmp_path):

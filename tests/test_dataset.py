@@ -12,17 +12,25 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
 from foodextract import names
 from foodextract.data import dataset, ingest, scenes, selection, sources
 from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample
+from test_images import ODD_METADATA
 
 
 def png(image):
     file = io.BytesIO()
     image.save(file, "PNG")
+    return file.getvalue()
+
+
+def jpeg(image):
+    file = io.BytesIO()
+    image.save(file, "JPEG")
     return file.getvalue()
 
 
@@ -70,6 +78,35 @@ def test_what_is_written_is_an_ordinary_image_folder(drawn, rows):
     for row in rows["train"]:
         assert dataset.record_of(row) == dataset.record_of(by_name[row["name"]])
         assert row["image"].tobytes() == by_name[row["name"]]["image"].tobytes()
+
+
+PIE = {"is_food": 1, "image_title": "pie", "food_items": ["pie"], "drink_items": []}
+
+
+def test_a_split_without_drinks_is_an_ordinary_image_folder_too(tmp_path):
+    given = [sample(n, label=PIE, split="test" if n < 3 else "train") for n in range(9)]
+    given[8] = replace(given[8], label=PIE | {"drink_items": ["tea"]})
+    dataset.build(given, tmp_path / "out")
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert [row["drink_items"] for row in loaded["test"]] == [[]] * 3
+    assert sorted(row["drink_items"] for row in loaded["train"]) == [[]] * 5 + [["tea"]]
+    again = list(sources.labeled_folder(tmp_path / "out" / "train"))
+    assert {one.category for one in again} == {""}
+    assert sorted(one.label["drink_items"] for one in again) == [[]] * 5 + [["tea"]]
+
+
+def test_images_that_need_more_than_pillow_are_stored_as_png(tmp_path):
+    heic = io.BytesIO()
+    pillow_heif.from_pillow(textured(0)).save(heic)
+    given = [
+        sample(0, name="a.heic", read=heic.getvalue),
+        sample(1, name="b.png", read=lambda: ODD_METADATA["long text"][0]),
+    ]
+    given += [sample(2, name="c.jpg", read=lambda: jpeg(textured(2))), sample(3, split="test")]
+    dataset.build(given, tmp_path / "out")
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    formats = {row["name"]: row["image"].format for row in loaded["train"]}
+    assert formats == {"a.heic": "PNG", "b.png": "PNG", "c.jpg": "JPEG"}
 
 
 def test_every_row_is_accounted_for(tmp_path):

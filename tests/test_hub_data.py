@@ -405,8 +405,8 @@ def test_a_hub_that_fails_midway_is_an_error_and_the_next_run_resumes(online, tm
         dataset.open_dataset(ID, tmp_path / "built")
     ledger = tmp_path / "built.partial" / ingest.LEDGER
     assert len(ledger.read_text().splitlines()) == 12
-    online.faults, read, decoded = [], ingest.open_image, []
-    monkeypatch.setattr(ingest, "open_image", lambda data: decoded.append(1) or read(data))
+    online.faults, read, decoded = [], ingest.decode, []
+    monkeypatch.setattr(ingest, "decode", lambda data: decoded.append(1) or read(data))
     opened = dataset.open_dataset(ID, tmp_path / "built")
     assert (len(opened["train"]) + len(opened["test"]), len(decoded)) == (30, 18)
 

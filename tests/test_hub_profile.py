@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import pyarrow.parquet as pq
 import pytest
 
 from foodextract.evaluation.results import read_results
@@ -109,7 +110,7 @@ def every_fault_of_the_original_is_noticed(story):
     kept = {
         row["name"].split("-")[0]: row
         for split in ("train", "test")
-        for row in lines(home / "00", f"{split}/metadata.jsonl")
+        for row in pq.read_table(home / "00/outputs/hub/dataset" / split / "metadata.parquet").to_pylist()
     }
     assert kept["000003"]["food_items"] == ["soup", "bread"]
     assert kept["000002"]["is_food"] == 1  # "false" beside soup: the items win, with a finding

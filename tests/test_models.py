@@ -1,7 +1,9 @@
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 
 from foodextract.models import loading
@@ -106,6 +108,68 @@ def test_damaged_weights_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be loaded"):
         loading.load_model(tmp_path)
+
+
+def tuned_as(folder, rename, config=None):
+    """The tuned tiny model with other names of its weights; a weight without a name is left out."""
+    shutil.copytree(loading.TINY_TUNED, folder)
+    weights = {rename(name): weight for name, weight in load_file(folder / "model.safetensors").items()}
+    weights.pop(None, None)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        "_orig_mod.{}".format,
+        "module._orig_mod.{}".format,
+        "base_model.model.{}".format,
+        lambda name: name.replace("_model.", "_model._orig_mod.").replace(".self_attn", "._orig_mod.self_attn"),
+        lambda name: name.removeprefix("model."),  # saved without the head
+    ],
+    ids=["compiled", "data parallel", "PEFT", "nested", "base only"],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["extract", "train"])
+def test_names_of_wrappers_are_taken_off(rename, training, sharded, tmp_path):
+    folder = tuned_as(tmp_path / "wrapped", rename)
+    if sharded:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        halves = list(weights)[::2], list(weights)[1::2]
+        for number, names in enumerate(halves):
+            save_file({name: weights[name] for name in names}, folder / f"{number}.safetensors", {"format": "pt"})
+        files = {name: f"{number}.safetensors" for number, names in enumerate(halves) for name in names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    cpu, plain = torch.device("cpu"), load_file(loading.TINY_TUNED / "model.safetensors")
+    model = loading.load_model(folder, cpu, training)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in plain.items())
+    model.save_pretrained(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("rename", "config", "words"),
+    [
+        (lambda name: None if "vision_model" in name else name, {}, r"8\d missing \(model\.vision_model"),
+        (lambda name: f"vlm.{name}", {}, r"missing .*; 124 unknown \(vlm\.model"),
+        (lambda name: f"{name}.lora_A" if name.endswith("0.mlp.fc1.weight") else name, {}, "1 missing .*; 1 unknown"),
+        (lambda name: name, {"tie_word_embeddings": False}, r"1 missing \(lm_head\.weight"),
+        (lambda name: name, {"scale_factor": 8}, r"1 of another shape \(model\.connector"),
+    ],
+    ids=["no vision", "unknown prefix", "adapter", "no head", "other shape"],
+)
+def test_weights_that_do_not_match_are_refused(rename, config, words, tmp_path):
+    folder = tuned_as(tmp_path / "odd", rename, config)
+    for training in (False, True):
+        with pytest.raises(ModelError, match=words) as caught:
+            loading.load_model(folder, torch.device("cpu"), training)
+        assert str(folder) in str(caught.value)
+        assert "save_pretrained" in str(caught.value)
 
 
 @pytest.mark.parametrize("load", [loading.load_model, loading.load_processor])

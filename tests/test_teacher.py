@@ -367,7 +367,9 @@ BAD_ANSWERS = {
     "truncated": ('{"is_food": 1, "image_title": "pi', "finish_reason length: not JSON"),
     "white space": ('{"is_food":' + "\n" * 500, "finish_reason length: not JSON"),
     "prose": ("This looks like a lovely pie.", "not JSON"),
-    "fenced": (f"```json\n{json.dumps(NOTHING)}\n```", "not JSON"),
+    "two objects": (f"{json.dumps(NOTHING)} or {json.dumps(NOTHING | {'is_food': 1})}", "not JSON"),
+    "in a cut object": ('{"answer": ' + json.dumps(NOTHING), "finish_reason length: not JSON"),
+    "unfinished thoughts": (f"<think>perhaps {json.dumps(NOTHING)}", "finish_reason length: not JSON"),
     "wrong types": (json.dumps(NOTHING | {"is_food": "yes", "food_items": "pie"}), "is_food"),
     "boolean": (json.dumps(NOTHING | {"is_food": False}), "is_food"),
     "other schema": ('{"food": true}', "breaks the schema"),
@@ -397,6 +399,38 @@ def test_an_answer_that_breaks_the_schema_is_rejected(text, reason, ask, folder,
     assert row["raw"] == (text[:20_000] if isinstance(text, str) else str(text or ""))
     assert reason in row["reason"]
     assert len(list(sources.labeled_folder(folder))) == 5
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "```json\n{}\n```",
+        "Here is the JSON:\n{}\nEnjoy your meal",
+        '<think>\n{{"is_food": 0}}?\n</think>\n\n{}',
+        "I see\n</think>{}",
+    ],
+    ids=["fence", "prose", "think", "thoughts begun in the prompt"],
+)
+def test_the_one_object_of_an_answer_is_taken(wrapped, ask, folder, endpoint):
+    endpoint.behave = lambda request: Reply(completion(wrapped.format(label_of(request.url).to_json())))
+    assert (ask().labeled, len(endpoint.requests)) == (6, 6)
+    for name, row in labels(folder).items():
+        assert row["image_title"] == label_of(url_of(folder / name)).image_title
+
+
+@pytest.mark.parametrize("text", ["A pie.", json.dumps(NOTHING | {"is_food": False})], ids=["prose", "boolean"])
+def test_an_endpoint_that_ignores_the_schema_stops_the_run(text, ask, folder, endpoint, drawn_files):
+    for number in range(20):
+        (folder / f"more/x{number}.png").write_bytes(drawn_files[0] + bytes([number]))
+    endpoint.behave = lambda request: Reply(completion(text))
+    with pytest.raises(
+        TeacherError, match=r"none of the first 10 answers .* ignores `response_format`.*--retry-rejected"
+    ):
+        ask(concurrency=1)
+    assert len(endpoint.requests) == 20
+    assert len(rejects(folder)) == 10
+    endpoint.behave = lambda request: right(request) if request.number == 21 else Reply(completion(text))
+    assert ask(concurrency=1).rejected == 15  # one label shows that it can
 
 
 def test_a_good_second_answer_counts_and_its_temperature_is_noted(ask, folder, endpoint):

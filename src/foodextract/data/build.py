@@ -4,13 +4,16 @@
 2. `select` cleans labels, drops duplicates, groups near-duplicates and splits the groups.
 3. The result is written to OUT.partial and then renamed:
 
-    OUT/train/*.png, OUT/train/metadata.jsonl  an image folder: `load_dataset("imagefolder", data_dir=OUT)` reads it
-    OUT/test/…                                 the same for the held-out fifth
-    OUT/arrow/                                 the same rows as a saved DatasetDict, ready for `push_to_hub`
-    OUT/rejects.jsonl                          every row that was left out, and why
-    OUT/issues.jsonl                           what the label rules fixed, flagged or rejected, and why
-    OUT/near_duplicates.jsonl                  groups of images that look alike; a group is never split
-    OUT/report.json                            counts, and a fingerprint of the content
+    OUT/train/*.png, OUT/train/metadata.parquet  an image folder: `load_dataset("imagefolder", data_dir=OUT)` reads it
+    OUT/test/…                                   the same for the held-out fifth
+    OUT/arrow/                                   the same rows as a saved DatasetDict, ready for `push_to_hub`
+    OUT/rejects.jsonl                            every row that was left out, and why
+    OUT/issues.jsonl                             what the label rules fixed, flagged or rejected, and why
+    OUT/near_duplicates.jsonl                    groups of images that look alike; a group is never split
+    OUT/report.json                              counts, and a fingerprint of the content
+
+The metadata is Parquet because its columns have types: `imagefolder` guesses those of JSON lines, and fails where all
+lists of one split are empty.
 
 A killed build resumes when it is rerun.
 """
@@ -36,6 +39,9 @@ from foodextract.data.selection import SPLITS, Selection, accept, select
 from foodextract.schema import FIELDS
 
 ORIGIN = "origin.json"  # states which folder, or which revision on the Hub, a data set was built from
+METADATA = datasets.Features(
+    {"file_name": datasets.Value("string")} | {name: kind for name, kind in FEATURES.items() if name != "image"}
+)
 
 Origin = dict[str, Any]
 
@@ -138,7 +144,8 @@ def _write(folder: Path, selection: Selection, report: dict[str, Any], published
         (folder / split).mkdir()
         for row in tqdm(rows, desc=f"writing {split}", unit="image"):
             _link(folder / row["stored"], folder / split / row["file_name"])
-        _write_lines(folder / split / "metadata.jsonl", map(_metadata, rows))
+        metadata = datasets.Dataset.from_list([{key: row[key] for key in METADATA} for row in rows], features=METADATA)
+        metadata.to_parquet(folder / split / "metadata.parquet")
         columns = [row | {"image": str(folder / split / row["file_name"])} for row in rows]
         table = datasets.Dataset.from_list([{key: row[key] for key in FEATURES} for row in columns], features=FEATURES)
         fingerprint = f"{report['fingerprint'][:16]}-{split}"

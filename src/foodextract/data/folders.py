@@ -1,4 +1,4 @@
-"""Labeled folders of images: `metadata.jsonl`, `metadata.csv`, or one subfolder per class."""
+"""Labeled folders of images: `metadata.jsonl`, `.csv` or `.parquet`, or one subfolder per class."""
 
 import csv
 import json
@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
+
 from foodextract.data.samples import NOTHING, PRIMARY, DatasetError, Reject, Rows, Sample, label_of, normalize_split
 from foodextract.images import find_images
 from foodextract.schema import EXHAUSTIVE, FIELDS, FoodRecord
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 NOT_FOOD_CLASSES = frozenset({"not food", "non food", "no food", "other"})
 CSV_FLAGS = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0}
 NOT_STATED = "not stated"
@@ -23,6 +25,7 @@ def labeled_folder(folder: str | Path) -> Rows:
       make the title), and optionally `category`, `group` (images that stay in one split), `label_scope` ("exhaustive",
       or another word where more than the listed items may be visible), `source`, `license` and `split`
     - `metadata.csv` with the same columns; lists are JSON, or items separated by semicolons
+    - `metadata.parquet` with the same columns, as `build` writes it
     - one subfolder per class, named after the food that its images show (`not_food` for neither food nor drink); the
       class is the main item, so the `label_scope` of food is "primary"
 
@@ -30,12 +33,12 @@ def labeled_folder(folder: str | Path) -> Rows:
     Raises DatasetError for a folder without labels.
     """
     folder = Path(folder)
-    for name, read in zip(METADATA, (_read_jsonl, _read_csv), strict=True):
+    for name, read in zip(METADATA, (_read_jsonl, _read_csv, _read_parquet), strict=True):
         if (path := folder / name).is_file():
             rows = (_metadata_row(folder, f"{name} line {number}", row) for number, row in read(path))
             return Rows(rows, total=sum(1 for _ in read(path)))
-    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if images := [(path.name, image) for path in classes for image in find_images([path])]:
+    found = [image.relative_to(folder) for image in find_images([folder])] if folder.is_dir() else []
+    if images := [(image.parts[0], folder / image) for image in found if len(image.parts) > 1]:
         return Rows((_class_row(folder, name, image) for name, image in images), total=len(images))
     raise DatasetError(
         f"{folder} has neither {' nor '.join(METADATA)} nor class-named subfolders with images: write one line of JSON "
@@ -81,6 +84,14 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield number, f"lacks {error}, or is_food is none of {', '.join(CSV_FLAGS)}"
             except (AttributeError, json.JSONDecodeError) as error:
                 yield number, f"does not match the header's columns ({error})"
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from enumerate((row for batch in file.iter_batches() for row in batch.to_pylist()), 1)
+    except pyarrow.ArrowException as error:
+        raise DatasetError(f"{path} is no Parquet file ({error}): write it again") from error
 
 
 def _csv_list(cell: str) -> list[str]:

@@ -4,6 +4,7 @@ Each sample becomes one line of a ledger, so that a killed run can resume. Memor
 """
 
 import hashlib
+import io
 import json
 import os
 from collections import deque
@@ -14,11 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from foodextract.data.near_duplicates import fingerprint
 from foodextract.data.samples import DatasetError, Reject, Sample
-from foodextract.images import SUFFIXES, ImageError, open_image
+from foodextract.images import SUFFIXES, ImageError, decode
 
 LEDGER, IMAGES = "ledger.jsonl", "images"
 AHEAD = 16  # images in progress
@@ -80,6 +82,12 @@ def identity(sample: Sample | Reject) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def _entry(position: int, sample: Sample | Reject, known: Entry | None, folder: Path) -> Entry:
     entry: Entry = {"position": position, "id": identity(sample), "name": sample.name}
     if known and known["id"] == entry["id"]:
@@ -88,11 +96,13 @@ def _entry(position: int, sample: Sample | Reject, known: Entry | None, folder: 
         return entry | {"reject": sample.reason}
     try:
         data = sample.read()
-        image = open_image(data)
+        image, plain = decode(data)
     except (ImageError, OSError) as error:
         return entry | {"reject": str(error)}
     pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     suffix = Path(sample.name).suffix.lower()
+    if not plain:  # `datasets` and its users open images with Pillow alone
+        data, suffix = _as_png(image), ".png"
     file = f"{pixels}-{hashlib.sha256(data).hexdigest()[:8]}{suffix if suffix in SUFFIXES else '.img'}"
     stored = Path(IMAGES) / pixels[:2] / file
     (folder / stored).parent.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,8 @@ class Endpoint:
     def __init__(self, client: openai.AsyncOpenAI, teacher: Teacher) -> None:
         self.client, self.teacher = client, teacher
         self.answered, self.failures = False, 0  # ever; in a row
+        self.labeled, self.rejected = False, 0  # ever; before the first label
+        self.patience = max(10, 2 * teacher.concurrency)
 
     async def label(self, path: Path) -> Outcome:
         """Ask for the label of one image file.
@@ -123,7 +125,7 @@ class Endpoint:
                 continue
             answer = {"temperature": temperature, "source": f"teacher:{self.teacher.model}", "usage": usage}
             try:
-                return {"status": "labeled", "record": FoodRecord.from_json(text).model_dump(), **answer}
+                return {"status": "labeled", "record": FoodRecord.from_json(_object_in(text)).model_dump(), **answer}
             except (ValueError, TypeError, RecursionError) as error:  # the answer may be no text, or nested too deep
                 finish = choice.get("finish_reason") or "stop"
                 reason = f"{error}" if finish == "stop" else f"finish_reason {finish}: {error}"
@@ -133,22 +135,30 @@ class Endpoint:
     def check(self, outcome: Outcome) -> None:
         """Count failures in a row. Raises TeacherError with the remedy when further requests make no sense.
 
-        An endpoint that has answered before may recover, or refuse a single image only.
+        An endpoint that has answered before may recover, or refuse a single image only. One whose first answers are no
+        records ignores the schema.
         """
         if "usage" in outcome:
             self.answered, self.failures = True, 0
-        if "http" not in outcome:
+            self.labeled = self.labeled or outcome["status"] == "labeled"
+            self.rejected += not self.labeled
+        self.failures += "http" in outcome
+        status, address, new = outcome.get("http"), self.teacher.endpoint, not self.answered
+        if not self.labeled and self.rejected >= self.patience:
+            remedy = (
+                f"none of the first {self.rejected} answers is a record: it ignores `response_format`. Choose a server "
+                "with JSON schemas (vLLM has them) or another model, and rerun with --retry-rejected"
+            )
+        elif status is None:
             return
-        self.failures += 1
-        status, address, new = outcome["http"], self.teacher.endpoint, not self.answered
-        if status == 401 or (status == 403 and new):
+        elif status == 401 or (status == 403 and new):
             remedy = "it refuses the key: set OPENAI_API_KEY to one that may use this model"
         elif status == 404 and new:
             models = f"{address}/models lists what it serves"
             remedy = f"check that the address ends in /v1 and that it serves {self.teacher.model!r} ({models})"
         elif status == 0 and new:
             remedy = "it cannot be reached: start the server, or check the address"
-        elif self.failures >= max(10, 2 * self.teacher.concurrency):
+        elif self.failures >= self.patience:
             remedy = f"{self.failures} failures in a row: check the server, then rerun the command to resume"
         else:
             return
@@ -158,6 +168,21 @@ class Endpoint:
 
 def _failed(status: int, reason: str) -> Outcome:
     return {"status": "failed", "http": status, "reason": _bounded(reason)}
+
+
+def _object_in(text: Any) -> Any:
+    """Return the JSON of the one object in an answer with fences, prose or thoughts; other answers as they are."""
+    if not isinstance(text, str):
+        return text
+    rest, found = text.rpartition("</think>")[2].partition("<think>")[0], set()
+    while (at := rest.find("{")) >= 0:
+        try:
+            _, end = json.JSONDecoder().raw_decode(rest, at)
+        except (ValueError, RecursionError):
+            return text
+        found.add(rest[at:end])
+        rest = rest[end:]
+    return found.pop() if len(found) == 1 else text
 
 
 def _key() -> str:

@@ -18,7 +18,7 @@ from transformers import BatchFeature, BlipForConditionalGeneration, BlipProcess
 from foodextract.data.label_rules.vocabulary import field_of
 from foodextract.images import ImageSource, open_image
 from foodextract.inference.extractor import Extractor
-from foodextract.models.loading import PRECISIONS, ModelError, choose_device, choose_precision
+from foodextract.models.loading import PRECISIONS, ModelError, choose_device, choose_precision, load_weights
 from foodextract.schema import AnswerError, FoodRecord
 
 TARGET = "a photo of delicious {}"  # the caption to train on
@@ -61,7 +61,7 @@ class Captioner:
             raise ModelError(f"precision {precision!r} is not for a BLIP: choose fp32, bf16 or fp16")
         dtype = PRECISIONS[precision] if precision else choose_precision(where, training=False).weights
         try:
-            model = BlipForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
+            model: BlipForConditionalGeneration = load_weights(BlipForConditionalGeneration, model_id, dtype=dtype)
             processor = BlipProcessor.from_pretrained(model_id)
             labels: dict[int, str] = model.config.id2label  # type: ignore[assignment]  # integer keys
             names = {number: label.replace("_", " ") for number, label in sorted(labels.items())}
@@ -69,6 +69,8 @@ class Captioner:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise ModelError(f"{model_id} has a class name that no record can hold ({reason}): shorten it") from error
+        except ModelError:
+            raise
         except Exception as error:  # transformers and safetensors raise some twenty types here
             raise ModelError(f"{model_id} cannot be loaded as a BLIP ({error}): save or download it again") from error
         if all(re.fullmatch(r"LABEL \d+", name) for name in names.values()):  # transformers' default names

@@ -1,6 +1,7 @@
 """Loading SmolVLM checkpoints, base or tuned, from a folder or the Hub: device, precision and image budget."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # (256 M and more), not measured.
 AMX_PAYS = 30_000_000
 INT8_PAYS = 200_000_000  # parameters; measured at 256 M and 507 M, see results/extract_cpu.json
+# What torch.compile, DistributedDataParallel, FSDP, DeepSpeed and PEFT put into the names of the weights they wrap.
+WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|module|base_model\.model|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
 TILE_BUDGETS = {1: 1, 5: 2, 17: 4}  # tiles per image → longest edge in tiles: an overview, plus 2 x 2 or 4 x 4 details
 
 
@@ -142,10 +147,31 @@ def load_model(
             raise ModelError(f"{model_id} is a {kind!r} model, not a SmolVLM: give a SmolVLM folder or Hub id")
         dtype = PRECISIONS[precision] if precision else choose_precision(device, training).weights
         with nullcontext() if training else SkipInitialization():
-            model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=dtype, attn_implementation="sdpa")
+            model = load_weights(AutoModelForImageTextToText, model_id, dtype=dtype, attn_implementation="sdpa")
     if precision == "int8" or (precision is None and choose_precision(device, training, model.num_parameters()).int8):
         quantize(model)
-    return model.to(device).train(training)  # type: ignore[arg-type]  # the stub of `to` lacks devices
+    return model.to(device).train(training)
+
+
+def load_weights(kind: Any, model_id: str | os.PathLike[str], **options: Any) -> Any:
+    """Call `kind.from_pretrained`, which would fill the gaps of a checkpoint with random weights.
+
+    The names of `WRAPPERS` are taken off. Raises ModelError if a weight is then missing, unknown or of another shape.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = kind.from_pretrained(model_id, **options)
+    if wrapped := {key: name for key in info["unexpected_keys"] if (name := WRAPPERS.sub("", key)) != key}:
+        names = {f"^{re.escape(key)}$": name for key, name in wrapped.items()}
+        model, info = kind.from_pretrained(model_id, key_mapping=names, **options)
+        model._weight_conversions = []  # else saving would put the wrappers back
+    reshaped = {key for key, *_ in info["mismatched_keys"]}
+    wrong = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"], "of another shape": reshaped}
+    if reasons := [f"{len(keys)} {how} ({', '.join(sorted(keys)[:3])}, …)" for how, keys in wrong.items() if keys]:
+        raise ModelError(
+            f"{model_id} does not hold the weights of its config.json: {'; '.join(reasons)}: save the whole model with "
+            "`save_pretrained`, with adapters merged, or download it again"
+        )
+    return model
 
 
 def newest_tuned(outputs: Path = OUTPUTS) -> Path:

@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 from foodextract.data.dataset import rows_id
 from foodextract.evaluation.results import write_results
-from foodextract.models.loading import FINISHED, ModelError
+from foodextract.models.loading import FINISHED, ModelError, load_weights
 from foodextract.models.training_data import TrainingData
 from foodextract.models.weights import checksum, snapshot, whole_state
 from foodextract.training import checkpoints
@@ -241,7 +241,7 @@ class StageRun:
         if PartialState().is_main_process:
             print(f"{self.stage.name}: already trained; loaded from {self.folder}", flush=True)
             self._clean_up()  # where a kill came after the stage had finished
-        self.model.load_state_dict(type(self.model).from_pretrained(self.folder, dtype=self.model.dtype).state_dict())
+        self.model.load_state_dict(load_weights(type(self.model), self.folder, dtype=self.model.dtype).state_dict())
         self.model.name_or_path = str(self.folder)
         self.log = [entry for entry in finished["log"] if "loss" in entry]
         self.moved = [Moved(**row) for row in finished["moved"]]
