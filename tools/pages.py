@@ -24,7 +24,7 @@ from foodextract.evaluation.results import Row, read_results
 from foodextract.reporting.tables import NAMES, metric_table, stage_comparison
 
 ROOT = Path(__file__).resolve().parents[1]
-BEFORE_AFTER = "offline"  # the marker in README and notebook 01 that shows results/offline.json
+BEFORE_AFTER = "offline"  # the marker in results/README.md and notebook 01 that shows results/offline.json
 HEADLINES = {metric: name for metric, name in NAMES.items() if metric != "schema_valid_rate"}
 Render = Callable[[Path], str]
 
@@ -48,13 +48,19 @@ def _filled(page: str, name: str, text: str, path: Path) -> str:
 
 def offline_table(root: Path) -> str:
     """The before/after table of the last `make demo`, in six rows."""
-    rows = read_results(root / "results" / "offline.json")
+    return _rendered("offline.json", "make demo", headlines)(root)
+
+
+def headlines(rows: list[Row]) -> str:
+    """The six rows of the before/after table."""
     return metric_table([row for row in rows if row.low is not None], HEADLINES)
 
 
 def photo_sources(root: Path) -> str:
     """The sources of the photo model's training photographs, by license class, in one line each."""
     path = root / "src" / "foodextract" / "models" / "bundled" / "photo" / "sources.json"
+    if not path.exists():
+        return f"Not measured yet: `{PYTHON} experiments/photo_base/bundle.py` does it."
     rows = json.loads(path.read_text(encoding="utf-8"))
     lines = []
     for kind in dict.fromkeys(row["license_class"] for row in rows):
@@ -90,11 +96,7 @@ ABLATION = "ablation.json", f"{PYTHON} experiments/ablation.py"
 BASELINES = "baselines.json", f"{PYTHON} benchmarks/baselines.py"
 PHOTOGRAPHS = "photographs.json", f"{PYTHON} benchmarks/photographs.py FOLDER"
 PAGES: dict[str, dict[str, Render]] = {
-    "README.md": {
-        "photographs": _rendered(*PHOTOGRAPHS, page_tables.photographs),
-        BEFORE_AFTER: offline_table,
-        "stages": _rendered("offline.json", "make demo", stage_comparison),
-    },
+    "README.md": {"photographs": _rendered(*PHOTOGRAPHS, page_tables.photographs)},
     "experiments/photo_base/README.md": {"photo sources": photo_sources},
     "experiments/README.md": {
         "experiments": _rendered("experiments.json", "make experiments", page_tables.outcome_table),
@@ -102,6 +104,8 @@ PAGES: dict[str, dict[str, Render]] = {
         "ablation": _rendered(*ABLATION, page_tables.effect_table),
     },
     "results/README.md": {
+        BEFORE_AFTER: offline_table,
+        "stages": _rendered("offline.json", "make demo", stage_comparison),
         "photographs in full": _rendered(*PHOTOGRAPHS, page_tables.photographs_in_full),
         "offline in full": _rendered("offline.json", "make demo", page_tables.offline_in_full),
         "other scenes": _rendered("other_scenes.json", f"{PYTHON} benchmarks/other_scenes.py", metric_table),
