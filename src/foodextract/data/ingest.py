@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from foodextract.data.near_duplicates import fingerprint
-from foodextract.data.samples import DatasetError, Reject, Sample
+from foodextract.data.samples import DatasetError, Reject, Sample, readable
 from foodextract.images import SUFFIXES, ImageError, open_image
 
 LEDGER, IMAGES = "ledger.jsonl", "images"
@@ -81,11 +81,11 @@ def identity(sample: Sample | Reject) -> str:
 
 
 def _entry(position: int, sample: Sample | Reject, known: Entry | None, folder: Path) -> Entry:
-    entry: Entry = {"position": position, "id": identity(sample), "name": sample.name}
+    entry: Entry = {"position": position, "id": identity(sample), "name": readable(sample.name)}
     if known and known["id"] == entry["id"]:
         return known
     if isinstance(sample, Reject):
-        return entry | {"reject": sample.reason}
+        return entry | {"reject": readable(sample.reason)}
     try:
         data = sample.read()
         image = open_image(data)
@@ -97,5 +97,9 @@ def _entry(position: int, sample: Sample | Reject, known: Entry | None, folder: 
     stored = Path(IMAGES) / pixels[:2] / file
     (folder / stored).parent.mkdir(parents=True, exist_ok=True)
     (folder / stored).write_bytes(data)
-    stated = {name: value for name, value in vars(sample).items() if name not in ("read", "name")}
+    stated = {
+        name: readable(value) if isinstance(value, str) else value
+        for name, value in vars(sample).items()
+        if name not in ("read", "name")
+    }
     return entry | stated | {"pixels": pixels, "stored": str(stored), "print": fingerprint(image).hex()}
