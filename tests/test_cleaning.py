@@ -655,3 +655,9 @@ def test_nothing_changes_without_a_fix(label):
     record, issues = clean(label)
     if not any(issue.policy == "fix" for issue in issues):
         assert record.model_dump() == label
+
+
+def test_half_a_character_is_removed_whatever_the_policy():
+    label = {"is_food": 1, "image_title": "ramen \ud83c", "food_items": ["ramen \ud83c"], "drink_items": []}
+    record, _ = clean(label, policies=POLICIES | {"punctuation": "flag"})
+    assert (record.image_title, record.food_items) == ("ramen", ["ramen"])

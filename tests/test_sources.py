@@ -123,7 +123,7 @@ def test_local_sources_know_their_totals(tmp_path):
     )
     assert sources.labeled_folder(tmp_path).total == len(list(sources.labeled_folder(tmp_path))) == 2
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a/1.png"}) + "\n\n{broken\n")
-    assert sources.labeled_folder(tmp_path).total == len(list(sources.labeled_folder(tmp_path))) == 2
+    assert sources.labeled_folder(tmp_path).total == len(list(sources.labeled_folder(tmp_path))) == 4  # of both tables
 
 
 @pytest.mark.parametrize("counts", [(10, 100), (100, 10), (0, 5), (7, 7)])

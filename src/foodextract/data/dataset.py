@@ -14,7 +14,7 @@ from foodextract.data.folders import labeled_folder
 from foodextract.data.hub_source import HubDataset, HubUnreachableError, newest_revision
 from foodextract.data.ingest import identity
 from foodextract.data.near_duplicates import fingerprint, group_near
-from foodextract.data.samples import DatasetError, Rows, Sample, label_of, normalize_split
+from foodextract.data.samples import DatasetError, Reject, Rows, Sample, label_of, normalize_split
 from foodextract.data.sources import hub_rows
 from foodextract.images import ImageError, find_images, open_image
 from foodextract.schema import EXHAUSTIVE, FoodRecord
@@ -38,9 +38,10 @@ def open_dataset(where: str | Path, build_in: str | Path, seed: int = 42) -> dat
     """
     where, name, build_in = Path(where), str(where), Path(build_in)
     if where.is_dir() and not (where / "arrow").is_dir():
-        origin = {"folder": _folder_state(where), "seed": seed}
+        rows = list(labeled_folder(where))
+        origin = {"folder": _folder_state(where, rows), "seed": seed}
         if origin_of(build_in) != origin:
-            build(labeled_folder(where), build_in, seed=seed, origin=origin)
+            build(Rows(rows, total=len(rows)), build_in, seed=seed, origin=origin)
     elif not where.exists() and name.count("/") == 1 and not where.is_absolute():
         _fetch(name, build_in, seed)
     else:
@@ -70,10 +71,10 @@ def _fetch(name: str, build_in: Path, seed: int) -> None:
         build(hub_rows(found), build_in, seed=seed, origin=origin | {"seed": seed})
 
 
-def _folder_state(folder: Path) -> str:
+def _folder_state(folder: Path, rows: list[Sample | Reject]) -> str:
     """Return a hash of a labeled folder. It changes with any label, and with name, size or time of any image."""
     state = hashlib.sha256()
-    for row in labeled_folder(folder):
+    for row in rows:
         state.update(identity(row).encode())
         if isinstance(row, Sample):
             file = (folder / row.name).stat()

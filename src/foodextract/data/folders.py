@@ -1,59 +1,73 @@
-"""Labeled folders of images: `metadata.jsonl`, `.csv` or `.parquet`, or one subfolder per class."""
+"""Labeled folders of images: tables of labels, exports of annotation tools, or one subfolder per class."""
 
-import csv
-import json
-from collections.abc import Iterator
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-
+from foodextract.data.annotations import Boxes, box_rows, read_boxes
+from foodextract.data.label_rules.conversion import split_items
+from foodextract.data.layout import PLAIN_FILES, Tree, class_of, listing, names_no_class
 from foodextract.data.samples import NOTHING, PRIMARY, DatasetError, Reject, Rows, Sample, label_of, normalize_split
-from foodextract.images import find_images
+from foodextract.data.tables import TABLES, Row, read_table
+from foodextract.images import SUFFIXES
 from foodextract.schema import EXHAUSTIVE, FIELDS, FoodRecord
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-NOT_FOOD_CLASSES = frozenset({"not food", "non food", "no food", "other"})
-CSV_FLAGS = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0}
+NOT_FOOD_CLASSES = frozenset(
+    ("not food", "notfood", "non food", "nonfood", "no food", "other", "others", "background", "negative", "negatives")
+)
+CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category", "food_name", "dish")
+BOX_COLUMNS = frozenset(("xmin", "x_min", "x1", "bbox", "bbox_x", "x_center", "xcenter"))
+DATA_FILES = frozenset((*TABLES, ".xml", ".yaml", ".yml", ".xlsx", ".xls", ".ods", ".parquet"))
+OWN_FILES = ("metadata.ledger.jsonl", "metadata.rejects.jsonl")  # of `foodextract label`
 NOT_STATED = "not stated"
+REMEDY = (
+    "write metadata.jsonl with one line of JSON per image, for example\n"
+    '{"file_name": "a.jpg", "is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}\n'
+    "or put the images into one subfolder per food, or export boxes as COCO JSON"
+)
 
 
 def labeled_folder(folder: str | Path) -> Rows:
-    """Read a folder of labeled images. The labels are in one of:
+    """Read a folder of labeled images. The labels are in the first of these that is there:
 
-    - `metadata.jsonl`, one object per line: `file_name`, the four keys of a record (without `image_title`, the items
-      make the title), and optionally `category`, `group` (images that stay in one split), `label_scope` ("exhaustive",
-      or another word where more than the listed items may be visible), `source`, `license` and `split`
-    - `metadata.csv` with the same columns; lists are JSON, or items separated by semicolons
-    - `metadata.parquet` with the same columns, as `build` writes it
+    - `metadata.jsonl`, `.json`, `.csv` or `.tsv`, here and in subfolders: a row per image with `file_name`, the four
+      keys of a record (without `image_title`, the items make the title), and optionally `category`, `group` (images
+      that stay in one split), `label_scope` ("exhaustive", or another word where more than the listed items may be
+      visible), `source`, `license` and `split`. In CSV, lists are JSON, or items between semicolons or commas
+    - tables of other names, with the same columns, or with a file and a class per row
+    - exports of annotation tools, see `annotations`
     - one subfolder per class, named after the food that its images show (`not_food` for neither food nor drink); the
       class is the main item, so the `label_scope` of food is "primary"
 
-    Any split other than "train" is held out. Values are not converted; the label rules do that.
-    Raises DatasetError for a folder without labels.
+    Folders and tables named after a split ("train", "valid", "test" …) state it. Any split other than "train" is held
+    out. Values of JSON are not converted; the label rules do that. Files that are not read are named on stderr.
+    Raises DatasetError for a folder without labels, and for one whose labels cannot be told.
     """
-    folder = Path(folder)
-    for name, read in zip(METADATA, (_read_jsonl, _read_csv, _read_parquet), strict=True):
-        if (path := folder / name).is_file():
-            rows = (_metadata_row(folder, f"{name} line {number}", row) for number, row in read(path))
-            return Rows(rows, total=sum(1 for _ in read(path)))
-    found = [image.relative_to(folder) for image in find_images([folder])] if folder.is_dir() else []
-    if images := [(image.parts[0], folder / image) for image in found if len(image.parts) > 1]:
-        return Rows((_class_row(folder, name, image) for name, image in images), total=len(images))
-    raise DatasetError(
-        f"{folder} has neither {' nor '.join(METADATA)} nor class-named subfolders with images: write one line of JSON "
-        'per image, for example\n{"file_name": "a.jpg", "is_food": 1, "image_title": "beer", "food_items": [], '
-        '"drink_items": ["beer"]}'
-    )
+    tree = Tree.scan(Path(folder))
+    if not tree.root.is_dir():
+        raise DatasetError(f"{folder} is no folder: check the path")
+    tables = [path for path in tree.files if path.stem.lower() == "metadata" and path.suffix.lower() in TABLES]
+    if tables:
+        tables.sort(key=lambda path: (path.parent, TABLES.index(path.suffix.lower())))
+        rows, used = _table_rows(tree, {path: read_table(path) for path in tables}), tables
+    elif others := _other_tables(tree):
+        rows, used = _table_rows(tree, others), list(others)
+    elif boxes := read_boxes(tree):
+        rows, used = box_rows(tree, boxes), boxes.files
+    else:
+        rows, used = _class_rows(tree), []
+    _report(tree, rows, used)
+    return Rows(rows, total=len(rows))
 
 
 def not_food_folder(folder: str | Path) -> Rows:
     """Read a folder of images that show neither food nor drink. Raises DatasetError for a folder without images."""
-    folder = Path(folder)
-    images = list(find_images([folder])) if folder.is_dir() else []
-    if not images:
+    tree = Tree.scan(Path(folder))
+    if not tree.images:
         raise DatasetError(f"{folder} has no images: name a folder with .jpg, .png, .webp … files")
-    return Rows((_class_row(folder, "not_food", image) for image in images), total=len(images))
+    return Rows((_class_sample(tree, "not food", image) for image in tree.images), total=len(tree.images))
 
 
 def class_label(name: str) -> dict[str, Any]:
@@ -61,70 +75,156 @@ def class_label(name: str) -> dict[str, Any]:
     return {"is_food": 1, "image_title": name, "food_items": [name], "drink_items": []}
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield line numbers with rows, or with the reason why a line is no row."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                yield number, row if isinstance(row, dict) else "not a JSON object: write one object per line"
-            except json.JSONDecodeError as error:
-                yield number, f"not JSON ({error}): write one JSON object per line"
+def _other_tables(tree: Tree) -> dict[Path, list[tuple[int, Row]]]:
+    """Return the tables that name files and say what they show."""
+    named = [path for path in tree.files if path.suffix.lower() in TABLES and path.name not in OWN_FILES]
+    tables = {path: read_table(path) for path in named}
+    return {path: rows for path, rows in tables.items() if any(_is_labeled(row) for _, row in rows)}
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            try:
-                flag = CSV_FLAGS[row["is_food"].strip().lower()]
-                yield number, {**row, "is_food": flag} | {field: _csv_list(row[field] or "") for field in FIELDS}
-            except KeyError as error:
-                yield number, f"lacks {error}, or is_food is none of {', '.join(CSV_FLAGS)}"
-            except (AttributeError, json.JSONDecodeError) as error:
-                yield number, f"does not match the header's columns ({error})"
+def _is_labeled(row: Row) -> bool:
+    if isinstance(row, str) or "file_name" not in row or "annotation_id" in row:  # the latter is of Label Studio
+        return False
+    return any(name in row for name in FIELDS) or any(isinstance(row.get(name), str | list) for name in CLASS_COLUMNS)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from enumerate((row for batch in file.iter_batches() for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
-        raise DatasetError(f"{path} is no Parquet file ({error}): write it again") from error
+def _table_rows(tree: Tree, tables: dict[Path, list[tuple[int, Row]]]) -> list[Sample | Reject]:
+    found: list[Sample | Reject] = []
+    for path, rows in tables.items():
+        by_class = [row for _, row in rows if isinstance(row, dict) and not {"is_food", *FIELDS} & row.keys()]
+        if by_class and any(_is_labeled(row) for row in by_class):
+            found += _class_table(tree, path, rows)
+        else:
+            found += [_metadata_row(tree, path, number, row) for number, row in rows]
+    return found
 
 
-def _csv_list(cell: str) -> list[str]:
-    if cell.lstrip().startswith("["):
-        return json.loads(cell)
-    return [item.strip() for item in cell.split(";") if item.strip()]
-
-
-def _metadata_row(folder: Path, where: str, row: dict[str, Any] | str) -> Sample | Reject:
+def _metadata_row(tree: Tree, table: Path, number: int, row: Row) -> Sample | Reject:
+    where = f"{tree.name(table)} line {number}"
     if isinstance(row, str):
         return Reject(where, row)
-    name, row = str(row.get("file_name")), {"image_title": ""} | row
-    where = f"{where} ({name})"
+    stated, row = str(row.get("file_name")), {"image_title": ""} | row
+    where = f"{where} ({listing([stated])})"
     if missing := [key for key in ("file_name", *FoodRecord.model_fields) if key not in row]:
         return Reject(where, f"lacks {', '.join(missing)}: add file_name, is_food, food_items and drink_items")
-    if Path(name).is_absolute() or ".." in Path(name).parts:  # symbolic links below the folder are allowed
-        return Reject(where, "file_name leads out of the folder: keep images below it")
-    if not (folder / name).is_file():
-        return Reject(where, f"there is no such file: put it into {folder.name} or remove the line")
-    defaults = {"source": folder.name, "license": row.get("licence") or NOT_STATED, "label_scope": EXHAUSTIVE}
+    if isinstance(image := tree.find(stated, table), str):
+        return Reject(where, image)
+    defaults = {"source": tree.root.name, "license": NOT_STATED, "label_scope": EXHAUSTIVE}
     texts = {key: str(row.get(key) or default) for key, default in (defaults | {"category": "", "group": ""}).items()}
-    return Sample(name, (folder / name).read_bytes, label_of(row), split=normalize_split(row.get("split")), **texts)
+    split = normalize_split(row.get("split")) or tree.split_of(image) or tree.split_of(table)
+    return Sample(tree.name(image), image.read_bytes, label_of(row), split=split, **texts)
 
 
-def _class_row(folder: Path, name: str, image: Path) -> Sample:
-    name = " ".join(name.replace("_", " ").replace("-", " ").lower().split())
+def _class_table(tree: Tree, table: Path, rows: list[tuple[int, Row]]) -> list[Sample | Reject]:
+    """Read rows of a file and a class. Several rows of an image, or boxes, name all that is annotated."""
+    boxes = Boxes([table])
+    for number, row in rows:
+        where = f"{tree.name(table)} line {number}"
+        if isinstance(row, str):
+            boxes.rejects.append(Reject(where, row))
+            continue
+        where, image = f"{where} ({listing([str(row.get('file_name'))])})", tree.find(str(row.get("file_name")), table)
+        cell = str(next((row[name] for name in CLASS_COLUMNS if row.get(name)), ""))
+        items = split_items(cell)
+        found = {class_of(str(item)) for item in items} if isinstance(items, list) else set()
+        if isinstance(image, str):
+            boxes.rejects.append(Reject(where, image))
+        elif not found or any(map(names_no_class, found)):
+            boxes.rejects.append(Reject(where, f"the class {cell!r} names no food: write its name"))
+        else:
+            boxes.names[image] |= found
+            boxes.splits[image] = normalize_split(row.get("split")) or tree.split_of(image) or tree.split_of(table)
+    columns = {name for _, row in rows if isinstance(row, dict) for name in row}
+    if BOX_COLUMNS & columns or any(len(found) > 1 for found in boxes.names.values()):
+        boxes.classes = set().union(*boxes.names.values())
+        return box_rows(tree, boxes)
+    alone = [_class_sample(tree, name, image, boxes.splits[image]) for image, [name] in boxes.names.items()]
+    return [*boxes.rejects, *alone]
+
+
+def _class_rows(tree: Tree) -> list[Sample | Reject]:
+    root = _without_wrapper(tree)
+    classes = {image: _class_folder(image.relative_to(root).parent.parts) for image in tree.images}
+    named = sorted({parts for parts in classes.values() if parts})
+    if not named:
+        inside = listing(sorted({tree.name(image.parent) for image in tree.images})) or "nothing"
+        data = listing(tree.name(path) for path in tree.files if path.suffix.lower() in DATA_FILES)
+        beside = f" and files that hold no labels we read ({data})" if data else ""
+        raise DatasetError(
+            f"{tree.root} has neither metadata.jsonl nor metadata.csv nor class-named subfolders with images: it has "
+            f"images in {inside}{beside}. {REMEDY}"
+        )
+    _refuse_unclear(tree, root, classes, named)
+    return [
+        _class_sample(tree, class_of(parts[-1]), image, tree.split_of(image))
+        if (parts := classes[image])
+        else Reject(tree.name(image), "lies in no folder that is named after a class: move it into one")
+        for image in tree.images
+    ]
+
+
+def _without_wrapper(tree: Tree) -> Path:
+    """Return the folder that holds the classes: archives often unpack into a single folder around them."""
+    root = tree.root
+    while True:
+        tops = {image.relative_to(root).parts[0] for image in tree.images}
+        if len(tops) != 1 or (below := root / next(iter(tops))) in tree.images or names_no_class(below.name):
+            return root
+        if any(image.parent == below for image in tree.images):
+            return root
+        root = below
+
+
+def _class_folder(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the path of the folder that names the class: after the last split, else the first that is no container."""
+    ends = [index for index, part in enumerate(parts, 1) if not names_no_class(part)]
+    last = max((index for index, part in enumerate(parts, 1) if names_no_class(part)), default=0)
+    return parts[: next((end for end in ends if end > last), ends[0] if ends else 0)]
+
+
+def _refuse_unclear(tree: Tree, root: Path, classes: dict[Path, tuple[str, ...]], named: list[tuple[str, ...]]) -> None:
+    below: dict[tuple[str, ...], set[str]] = defaultdict(set)  # class → its subfolders, "" for itself
+    for image, parts in classes.items():
+        rest = [part for part in image.relative_to(root).parts[len(parts) : -1] if not names_no_class(part)]
+        below[parts].add(rest[0] if rest else "")
+    for parts in named:
+        if len(below[parts]) > 1 and "" not in below[parts] and class_of(parts[-1]) not in NOT_FOOD_CLASSES:
+            inside = listing(sorted(below[parts]))
+            raise DatasetError(
+                f"{'/'.join(parts)} in {root} has subfolders ({inside}) and no images of its own: if they are the "
+                "classes, move them up; if not, move their images up"
+            )
+    images = {image.with_suffix("") for image in tree.images}
+    data = [path for path in tree.files if path.suffix.lower() in DATA_FILES]
+    sidecars = [path for path in data if path.suffix.lower() == ".xml" and path.with_suffix("") in images]
+    if sidecars or (len({class_of(parts[-1]) for parts in named}) == 1 and data):
+        names = listing(map(tree.name, sidecars or data))
+        raise DatasetError(
+            f"{tree.root} has files that may hold the labels and that we do not read ({names}): {REMEDY}"
+        )
+
+
+def _class_sample(tree: Tree, name: str, image: Path, split: Any = None) -> Sample:
     food = name not in NOT_FOOD_CLASSES
     return Sample(
-        image.relative_to(folder).as_posix(),
+        tree.name(image),
         image.read_bytes,
         class_label(name) if food else dict(NOTHING),
-        folder.name,
+        tree.root.name,
         NOT_STATED,
         category=name,
+        split=split,
         label_scope=PRIMARY if food else EXHAUSTIVE,
     )
+
+
+def _report(tree: Tree, rows: Iterable[Sample | Reject], used: list[Path]) -> None:
+    """Name on stderr what is not read: images that no label names, and files that are neither images nor labels."""
+    known = {row.name for row in rows}
+    unnamed = [name for image in tree.images if (name := tree.name(image)) not in known]
+    passed = [path for path in tree.files if path not in used and not PLAIN_FILES.fullmatch(path.name)]
+    passed = [path for path in passed if path.name not in OWN_FILES and path.suffix.lower() not in SUFFIXES]
+    if unnamed and used:
+        print(f"{tree.root}: images that no label names ({len(unnamed):,}): {listing(unnamed)}", file=sys.stderr)
+    if passed:
+        print(f"{tree.root}: files passed over ({len(passed):,}): {listing(map(tree.name, passed))}", file=sys.stderr)

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from foodextract.data.near_duplicates import fingerprint
-from foodextract.data.samples import DatasetError, Reject, Sample
+from foodextract.data.samples import DatasetError, Reject, Sample, readable
 from foodextract.images import SUFFIXES, ImageError, decode
 
 LEDGER, IMAGES = "ledger.jsonl", "images"
@@ -89,11 +89,11 @@ def _as_png(image: Image.Image) -> bytes:
 
 
 def _entry(position: int, sample: Sample | Reject, known: Entry | None, folder: Path) -> Entry:
-    entry: Entry = {"position": position, "id": identity(sample), "name": sample.name}
+    entry: Entry = {"position": position, "id": identity(sample), "name": readable(sample.name)}
     if known and known["id"] == entry["id"]:
         return known
     if isinstance(sample, Reject):
-        return entry | {"reject": sample.reason}
+        return entry | {"reject": readable(sample.reason)}
     try:
         data = sample.read()
         image, plain = decode(data)
@@ -107,5 +107,9 @@ def _entry(position: int, sample: Sample | Reject, known: Entry | None, folder: 
     stored = Path(IMAGES) / pixels[:2] / file
     (folder / stored).parent.mkdir(parents=True, exist_ok=True)
     (folder / stored).write_bytes(data)
-    stated = {name: value for name, value in vars(sample).items() if name not in ("read", "name")}
+    stated = {
+        name: readable(value) if isinstance(value, str) else value
+        for name, value in vars(sample).items()
+        if name not in ("read", "name")
+    }
     return entry | stated | {"pixels": pixels, "stored": str(stored), "print": fingerprint(image).hex()}

@@ -1,5 +1,6 @@
 """What a source yields: one `Sample` per image, or a `Reject` with the reason; and the columns of a built data set."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,11 @@ from foodextract.schema import EXHAUSTIVE, FoodRecord
 
 PRIMARY = "primary"  # label_scope of a label that names the main item only
 NOTHING = {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}
+SPLIT_NAME = re.compile(
+    r"(?:(?:images?|imgs?|data|obj|split|set) )?"
+    r"(?:(?P<train>train|training|trainval)|val|valid|validation|validate|dev|devel|development|test|testing|tst"
+    r"|eval|evaluation|hold ?out|held ?out)(?: ?(?:images?|imgs?|data|split|set|photos?))?"
+)
 TEXT_COLUMNS = ("category", "group", "source", "license", "label_scope", "pixels_sha256")
 FEATURES = datasets.Features(
     {"image": datasets.Image(), "name": datasets.Value("string"), "is_food": datasets.Value("int8")}
@@ -68,7 +74,25 @@ class Rows(Iterator[Sample | Reject]):
 def normalize_split(name: object) -> Split | None:
     """Map the name of a split to "train", or to "test" for any other; None where no split is stated."""
     stated = str(name if name is not None else "").strip().lower()
-    return ("train" if stated in ("train", "training") else "test") if stated else None
+    if stated in ("", "nan", "none", "null", "n/a", "na", "-"):
+        return None
+    return "train" if split_named(stated) == "train" else "test"
+
+
+def split_named(name: str) -> Split | None:
+    """Return the split that a usual name means ("train2017", "Valid", "test_images"); None for any other name."""
+    found = SPLIT_NAME.fullmatch(" ".join(re.sub(r"[\W\d_]+", " ", name.lower()).split()))
+    return ("train" if found["train"] else "test") if found else None
+
+
+def readable(text: str) -> str:
+    """Return a text that UTF-8 can write. Bytes of a file name in another encoding are read as cp1252."""
+    return re.sub("[\ud800-\udfff]", _replaced, text)
+
+
+def _replaced(half: re.Match[str]) -> str:
+    code = ord(half[0])
+    return bytes([code & 0xFF]).decode("cp1252", "replace") if 0xDC80 <= code <= 0xDCFF else "\ufffd"
 
 
 def label_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Works on the entries of the ledger and reads no image.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -24,6 +25,8 @@ from foodextract.data.scenes import Split
 from foodextract.schema import FoodRecord
 
 TEST_SHARE = 0.2
+MAX_STEM = 200  # bytes of a file name that are kept; file systems allow 255 in all
+UNUSUAL = re.compile(r'[\\/:*?"<>|\x00-\x1f]')  # characters that some file systems lack
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 
@@ -40,7 +43,8 @@ class Selection:
         self.rejects.append(Reject(entry["name"], reason))
 
     def add(self, split: Split, entry: Entry, record: FoodRecord, group: str) -> None:
-        file_name = f"{Path(entry['name']).stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}"
+        stem = UNUSUAL.sub("_", Path(entry["name"]).stem).encode()[:MAX_STEM].decode(errors="ignore")
+        file_name = f"{stem}-{entry['pixels'][:8]}{Path(entry['stored']).suffix}"
         row = {"file_name": file_name, "name": entry["name"], **record.model_dump()}
         row |= {"category": entry["category"], "group": group, "source": entry["source"], "license": entry["license"]}
         row |= {"label_scope": entry["label_scope"], "pixels_sha256": entry["pixels"], "stored": entry["stored"]}

@@ -24,6 +24,7 @@ from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecor
 
 RARE = 5  # how many times as common the other form or field must be to overrule one row
 AGREED = 0.95  # share of a class's other rows that must agree on is_food to contradict one row
+HALF = re.compile("[\ud800-\udfff]")  # half a character, which UTF-8 cannot write
 NO_STATISTICS = Statistics()
 
 
@@ -108,7 +109,8 @@ def _spelled(draft: _Draft, name: str) -> str:
         ("casing", str.lower, "has capital letters"),
         ("punctuation", vocabulary.trimmed, "has stray marks or spaces, or accents written as separate characters"),
     ):
-        if (better := step(name)) != name and draft.report(rule, name, f"{name!r} {reason}"):
+        fix: Literal["can", "must"] = "must" if rule == "punctuation" and HALF.search(name) else "can"
+        if (better := step(name)) != name and draft.report(rule, name, f"{name!r} {reason}", fix):
             name = better
     return name
 

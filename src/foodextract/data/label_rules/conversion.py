@@ -33,7 +33,7 @@ def convert(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             items = []
         elif isinstance(items, str):
             reasons.append(f"{name} is {items!r}, a text, read as a list")
-            items = _split(items)
+            items = split_items(items)
         if isinstance(items, list | tuple):
             if None in items:
                 reasons.append(f"{name} has an item that is None, left out")
@@ -42,15 +42,32 @@ def convert(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, reasons
 
 
-def _split(text: str) -> Any:
-    """Read a list written as a text: JSON, a Python repr, or items between commas, semicolons or lines."""
-    for read in (json.loads, ast.literal_eval) if text.lstrip().startswith("[") else ():
-        try:
-            return read(text.strip())
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-    items = (item.strip() for item in re.split(r"[,;\n]", text))
+def split_items(text: str, marks: str = "") -> Any:
+    """Read a list written as a text: JSON, a Python or numpy repr, or items between `marks` (default: `separators`).
+
+    A comma separates no digits, and nothing within brackets. Returns the text itself when its list has no end.
+    """
+    text = text.strip()
+    if text.startswith("array("):
+        text = re.sub(r"^array\(|(, dtype=[^)]*)?\)$", "", text)
+    if text.startswith("["):
+        quoted = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", text)  # numpy writes no commas
+        for read, form in ((json.loads, text), (ast.literal_eval, quoted)):
+            try:
+                return read(form)
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                continue
+        if not text.endswith("]") or "[" in text[1:] or '"' in text:
+            return text
+        text = text[1:-1]
+    marks = re.escape(marks or separators(text))
+    items = (item.strip() for item in re.split(rf"(?:[{marks}\n])(?![^()]*\))(?!(?<=\d,)\d)", text))
     return [item for item in items if item.lower().strip(".") not in ABSENT]
+
+
+def separators(text: str) -> str:
+    """Return the marks that separate items: semicolons or bars where there are any, since names may have commas."""
+    return next((mark for mark in ";|" if mark in text), ",")
 
 
 def shape_fault(values: Mapping[str, Any], raw: Mapping[str, Any]) -> str:

@@ -90,6 +90,12 @@ def is_hidden(item: str, beside: Iterable[str]) -> bool:
     return name in entries("pantry", "off bread") and not _mention(beside, entries("pantry", "bread"))
 
 
+def is_object(name: str) -> bool:
+    """Tell whether a class of a detection data set is neither food nor drink: a person, a plate, a wine glass."""
+    known = entries("objects")
+    return key(name) in known or (field_of(name) is None and bool(_ending_length(key(name), known)))
+
+
 def is_cooking_liquid(item: str) -> bool:
     """Tell whether an item is a drink that dishes are cooked with."""
     return plain(item) in entries("pantry", "liquids")

@@ -1,0 +1,186 @@
+"""Tables of labels as people save them: JSON lines, JSON, CSV and Parquet, in any usual encoding and spelling."""
+
+import codecs
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from foodextract.data.label_rules.conversion import FLAGS, separators, split_items
+from foodextract.data.samples import DatasetError
+from foodextract.schema import FIELDS
+
+CSV, TABLES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # suffixes
+COLUMNS = {  # our column: other names for it
+    "file_name": (
+        "filename",
+        "file",
+        "image_path",
+        "image_file",
+        "image_name",
+        "filepath",
+        "file_path",
+        "path",
+        "image",
+    ),
+    "image_title": ("title",),
+    "food_items": ("foods", "food_item"),
+    "drink_items": ("drinks", "drink_item"),
+    "license": ("licence",),
+    "split": ("subset", "partition", "set", "data_split", "dataset_split"),
+}
+EMPTY = frozenset(("nan", "na", "n/a", "none", "null"))  # what programs write into a cell without a value
+FILE_COLUMNS = ("file_name", *COLUMNS["file_name"])  # their values need not be UTF-8
+DAMAGED = re.compile("[\udc80-\udcff\ufffd]")  # bytes that are not UTF-8, or were none in an earlier copy
+CP1252_LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜßàáâãäåæçèéêëìíîïñòóôõöøùúûüŒœ"
+# Text in another 8-bit encoding, read as cp1252, has other signs or long runs of accents.
+NOT_CP1252 = re.compile(rf"[^\x00-\x7f{CP1252_LETTERS}‘’“”–—…°€\xa0]|[{CP1252_LETTERS}]{{3}}")
+
+Row = dict[str, Any] | str
+
+
+def read_table(path: Path) -> list[tuple[int, Row]]:
+    """Return line numbers with rows, or with the reason why a line is no row. Columns have our names.
+
+    Values of JSON stay as they are. Cells of CSV become the flag and the lists of a record. Raises DatasetError for a
+    file that cannot be opened.
+    """
+    if path.suffix.lower() == ".parquet":
+        return _parquet_rows(path)
+    text = decoded(path)
+    if path.suffix.lower() in CSV:
+        return _converted([(number, _renamed(row)) for number, row in _csv_rows(text)])
+    return [(number, _renamed(row)) for number, row in _json_rows(text)]
+
+
+def _parquet_rows(path: Path) -> list[tuple[int, Row]]:
+    try:
+        return [(number, _renamed(row)) for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DatasetError(f"{path} is no Parquet file ({error}): write it again") from error
+
+
+def decoded(path: Path) -> str:
+    """Read a text as UTF-8, as UTF-16, or as cp1252 with a line on stderr. Other bytes become lone surrogates.
+
+    Raises DatasetError for a file that cannot be opened.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    if 0 in data[:2]:
+        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le", "replace")
+    text = data.decode("utf-8-sig", "surrogateescape")
+    other = [DAMAGED.search(line) is not None for line in text.split("\n") if not line.isascii()]
+    if other and all(other) and "\ufffd" not in text:  # else a UTF-8 file with odd lines
+        western = data.decode("cp1252", "replace")
+        if not NOT_CP1252.search(western):
+            print(f"{path} is not UTF-8 and is read as cp1252: save it as UTF-8 if accents are wrong", file=sys.stderr)
+            return western
+    return text
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, Row]]:
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+            yield from ((n, row if isinstance(row, dict) else "not a JSON object") for n, row in enumerate(rows, 1))
+            return
+        except (ValueError, RecursionError):
+            pass
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            yield number, row if isinstance(row, dict) else "not a JSON object: write one object per line"
+        except (ValueError, RecursionError) as error:
+            yield number, f"not JSON ({error}): write one JSON object per line"
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, Row]]:
+    """Yield the rows. After a row that is no CSV, such as one with an open quote, reading resumes at the next line."""
+    csv.field_size_limit(2**31 - 1)
+    lines = list(io.StringIO(text, newline=""))
+    at = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("sep=")), len(lines))
+    delimiter = max(",;\t|", key=lines[at].count) if at < len(lines) else ","
+    header: list[str] = []
+    while at < len(lines):
+        rest = map(lines.__getitem__, range(at, len(lines)))
+        reader, start = csv.reader(rest, delimiter=delimiter, skipinitialspace=True, strict=True), at
+        reason = "a quote is not closed"
+        try:
+            for cells in reader:
+                end = at + reader.line_num
+                row = _csv_row(header or cells, cells)
+                swallowed = any(line.count(delimiter) >= max(2, len(header) - 1) for line in lines[start + 1 : end])
+                if end > start + 1 and (isinstance(row, str) or swallowed):
+                    break
+                if header and any(cell.strip() for cell in cells):
+                    yield start + 1, row
+                header, start = header or cells, end
+            else:
+                return
+        except csv.Error as error:
+            reason = str(error)
+        yield start + 1, f"not a row of CSV ({reason}): double the quotes inside a cell, and close it"
+        at = start + 1
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row:
+    if len(cells) != len(header):  # one more may be an unquoted comma, and would move the cells behind it
+        return (
+            f"does not match the header's columns ({len(cells)} cells for {len(header)}): quote cells with delimiters"
+        )
+    return dict(zip(header, cells, strict=True))
+
+
+def _renamed(row: Row) -> Row:
+    if isinstance(row, str):
+        return row
+    named = {
+        re.sub(r"[\W_]+", "_", name.strip().lower()).strip("_"): None if value != value else value  # no NaN
+        for name, value in row.items()
+    }
+    for name, others in COLUMNS.items():
+        found = next((other for other in others if isinstance(named.get(other), str | list)), None)
+        if name not in named and found:
+            named[name] = named[found]
+    rest = {name: value for name, value in named.items() if name not in FILE_COLUMNS}
+    if DAMAGED.search(json.dumps(rest, ensure_ascii=False)):
+        return "has characters that are not UTF-8: save the table as UTF-8"
+    return named
+
+
+def _converted(rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
+    """Convert the flag and the lists of CSV rows. A separator other than the comma holds for the whole table."""
+    tables = [row for _, row in rows if isinstance(row, dict)]
+    for row in tables:
+        empty = [name for name, cell in row.items() if name not in FILE_COLUMNS and cell.strip().lower() in EMPTY]
+        row.update(dict.fromkeys(empty, ""))
+    marks = separators("\0".join(str(row.get(field) or "") for row in tables for field in FIELDS))
+    for row in tables:
+        for field in FIELDS:
+            if isinstance(row.get(field), str):
+                row[field] = split_items(row[field], marks)
+        if isinstance(row.get("is_food"), str):
+            row["is_food"] = FLAGS.get(row["is_food"].strip().lower(), row["is_food"])
+    return [(number, _fault(row) or row) for number, row in rows]
+
+
+def _fault(row: Row) -> str:
+    if isinstance(row, str):
+        return row
+    if isinstance(row.get("is_food"), str):
+        return f"is_food is {row['is_food']!r}: write one of {', '.join(FLAGS)}"
+    broken = next((field for field in FIELDS if isinstance(row.get(field), str)), None)
+    return f"{broken} is {row[broken]!r}: write a JSON list, or items between semicolons" if broken else ""
