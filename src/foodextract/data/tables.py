@@ -18,17 +18,7 @@ from foodextract.schema import FIELDS
 
 CSV, TABLES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # suffixes
 COLUMNS = {  # our column: other names for it
-    "file_name": (
-        "filename",
-        "file",
-        "image_path",
-        "image_file",
-        "image_name",
-        "filepath",
-        "file_path",
-        "path",
-        "image",
-    ),
+    "file_name": ("filename", "file", "image_path", "image_name", "filepath", "file_path", "path", "image"),
     "image_title": ("title",),
     "food_items": ("foods", "food_item"),
     "drink_items": ("drinks", "drink_item"),
