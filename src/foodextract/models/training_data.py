@@ -70,10 +70,9 @@ class TrainingData:
         """One sentence for the user of the model."""
         if self.drawings_only:
             return f"trained on {self.drawings:,} drawings: it has never seen a photograph, so do not trust it on one"
-        drawn = f" and {self.drawings:,} drawings" if self.drawings else ""
-        photographs = self.images - self.drawings
+        drawn = f", {self.drawings:,} of them drawings" if self.drawings else ""
         known = f"knows {len(self.names)} foods and drinks, and calls any other by the nearest of their names"
-        return f"trained on {photographs:,} photographs{drawn}; it {known}"
+        return f"trained on {self.images:,} images{drawn}; it {known}"
 
 
 def copy(model_id: str | os.PathLike[str], out: Path) -> None:
