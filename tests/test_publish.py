@@ -164,7 +164,7 @@ def test_a_dataset_is_named_by_its_sources():
 
 def test_the_project_s_own_name_requires_its_own_base(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["publish", "model", "--dry-run"])
+    result = CliRunner().invoke(app, ["publish", "model", str(model_folder), "--dry-run"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert "tiny-base" in result.stderr
     assert "--to owner/name" in result.stderr
@@ -284,7 +284,7 @@ def test_the_space_contains_this_package():
             assert data == (ROOT / "src" / name).read_bytes(), name
     assert {name.partition("/")[0] for name in sent} == {
         "README.md", "LICENSE", "NOTICE", "app.py", "predict.py", "limits.py", "style.css", "requirements.txt",
-        "thumbnail.png", "foodextract",
+        "thumbnail.png", "foodextract", "examples",
     }  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.docs
 def test_contributing_lists_every_module():
     package = ROOT / "src" / "foodextract"
-    modules = {path.name for path in package.rglob("*.py") if not path.name.startswith("__")}
+    modules = [path.name for path in package.rglob("*.py") if not path.name.startswith("__")]
     listed = re.findall(r"^ +(\w+\.py) +#", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(modules)
 

@@ -21,7 +21,8 @@ from foodextract.evaluation import provenance
 from foodextract.images import ImageError, open_image
 from foodextract.inference import output_files
 from foodextract.inference.extractor import Confidence, Extractor
-from foodextract.models.loading import BUNDLED, ModelError, newest_tuned
+from foodextract.models.loading import BUNDLED, PHOTO, PHOTO_BASE, ModelError, newest_tuned
+from foodextract.models.training_data import TrainingData
 from foodextract.reporting.tables import metric_table
 from foodextract.schema import AnswerError, FoodRecord
 
@@ -29,7 +30,8 @@ MAX_BYTES = 20 * 2**20  # of a file; checked before decoding, as is `images.MAX_
 MAX_IMAGES = 50  # in one batch, so that others wait no more than a minute or so
 MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
 PROVENANCE = provenance.find(MODEL)
-BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(PROVENANCE)
+BUNDLED_BASE = str(PHOTO_BASE) if Path(MODEL) == PHOTO else None
+BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(PROVENANCE) or BUNDLED_BASE
 Answer = tuple[FoodRecord, Confidence]
 
 
@@ -195,7 +197,10 @@ def notice() -> str:
     """Return a warning if the model is bundled, or was trained from a bundled one on drawings alone; else ""."""
     drawn = PROVENANCE is not None and PROVENANCE.dataset == "scenes"
     from_bundled = drawn and Path(provenance.base_of(PROVENANCE) or "").parent == BUNDLED
-    if not from_bundled and Path(MODEL).resolve().parent != BUNDLED:
+    if data := TrainingData.find(MODEL):
+        if not data.drawings_only:
+            return f"The model was {data.describe()}."
+    elif not from_bundled and Path(MODEL).resolve().parent != BUNDLED:
         return ""
     warning = "**This model knows drawings only: it has never seen a photograph.**"
     return f"{warning} For photographs set `FOODEXTRACT_MODEL` to another."

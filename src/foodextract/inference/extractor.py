@@ -62,7 +62,7 @@ class Extractor:
         processor: ProcessorMixin | None = None,
         constrained: bool = True,
     ) -> None:
-        if model is None or processor is None:
+        if processor is None:
             source = newest_tuned()
             model, processor = load_model(source).requires_grad_(False), load_processor(source)
             self.calibration, self.training_data = Calibration.find(source), TrainingData.find(source)
