@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import islice
-from typing import Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -66,7 +66,8 @@ class Extractor:
             source = newest_tuned()
             model, processor = load_model(source).requires_grad_(False), load_processor(source)
             self.calibration, self.training_data = Calibration.find(source), TrainingData.find(source)
-        self.model, self.processor, self.constrained = model, processor, constrained
+        self.model: Any = model
+        self.processor, self.constrained = processor, constrained
         self.tiles = image_budget(processor)  # the most that one image takes
         self._prompt: str = processor.apply_chat_template(prompts.conversation(), add_generation_prompt=True)
         with_answer = processor.apply_chat_template(prompts.conversation() + prompts.answer(prompts.NOTHING))
