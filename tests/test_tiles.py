@@ -18,6 +18,7 @@ from foodextract.inference import blip
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
+from foodextract.serving import server
 from foodextract.serving.queue import PREPARED, Queue, QueueLimits
 from foodextract.serving.telemetry import ServerMetrics
 
@@ -165,7 +166,7 @@ def test_fixed_image_budget_refuses_another(many_tiles, tmp_path, monkeypatch):
 
 def test_serve_command_passes_tiles(many_tiles, monkeypatch):
     loaded = []
-    monkeypatch.setattr("foodextract.serving.server.run", lambda load, *_: loaded.append(load()))
+    monkeypatch.setattr(server, "run", lambda load, *_: loaded.append(load()))
     for tiles in (1, 5):
         assert CliRunner().invoke(app, ["serve", "--model", str(many_tiles), "--tiles", str(tiles)]).exit_code == 0
     assert [extractor.tiles for extractor in loaded] == [1, 5]
