@@ -3,7 +3,7 @@
     python benchmarks/photographs.py FOLDER    # a folder with a manifest, see experiments/photo_base/photos.py
 
 writes results/photographs.json: all metrics overall, and the main ones by source, by license class, by number of items
-and by name. The split is by group (`photos.split_of`) and the same as in training. `known_item_recall` counts the names
+and by name; and results/photographs.png: what `--min-confidence` does, and how far confidence can be believed. The split is by group (`photos.split_of`) and the same as in training. `known_item_recall` counts the names
 that at least 20 training photographs show. Baselines are the most frequent training record, the record of the nearest
 training photograph, and a linear probe on the features of the model's own vision tower; the features of the training
 photographs, half an hour of work, are kept in a file. Rerun to resume.
@@ -19,9 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
@@ -38,7 +40,7 @@ from foodextract.inference.confidence import Confidence, with_sure_items
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.weights import checksum
-from foodextract.reporting import tables
+from foodextract.reporting import figures, tables
 from foodextract.schema import FIELDS, FoodRecord
 from photo_base.photos import Photo, learned_names, read_photos
 
@@ -191,6 +193,31 @@ def threshold_rows(photos: Sequence[Photo], answers: Sequence[Answer], known: se
     return rows
 
 
+def confidence_figure(
+    rows: Sequence[Row], photos: Sequence[Photo], answers: dict[str, Sequence[Answer]], thresholds: Sequence[float]
+) -> Figure:
+    """Left: precision and recall by `--min-confidence`. Right: how many named items are right, by their confidence."""
+    labels, scopes = [FoodRecord(**photo.label) for photo in photos], [photo.label_scope for photo in photos]
+    with plt.rc_context(figures.STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(figures.WIDTH, 3.4), layout="constrained")
+        names = {"item_precision": "precision of named items", "known_item_recall": "recall of known names"}
+        for color, (metric, name) in zip(figures.COLORS[2:], names.items(), strict=False):
+            found = {row.subject: row for row in rows if row.metric == metric}
+            line = [(least, found[f"photo | min confidence {least:g}"].value) for least in thresholds]
+            left.plot(*zip(*line, strict=True), marker=".", color=color, label=name)
+        left.set(xlabel="--min-confidence", ylabel="share", xlim=(-0.03, 1), ylim=(0, 1.03))
+        left.grid(alpha=0.3)
+        right.plot([0, 1], [0, 1], color=figures.GRAY, linestyle="--", linewidth=1)
+        for color, (name, some) in zip(figures.COLORS[1:], answers.items(), strict=False):
+            bins = calibration.reliability(*calibration.judged_items(labels, some, scopes))
+            label = f"{name}, ECE {calibration.calibration_error(bins):.3f}"
+            right.plot([b.predicted for b in bins], [b.observed for b in bins], marker="o", color=color, label=label)
+        right.set(xlabel="confidence of an item", ylabel="share that is right", xlim=(-0.03, 1.03), ylim=(0, 1.03))
+        for axis in (left, right):
+            axis.legend(loc="lower left" if axis is left else "upper left")
+    return figure
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder with `manifest.jsonl`.")],
     model: Annotated[Path, typer.Option(help="The photo model.")] = loading.PHOTO,
@@ -246,6 +273,9 @@ def main(
     rows += threshold_rows(test, sure, known, command)
     rows += cpu_seconds(ours, [open_image(path) for path in paths[:TIMED]], command)
     write_results(out, rows)
+    confidence_figure(rows, test, {"raw": raw, "calibrated": sure}, THRESHOLDS).savefig(
+        out.with_suffix(".png"), dpi=100
+    )
     overall = [row for row in rows if " | " not in row.subject]
     print(tables.metric_table([row for row in overall if row.low is not None]))
     for row in rows:

@@ -21,6 +21,7 @@ from PIL import Image
 
 import page_tables
 from foodextract.evaluation.results import Row, read_results
+from foodextract.models.training_data import TrainingData
 from foodextract.reporting.tables import NAMES, metric_table, stage_comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +71,16 @@ def photo_sources(root: Path) -> str:
     return "\n".join(lines)
 
 
+def photo_model(root: Path) -> str:
+    """What the bundled photo model was trained on and what an image costs."""
+    folder = root / "src" / "foodextract" / "models" / "bundled" / "photo"
+    data = TrainingData.find(folder)
+    text = f"The photo model was {data.describe()}." if data else "The photo model does not say what it was trained on."
+    path = root / "results" / PHOTOGRAPHS[0]
+    costs = [row for row in read_results(path) if row.metric == "cpu_seconds"] if path.exists() else []
+    return text + (f" An image takes it {costs[0].value:.2f} CPU-seconds ({costs[0].device})." if costs else "")
+
+
 def _rendered(file: str, command: str, render: Callable[[list[Row]], str]) -> Render:
     """Render a results file, or say how to measure it while it does not exist."""
 
@@ -96,7 +107,7 @@ ABLATION = "ablation.json", f"{PYTHON} experiments/ablation.py"
 BASELINES = "baselines.json", f"{PYTHON} benchmarks/baselines.py"
 PHOTOGRAPHS = "photographs.json", f"{PYTHON} benchmarks/photographs.py FOLDER"
 PAGES: dict[str, dict[str, Render]] = {
-    "README.md": {"photographs": _rendered(*PHOTOGRAPHS, page_tables.photographs)},
+    "README.md": {"photo model": photo_model, "photographs": _rendered(*PHOTOGRAPHS, page_tables.photographs)},
     "experiments/photo_base/README.md": {"photo sources": photo_sources},
     "experiments/README.md": {
         "experiments": _rendered("experiments.json", "make experiments", page_tables.outcome_table),

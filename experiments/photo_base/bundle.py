@@ -19,13 +19,13 @@ from typing import Annotated
 import torch
 import typer
 from make_base import REST_SHARD, TOWER_SHARD, save
-from photos import read_photos
+from photos import is_derived, read_photos
 
 from foodextract.data.dataset import load
 from foodextract.evaluation import provenance
 from foodextract.evaluation.results import read_results
 from foodextract.models.loading import PHOTO, PHOTO_BASE, load_model, load_processor
-from foodextract.models.training_data import FILE
+from foodextract.models.training_data import TrainingData
 from foodextract.training.config import PROFILES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,10 +57,11 @@ def main(
     take(out / "stage2", PHOTO)
     take(out / "base", PHOTO_BASE)
     share_tower(PHOTO_BASE, PHOTO)
-    shutil.copy(out / "stage2" / FILE, PHOTO / FILE)
+    rows = load(out / "dataset")["train"].remove_columns("image")
+    TrainingData.of(row for row in rows if not is_derived(row)).write(PHOTO)
     sources = Counter((photo.license_class, photo.source) for photo in read_photos(photos) if photo.split == "train")
-    rows = [{"source": source, "license_class": kind, "images": n} for (kind, source), n in sources.most_common()]
-    (PHOTO / "sources.json").write_text(json.dumps(rows, indent=1))
+    listed = [{"source": source, "license_class": kind, "images": n} for (kind, source), n in sources.most_common()]
+    (PHOTO / "sources.json").write_text(json.dumps(listed, indent=1))
     for arguments in (["--calibrate", "--split", "validation"], []):
         command = [sys.executable, "benchmarks/photographs.py", str(photos), *arguments]
         subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603

@@ -199,8 +199,9 @@ def train(
         numbers = order[step * batch : (step + 1) * batch]
         rng = random.Random(f"{SEED} {step}")
         talk = talk_batch(processor, [rows[number] for number in numbers.tolist()], rng, nonsense=step % 6 == 5)
-        image = model.model.connector(features[numbers, 0].float())
-        loss = model(mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=image)}, **talk).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=features.dtype is torch.bfloat16):
+            image = model.model.connector(features[numbers, 0])
+            loss = model(mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=image)}, **talk).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         optimizer.step()
@@ -242,9 +243,10 @@ def main(
     dataset: Annotated[Path, typer.Argument(help="Data set that photos.py wrote.")],
     tower: Annotated[Path, typer.Argument(help="Folder that make_tower.py wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder of the base and of the features.")],
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data set.")] = 2,
-    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data set.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1e-3,
+    bf16: Annotated[bool, typer.Option(help="bf16 autocast, 2.3 times as fast on a processor with AMX.")] = False,
 ) -> None:
     """Make the base of the photo model."""
     began = time.monotonic()
@@ -255,9 +257,10 @@ def main(
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.model.named_children()}
     print(json.dumps(sizes), f"{len(processor.tokenizer)} tokens in the vocabulary", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    path = cache.features_file(cache.home_of(split, processor, out), model, torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    path = cache.features_file(cache.home_of(split, processor, out), model, dtype)
     prepared = cache.prepare(split, processor, out, with_pixels=not cache.are_stored(path))
-    features = cache.vision_features(model, prepared, path, torch.float32)
+    features = cache.vision_features(model, prepared, path, dtype)
     looked = time.monotonic()
     complete = [scope == EXHAUSTIVE for scope in split["label_scope"]]
     rows = list(zip(map(record_of, split.remove_columns("image")), complete, strict=True))

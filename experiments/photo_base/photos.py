@@ -13,7 +13,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -35,10 +35,11 @@ from foodextract.schema import EXHAUSTIVE, listing
 
 TEST, VALIDATION = 0.09, 0.04  # shares of the groups
 RARE = 5  # a name with fewer photographs than this is not learned
-COMMON, MOST_VIEWS = 40, 3  # photographs of less common names are shown in up to so many changed views as well
+COMMON, MOST_VIEWS = 40, 3  # photographs of less common names are shown in up to so many changed views, others in one
 RARE_DRINK = 10  # below this, a drink goes by its family
 MERGED = {"doughnut": "donut", "carrot eggs": "carrot and egg", "hamburger": "burger"}
 FAMILIES = {"cocktail (other)": "cocktail", "other": "drink"}
+COLLAGE = "collage"  # the source of collages
 SCENE_SEED = 7  # another one than that of the offline data set
 
 
@@ -134,40 +135,51 @@ def samples(photos: Sequence[Photo]) -> Iterator[Sample]:
         )
 
 
-VIEW = v2.Compose(
-    [
-        v2.RandomHorizontalFlip(1.0),
-        v2.RandomResizedCrop(224, scale=(0.5, 1.0), ratio=(0.75, 1.33), interpolation=v2.InterpolationMode.BICUBIC),
-        v2.ColorJitter(0.25, 0.25, 0.2),
-    ]
-)
+def view(least: float) -> v2.Compose:
+    """A mirrored, cropped and lit copy that shows at least this share of the image's area."""
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(0.7),
+            v2.RandomResizedCrop(224, (least, 1.0), (0.75, 1.33), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.ColorJitter(0.25, 0.25, 0.2),
+        ]
+    )
+
+
+WIDE, CLOSE = view(0.85), view(0.5)  # a close view may lose one of several items
 RANDOM = Lock()  # the transforms draw from torch's global generator, and `build` reads images in threads
 
 
+def is_derived(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the data set is a changed view or a collage of photographs that it holds as well."""
+    return row["source"] == COLLAGE or "-view" in row["name"]
+
+
 def views(photos: Sequence[Photo]) -> Iterator[Sample]:
-    """Mirrored, cropped and lit copies of training photographs whose only item has a name that few others show."""
+    """Changed views of the training photographs, more of those whose only item has a name that few others show."""
     names = learned_names(photos)
     for photo in photos:
-        if photo.split != "train" or len(photo.items) != 1 or not 0 < names[photo.items[0]] < COMMON:
+        if photo.split != "train" or any(name not in names for name in photo.items):
             continue
-        for number in range(min(MOST_VIEWS, COMMON // names[photo.items[0]] - 1)):
+        rarity = COMMON // names[photo.items[0]] - 1 if len(photo.items) == 1 else 1
+        for number in range(min(MOST_VIEWS, max(1, rarity))):
             yield Sample(
                 f"{photo.path.stem}-view{number}.jpg",
-                partial(_view, photo.path, number),
+                partial(_view, photo.path, number, WIDE if len(photo.items) > 1 else CLOSE),
                 photo.label,
                 source=photo.source,
                 license=f"{photo.license_class}: {photo.license}",
-                category=photo.label["image_title"],
+                category=photo.label["image_title"] or "not food",
                 group=photo.group,
                 split="train",
                 label_scope=photo.label_scope,
             )
 
 
-def _view(path: Path, number: int) -> bytes:
+def _view(path: Path, number: int, transform: v2.Compose) -> bytes:
     with RANDOM, torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(f"{path.name} {number}".encode()))
-        changed = VIEW(open_image(path))
+        changed = transform(open_image(path))
     return _jpeg(changed)
 
 
@@ -195,7 +207,7 @@ def collages(photos: Sequence[Photo], count: int, seed: int = 11) -> Iterator[Sa
             f"collage-{number:05d}.jpg",
             partial(_collage, [part.path for part in parts], bool(rng.random() < 0.5)),
             label,
-            source="collage",
+            source=COLLAGE,
             license="; ".join(sorted({f"{part.license_class}: {part.license}" for part in parts})),
             category="collage",
             split="train",
