@@ -28,11 +28,12 @@ from foodextract.schema import EXHAUSTIVE, FoodRecord
 from foodextract.training import cache
 from foodextract.training.config import PROFILES
 from foodextract.training.run import train_stage
-from photo_base import make_base
-from photo_base.photos import COLLAGE, Photo, is_derived, learned_names, read_photos
-from photographs import KNOWN
+from photographs import KNOWN, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "experiments" / "photo_base"))
+import make_base
+from photos import COLLAGE, Photo, is_derived, learned_names, read_photos
+
 METRICS = ("is_food_accuracy", "item_recall_micro", "hallucination_rate", "strict_json_rate")
 
 

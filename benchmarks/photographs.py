@@ -42,7 +42,9 @@ from foodextract.models import loading
 from foodextract.models.weights import checksum
 from foodextract.reporting import figures, tables
 from foodextract.schema import FIELDS, FoodRecord
-from photo_base.photos import Photo, learned_names, read_photos
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments" / "photo_base"))
+from photos import Photo, learned_names, read_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = 20  # training photographs of a name from which its recall counts

@@ -194,6 +194,8 @@ def train(
         schedule.load_state_dict(saved["schedule"])
         log, first = saved["log"], saved["step"]
     model.train()
+    model.set_attn_implementation({"text_config": "eager"})  # with `compile` 1.8 times as fast on a CPU, measured
+    model.model.text_model.compile(dynamic=True)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="base", unit="step")
     for step in bar:
         numbers = order[step * batch : (step + 1) * batch]
