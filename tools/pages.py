@@ -27,6 +27,7 @@ from foodextract.reporting.tables import NAMES, metric_table, stage_comparison
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE_AFTER = "offline"  # the marker in results/README.md and notebook 01 that shows results/offline.json
 HEADLINES = {metric: name for metric, name in NAMES.items() if metric != "schema_valid_rate"}
+NAMED_SOURCE = 50  # training photographs from which a page names their source
 Render = Callable[[Path], str]
 
 
@@ -66,8 +67,10 @@ def photo_sources(root: Path) -> str:
     lines = []
     for kind in dict.fromkeys(row["license_class"] for row in rows):
         mine = [row for row in rows if row["license_class"] == kind]
-        named = ", ".join(f"{row['source'].removeprefix('github:')} ({row['images']})" for row in mine)
-        lines.append(f"- **{kind}**, {sum(row['images'] for row in mine):,} training photographs: {named}")
+        large = [row for row in mine if row["images"] >= NAMED_SOURCE]
+        named = ", ".join(f"{row['source'].removeprefix('github:')} ({row['images']})" for row in large)
+        rest = f", and {len(mine) - len(large)} with fewer than {NAMED_SOURCE} each" if len(mine) > len(large) else ""
+        lines.append(f"- **{kind}**, {sum(row['images'] for row in mine):,} training photographs: {named}{rest}")
     return "\n".join(lines)
 
 

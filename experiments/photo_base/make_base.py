@@ -194,7 +194,7 @@ def train(
         schedule.load_state_dict(saved["schedule"])
         log, first = saved["log"], saved["step"]
     model.train()
-    model.set_attn_implementation({"text_config": "eager"})  # with `compile` 1.8 times as fast on a CPU, measured
+    model.set_attn_implementation({"text_config": "eager"})  # with `compile`, 0.96 instead of 1.76 s a step of 64
     model.model.text_model.compile(dynamic=True)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="base", unit="step")
     for step in bar:
@@ -248,7 +248,7 @@ def main(
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the data set.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1e-3,
-    bf16: Annotated[bool, typer.Option(help="bf16 autocast, 2.3 times as fast on a processor with AMX.")] = False,
+    bf16: Annotated[bool, typer.Option(help="bf16 autocast, for a processor with AMX.")] = False,
 ) -> None:
     """Make the base of the photo model."""
     began = time.monotonic()
