@@ -406,11 +406,22 @@ def test_names_of_train_and_of_no_split():
     assert {split_named(name) for name in ("train_val", "train-full", "X_train", "train_labels", "my_train")} == {
         "train"
     }
-    others = ("testA", "test-b", "public_test", "X_test", "test (1)", "minival", "unseen", "val_small", "test_labels")
+    others = (
+        "PublicTest",
+        "testA",
+        "test-b",
+        "public_test",
+        "X_test",
+        "test (1)",
+        "minival",
+        "unseen",
+        "val_small",
+        "test_labels",
+    )
     assert {split_named(name) for name in others} == {"test"}
 
 
-@pytest.mark.parametrize("column", ["Split", "subset", "set", "partition"])
+@pytest.mark.parametrize("column", ["Split", "subset", "set", "partition", "Usage", "phase", "dataset", "group"])
 def test_a_split_column_of_any_name(tmp_path, column):
     rows = [row | {column: "holdout" if n < 2 else "Train"} for n, row in enumerate(records(tmp_path))]
     write_csv(tmp_path / "metadata.csv", rows)
@@ -603,7 +614,7 @@ def test_tables_name_files_with_and_without_their_suffix(tmp_path, column):
 
 def test_tables_of_other_things_are_no_labels(tmp_path):
     image(tmp_path / "pizza" / "1.png", tmp_path / "ramen" / "2.png")
-    write_csv(tmp_path / "classes.csv", [{"id": 0, "class": "pizza"}, {"id": 5, "class": "ramen"}])
+    write_csv(tmp_path / "classes.csv", [{"id": 1, "class": "ramen"}, {"id": 5, "class": "pizza"}])
     assert [row.category for row in read(tmp_path)[0].values()] == ["pizza", "ramen"]
 
 

@@ -45,7 +45,8 @@ class Tree:
         tree = cls(root, images, [path for path in files if not path.name.startswith(".")])
         for path in images:
             tree._by_name[_key(path.name)].append(path)
-            tree._by_name[_key(path.stem) + "/"].append(path)
+            if not path.stem.isdecimal():  # a number may be that of a class
+                tree._by_name[_key(path.stem) + "/"].append(path)
         return tree
 
     def name(self, path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet
 
 from foodextract.data.label_rules.conversion import flag_of, separators, split_items
-from foodextract.data.samples import DatasetError
+from foodextract.data.samples import DatasetError, split_named
 from foodextract.schema import FIELDS
 
 CSV, TABLES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # suffixes
@@ -46,11 +46,25 @@ def read_table(path: Path) -> list[tuple[int, Row]]:
     file that cannot be opened.
     """
     if path.suffix.lower() == ".parquet":
-        return _parquet_rows(path)
+        return _with_split(_parquet_rows(path))
     text = decoded(path)
     if path.suffix.lower() in CSV:
-        return _converted([(number, _renamed(row)) for number, row in _csv_rows(text)])
-    return [(number, _renamed(row)) for number, row in _json_rows(text)]
+        return _with_split(_converted([(number, _renamed(row)) for number, row in _csv_rows(text)]))
+    return _with_split([(number, _renamed(row)) for number, row in _json_rows(text)])
+
+
+def _with_split(rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
+    """Take a column whose values are all names of splits as the split."""
+    tables = [row for _, row in rows if isinstance(row, dict)]
+    if any("split" in row for row in tables):
+        return rows
+    for name in dict.fromkeys(name for row in tables for name in row):
+        stated = {row[name] if isinstance(row[name], str) else "?" for row in tables if row.get(name)}
+        if stated and {split_named(value) for value in stated} in ({"train", "test"}, {"test"}):
+            for row in tables:
+                row["split"] = row.get(name)
+            break
+    return rows
 
 
 def _parquet_rows(path: Path) -> list[tuple[int, Row]]:
