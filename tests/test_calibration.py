@@ -80,6 +80,11 @@ def test_a_title_that_names_something_else_lists_the_items():
     assert with_fitting_title(record, {"pizza", "cola"}) == record  # "tea" is no name that the model knows
     free = record.model_copy(update={"image_title": "a quiet lunch"})
     assert with_fitting_title(free, {"pizza", "tea", "cola"}) == free
+    for title in ("", "rice on the bone", "tea"):
+        odd = record.model_copy(update={"image_title": title})
+        assert with_fitting_title(odd, {"pizza", "rice", "tea"}).image_title == "cola and pizza"
+    cake = FoodRecord(is_food=1, image_title="chocolate cake", food_items=["cake"], drink_items=[])
+    assert with_fitting_title(cake, {"cake", "chocolate"}) == cake
 
 
 def test_sure_items_keep_their_values():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from foodextract import cli
 from foodextract.__main__ import app
 from foodextract.data import scenes
 from foodextract.images import ImageError, open_image
@@ -231,6 +232,12 @@ def test_a_missing_path_beside_good_ones_has_its_line(images):
 def test_one_image_has_no_progress_bar(images):
     assert "image/s" not in run(images / "0.png").stderr
     assert "3/3" in run(images).stderr
+
+
+def test_a_bar_is_shown_only_beside_a_file(tmp_path):
+    read, write = os.pipe()
+    with (tmp_path / "answers.jsonl").open("w") as file, os.fdopen(read), os.fdopen(write, "w") as pipe:
+        assert (cli._may_share_terminal(file), cli._may_share_terminal(pipe)) == (False, True)
 
 
 def test_unsure_items_are_left_out_and_the_title_follows(images):

@@ -82,8 +82,11 @@ def test_split_folders_hold_out_and_name_no_food(tmp_path, layout, held_out):
 
 
 def test_a_train_folder_that_stands_alone_states_no_split(tmp_path):
-    image(tmp_path / "train" / "pizza" / "1.png", tmp_path / "train" / "ramen" / "2.png")
-    assert {row.split for row in read(tmp_path)[0].values()} == {None}
+    folder = tmp_path / "in"
+    image(*(folder / "train" / name / f"{number}.png" for name in ("pizza", "ramen") for number in range(8)))
+    built = dataset.open_dataset(folder, tmp_path / "out")
+    assert {row["category"] for split in built.values() for row in split} == {"pizza", "ramen"}
+    assert (len(built["train"]) + len(built["test"]), min(len(built["train"]), len(built["test"])) > 0) == (16, True)
 
 
 @pytest.mark.parametrize("inner", ["metadata.jsonl", "metadata.csv"])
@@ -121,7 +124,10 @@ def test_loose_images_beside_classes_are_rejected_by_name(tmp_path):
     assert [(row.name, "no folder" in row.reason) for row in rejects] == [("2.png", True), ("test/3.png", True)]
 
 
-@pytest.mark.parametrize("system", [".git", "__MACOSX", ".thumbnails", "@eaDir", "__pycache__", ".cache", "Thumbs"])
+@pytest.mark.parametrize(
+    "system",
+    [".git", "__MACOSX", ".thumbnails", "@eaDir", "__pycache__", ".cache", "Thumbs", "_cache", "thumb", "RECYCLER"],
+)
 def test_folders_of_systems_are_no_classes(tmp_path, system):
     image(tmp_path / "pizza" / "1.png", tmp_path / system / "2.png", tmp_path / "pizza" / system / "3.png")
     (tmp_path / system / "metadata.jsonl").write_text("{}\n")
@@ -162,12 +168,42 @@ def test_a_lone_folder_beside_labels_we_do_not_read_is_no_class(tmp_path, labels
         sources.labeled_folder(tmp_path)
 
 
-def test_files_passed_over_are_counted_and_named(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("metadata.xlsx", ""), ("annotations.xml", ""), ("a/1.xml", ""), ("a/1.json", '{"shapes": [], "imagePath": "1"}')],
+)
+def test_folders_beside_labels_we_do_not_read_are_no_classes(tmp_path, file, text):
+    image(tmp_path / "a" / "1.png", tmp_path / "b" / "2.png")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(DatasetError, match=rf"(?s)do not read \({file}\).*spreadsheet as CSV"):
+        sources.labeled_folder(tmp_path)
+
+
+def test_a_list_of_images_and_labels_in_a_text_is_named(tmp_path):
+    image(tmp_path / "holiday" / "1.png", tmp_path / "holiday" / "2.png")
+    (tmp_path / "holiday" / "notes.txt").write_text("a sunny day")
+    assert {row.category for row in read(tmp_path)[0].values()} == {"holiday"}
+    (tmp_path / "labels.txt").write_text("1.png pizza\n2.png ramen\n")
+    with pytest.raises(DatasetError, match=r"do not read \(labels\.txt\)"):
+        sources.labeled_folder(tmp_path)
+
+
+def test_classes_that_are_objects_are_named(tmp_path, capsys):
+    image(*(tmp_path / name / "1.png" for name in ("pizza", "hot dog", "poke bowl", "cars", "people", "not_food")))
+    assert len(read(tmp_path)[0]) == 6
+    assert "classes that seem to name no food (2): cars, people" in capsys.readouterr().err
+
+
+def test_files_passed_over_are_counted_and_named_once(tmp_path, capsys, caplog):
     image(tmp_path / "pizza" / "1.png", tmp_path / "ramen" / "2.png")
     for name in ("pizza/a.psd", "ramen/b.mov", "README.md"):
         (tmp_path / name).write_bytes(b"x")
-    read(tmp_path)
-    assert "files passed over (2): pizza/a.psd, ramen/b.mov" in capsys.readouterr().err
+    (tmp_path / "pizza" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    sources.not_food_folder(tmp_path)
+    samples, _ = read(tmp_path)
+    assert "pizza/gone.png" in samples  # rejected with a reason when it is opened
+    line = f"{tmp_path}: files passed over (2): pizza/a.psd, ramen/b.mov\n"
+    assert (capsys.readouterr().err, caplog.messages) == (line * 2, [])
 
 
 # exports of annotation tools
@@ -238,6 +274,16 @@ def test_a_box_of_a_missing_image_costs_that_image_only(tmp_path):
     assert "no such file" in reject.reason
 
 
+def test_an_odd_entry_of_coco_costs_that_entry_only(tmp_path):
+    coco(tmp_path, {"a.jpg": ["pizza"]})
+    export = json.loads((tmp_path / "_annotations.coco.json").read_text())
+    export["images"] += [{"id": 7}, {"id": 8, "file_name": None}, {"file_name": "x.jpg"}]
+    export["annotations"] += [{"id": 7}, {"image_id": 99, "category_id": 0}, {"image_id": 0, "category_id": 99}]
+    (tmp_path / "_annotations.coco.json").write_text(json.dumps(export))
+    samples, rejects = read(tmp_path)
+    assert ([items(row) for row in samples.values()], len(rejects)) == ([["pizza"]], 3)
+
+
 @pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}"])
 @pytest.mark.parametrize(
     "names", ["names: [pizza, Beer, plate]\nnc: 3\n", "names:\n  0: pizza\n  1: beer\n  2: plate\n"]
@@ -267,6 +313,36 @@ def test_yolo_with_classes_txt_beside_the_labels_and_without_names(tmp_path):
         sources.labeled_folder(tmp_path)
     (tmp_path / "labels" / "classes.txt").write_text("pizza\napple_pie\n")
     assert items(read(tmp_path)[0]["images/a.jpg"]) == ["apple pie"]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "1.5", "x"])
+def test_an_odd_line_of_yolo_costs_that_image_only(tmp_path, number):
+    image(tmp_path / "images" / "a.jpg", tmp_path / "images" / "b.jpg")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 .5 .5 .1 .1")
+    (tmp_path / "labels" / "b.txt").write_text(f"{number} .5 .5 .1 .1")
+    (tmp_path / "data.yaml").write_text("names: [pizza]")
+    samples, [reject] = read(tmp_path)
+    assert (list(samples), reject.name) == (["images/a.jpg"], "images/b.jpg")
+
+
+def test_other_yaml_beside_classes_is_passed_over(tmp_path):
+    image(tmp_path / "pizza" / "1.png", tmp_path / "ramen" / "2.png")
+    (tmp_path / "mkdocs.yml").write_text("emoji: !!python/name:emoji\n b: [")
+    assert len(read(tmp_path)[0]) == 2
+
+
+def test_roboflow_tables_of_each_split(tmp_path):
+    for split in ("train", "valid"):
+        names = [f"{n}_jpg.rf.{split}.jpg" for n in range(2)]
+        image(*(tmp_path / split / name for name in names))
+        boxes = [{"filename": name, "class": item, "xmin": 1} for name in names for item in ("Pizza", "Beer")]
+        write_csv(tmp_path / split / "_annotations.csv", boxes)
+    samples, rejects = read(tmp_path)
+    assert {(row.split, *items(row)) for row in samples.values()} == {
+        ("train", "pizza", "beer"), ("test", "pizza", "beer"),
+    }  # fmt: skip
+    assert (len(samples), rejects) == (4, [])
 
 
 def test_splits_that_data_yaml_states_as_folders_or_lists(tmp_path):
@@ -303,6 +379,13 @@ def test_label_studio(tmp_path):
     small = [{"annotation_id": 1, "image": "b.png", "label": [{"rectanglelabels": ["Ramen"], "x": 1}]}]
     (tmp_path / "project-1.json").write_text(json.dumps(small))
     assert {name: items(row) for name, row in read(tmp_path)[0].items()} == {"images/b.png": ["ramen"]}
+    (tmp_path / "project-1.json").write_text(
+        json.dumps([*small, task("images/c d.png", "Not food", kind="choices"), task("0a1b2c3d-a.png", "Fork")])
+    )
+    samples, [reject] = read(tmp_path)
+    stated = {name: (row.label["is_food"], row.label_scope) for name, row in samples.items()}
+    assert stated == {"images/b.png": (1, "annotated_classes(1)"), "images/c d.png": (0, "annotated_classes(1)")}
+    assert reject.name == "images/0a1b2c3d-a.png"
 
 
 # splits
@@ -319,13 +402,51 @@ def test_names_of_train_and_of_no_split():
     }
     assert {normalize_split(name) for name in ("", None, float("nan"), "none", "-")} == {None}
     assert {split_named(name) for name in ("pizza", "testament", "trainer", "devilled eggs", "eval")} == {None, "test"}
+    assert {split_named(name) for name in ("taste test", "validated cheese", "x", "b")} == {None}
+    assert {split_named(name) for name in ("train_val", "train-full", "X_train", "train_labels", "my_train")} == {
+        "train"
+    }
+    others = (
+        "PublicTest",
+        "testA",
+        "test-b",
+        "public_test",
+        "X_test",
+        "test (1)",
+        "minival",
+        "unseen",
+        "val_small",
+        "test_labels",
+    )
+    assert {split_named(name) for name in others} == {"test"}
 
 
-@pytest.mark.parametrize("column", ["Split", "subset", "set", "partition"])
+@pytest.mark.parametrize("column", ["Split", "subset", "set", "partition", "Usage", "phase", "dataset", "group"])
 def test_a_split_column_of_any_name(tmp_path, column):
     rows = [row | {column: "holdout" if n < 2 else "Train"} for n, row in enumerate(records(tmp_path))]
     write_csv(tmp_path / "metadata.csv", rows)
     assert [row.split for row in read(tmp_path)[0].values()] == ["test"] * 2 + ["train"] * 4
+
+
+@pytest.mark.parametrize(
+    ("column", "held", "rest"),
+    [("is_valid", True, False), ("Is Test", 1, ""), ("is_val", "1.0", "0.0"), ("is_train", "no", "yes")],
+)
+def test_a_flag_may_state_the_split(tmp_path, column, held, rest):
+    write_csv(
+        tmp_path / "metadata.csv", [row | {column: rest if n else held} for n, row in enumerate(records(tmp_path))]
+    )
+    assert [row.split for row in read(tmp_path)[0].values()] == ["test"] + ["train"] * 5
+
+
+def test_labels_of_the_training_images_only(tmp_path):
+    folder, names = tmp_path / "in", [f"{n}.png" for n in range(16)]
+    image(*(folder / split / name for split in ("train", "test") for name in names))
+    write_csv(folder / "train.csv", [{"filename": name, "label": NAMES[n % 4]} for n, name in enumerate(names)])
+    (folder / "sample_submission.csv").write_text("id,label\n0,pizza\n")
+    built = dataset.open_dataset(folder, tmp_path / "out")
+    assert all(len(split) for split in built.values())
+    assert {row["name"].split("/")[0] for split in built.values() for row in split} == {"train"}
 
 
 # tables as people save them
@@ -392,6 +513,9 @@ def test_one_line_in_another_encoding_costs_that_line(tmp_path):
         ("['pizza', 'fries']", ["pizza", "fries"]),
         ("['pizza' 'fries']", ["pizza", "fries"]),  # as numpy prints
         ("[pizza, fries]", ["pizza", "fries"]),
+        ("('pizza', 'fries')", ["pizza", "fries"]),
+        ("('pizza',)", ["pizza"]),
+        ("{'pizza'}", ["pizza"]),
         ('["rice, fried"]', ["rice, fried"]),
         ("rice, fried; peas", ["rice, fried", "peas"]),
         ("pizza (ham, cheese), 1,5 l soup", ["pizza (ham, cheese)", "1,5 l soup"]),
@@ -439,8 +563,10 @@ def test_semicolons_anywhere_keep_commas_in_names(tmp_path):
     assert read(tmp_path)[0]["1.png"].label["food_items"] == ["rice, fried"]
 
 
-@pytest.mark.parametrize("flag", [1, "1.0", "TRUE", " yes "])
-@pytest.mark.parametrize("file", ["file_name", "File Name", "image", "FILENAME", "path", "image_path"])
+@pytest.mark.parametrize("flag", [1, "1.0", "TRUE", " yes ", "1,00", "y", "T"])
+@pytest.mark.parametrize(
+    "file", ["file_name", "File Name", "image", "FILENAME", "path", "image_path", "img", "Image_ID"]
+)
 def test_columns_and_flags_by_other_names(tmp_path, flag, file):
     image(tmp_path / "a.png")
     row = {file: "a.png", "Is Food": flag, " Food_Items": "pizza", "drink-items": "", "Image Title": "Pie"}
@@ -455,8 +581,11 @@ def test_excel_and_array_files(tmp_path):
     (tmp_path / "metadata.csv").write_text("sep=;\n" + (tmp_path / "metadata.csv").read_text() + ";;;;\n")
     assert len(read(tmp_path)[0]) == 6
     (tmp_path / "metadata.csv").unlink()
-    (tmp_path / "metadata.json").write_text(json.dumps(rows, indent=1))
-    assert len(read(tmp_path)[0]) == 6
+    for form in (rows, {"version": 1, "data": rows}):
+        (tmp_path / "metadata.json").write_text(json.dumps(form, indent=1))
+        assert len(read(tmp_path)[0]) == 6
+    (tmp_path / "metadata.json").write_text(json.dumps(rows[0], indent=1))
+    assert list(read(tmp_path)[0]) == ["0.png"]
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "annotations.json", "train_labels.tsv", "data.jsonl"])
@@ -471,6 +600,22 @@ def test_a_table_beside_a_folder_of_images(tmp_path, name):
     samples, rejects = read(tmp_path)
     assert ([items(row) for row in samples.values()], rejects) == ([[r["image_title"]] for r in rows], [])
     assert next(iter(samples)) == "images/0.png"
+
+
+@pytest.mark.parametrize("column", ["label", "class", "food", "Dish Name", "ClassName"])
+def test_tables_name_files_with_and_without_their_suffix(tmp_path, column):
+    image(tmp_path / "images" / "a.png", tmp_path / "images" / "b.png", tmp_path / "images" / "c.png")
+    rows = [{"id": name, column: label} for name, label in (("a", "pizza"), (" b.png ", "ramen"), ("c", "yes"))]
+    write_csv(tmp_path / "labels.csv", rows)
+    samples, [reject] = read(tmp_path)
+    assert [row.category for row in samples.values()] == ["pizza", "ramen"]
+    assert "'yes' names no food" in reject.reason
+
+
+def test_tables_of_other_things_are_no_labels(tmp_path):
+    image(tmp_path / "pizza" / "1.png", tmp_path / "ramen" / "2.png")
+    write_csv(tmp_path / "classes.csv", [{"id": 1, "class": "ramen"}, {"id": 5, "class": "pizza"}])
+    assert [row.category for row in read(tmp_path)[0].values()] == ["pizza", "ramen"]
 
 
 def test_tables_of_files_and_classes(tmp_path):

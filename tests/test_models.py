@@ -172,6 +172,12 @@ def test_weights_that_do_not_match_are_refused(rename, config, words, tmp_path):
         assert "save_pretrained" in str(caught.value)
 
 
+def test_an_adapter_alone_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter: .*merge_and_unload"):
+        loading.load_model(tmp_path)
+
+
 @pytest.mark.parametrize("load", [loading.load_model, loading.load_processor])
 def test_unreachable_hub_is_named(load):
     with pytest.raises(ModelError, match=r"nobody/nothing.*check the name and the connection, or give a folder"):

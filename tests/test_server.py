@@ -226,6 +226,22 @@ def test_bytes_that_are_not_an_image_are_415_whatever_their_name_and_type(real, 
     assert reason(real.post("/predict", files={"image": ("lunch.jpg", body, "image/jpeg")}), 415) == "not_an_image"
 
 
+@pytest.mark.parametrize(
+    ("body", "remedy"),
+    [
+        (b' {"image": "x"}', "Content-Type: application/json"),
+        (b"image=@lunch.jpg", "curl -F image=@lunch.jpg"),
+        (b"data:image/jpeg;base64,AAAA", '{"image": "data:'),
+        (base64.b64encode(JPEG), '{"image": "/9j/'),
+        (base64.b64encode(PNG), '{"image": "iVBORw0KGgo'),
+    ],
+)
+def test_texts_are_415_with_the_remedy_that_fits(real, body, remedy):
+    response = real.post("/predict", content=body, headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert reason(response, 415) == "not_an_image"
+    assert remedy in response.json()["message"]
+
+
 @pytest.mark.parametrize("body", [PNG[:-500], JPEG[:700]], ids=["png", "jpeg"])
 def test_a_truncated_image_is_422(real, body):
     assert reason(real.post("/predict", content=body), 422) == "bad_image"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any, Literal, NoReturn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
@@ -127,8 +128,7 @@ def extract(
     if not output:
         print(output_files.header(form, confidence), end="")
     failed = 0
-    # Lines on a terminal show the progress themselves.
-    bar = len(files) > 1 and (output is not None or not sys.stdout.isatty())
+    bar = len(files) > 1 and (output is not None or not _may_share_terminal(sys.stdout))  # else the lines show progress
     for row in _rows(extractor, files, batch_size, confidence, bar):
         failed += "error" in row
         line = output_files.as_line(row, form, confidence)
@@ -139,6 +139,15 @@ def extract(
     if failed:
         _note(f"{failed} of {len(files)} images failed; their lines say why")
         raise typer.Exit(1)
+
+
+def _may_share_terminal(stream: Any) -> bool:
+    """Whether a stream may end where stderr does: on the terminal, also through a pipe such as `| tee`."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # a stream of a test
+        return False
+    return not S_ISREG(status.st_mode) or os.path.samestat(status, os.fstat(2))
 
 
 def _described(source: str | Path, extractor: Any) -> str:

@@ -184,17 +184,20 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        images, others = [], []
-        for file in _files(path):
-            if _is_image(file):
-                images.append(file)
-            elif file.suffix.lower() not in NOTES and file.name[0] != ".":
-                others.append(file.relative_to(path).as_posix())
-        if others:
-            names = ", ".join(sorted(others)[:3]) + ", …" * (len(others) > 3)
-            count = f"{len(others)} file{'s' * (len(others) > 1)}"
+        images, others = images_and_others(path)
+        if passed := [file for file in others if file.suffix.lower() not in NOTES and file.name[0] != "."]:
+            names = ", ".join(file.relative_to(path).as_posix() for file in passed[:3]) + ", …" * (len(passed) > 3)
+            count = f"{len(passed)} file{'s' * (len(passed) > 1)}"
             LOG.warning(f"passed over {count} in {path}, in no format we read: {names}")
-        yield from sorted(images)
+        yield from images
+
+
+def images_and_others(root: Path) -> tuple[list[Path], list[Path]]:
+    """Return the images below a folder and the other files, each sorted; see `find_images`. Broken links are kept."""
+    found: tuple[list[Path], list[Path]] = [], []
+    for file in sorted(_files(root)):
+        found[not _is_image(file)].append(file)
+    return found
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -208,7 +211,8 @@ def _files(root: Path) -> Iterator[Path]:
         searched = [] if real in seen else [name for name in folders if name[0] != "." and name not in NOT_SEARCHED]
         folders[:] = sorted(searched, key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         if real not in seen:
-            yield from (Path(folder, name) for name in files if name[:2] != "._" and os.path.isfile(Path(folder, name)))
+            paths = (Path(folder, name) for name in files if name[:2] != "._")
+            yield from (path for path in paths if path.is_file() or not path.exists())
         seen.add(real)
 
 

@@ -2,7 +2,7 @@
 
 The items of an image are the names of its classes. Other food may be visible, so the `label_scope` is
 "annotated_classes(N)" for N classes of food. Classes that are no food (see `label_rules/words/objects.txt`) are left
-out. An image without a class of food is rejected: nobody stated that it shows none.
+out. An image without a class of food is rejected: nobody stated that it shows none, unless a class is "not food".
 """
 
 import json
@@ -17,8 +17,8 @@ from urllib.parse import unquote
 import yaml
 
 from foodextract.data.label_rules.vocabulary import field_of, is_object
-from foodextract.data.layout import Tree, class_of, listing, names_no_class
-from foodextract.data.samples import DatasetError, Reject, Sample, Split, split_named
+from foodextract.data.layout import NOT_FOOD, Tree, class_of, listing, names_no_class
+from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample, Split, split_named
 from foodextract.data.tables import decoded
 
 NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels", "classes.names")
@@ -91,17 +91,19 @@ def box_rows(tree: Tree, boxes: Boxes) -> list[Sample | Reject]:
     rows: list[Sample | Reject] = list(boxes.rejects)
     unclear = {reject.name for reject in boxes.rejects}
     for image in tree.images:
-        name, items = tree.name(image), sorted(boxes.names.get(image, set()) & foods)
-        if not items:
+        name, found = tree.name(image), boxes.names.get(image, set())
+        items = sorted(found & foods)
+        if not items and not found & NOT_FOOD:
             rows += [] if name in unclear else [Reject(name, NO_FOOD)]
             continue
         drinks = [item for item in items if field_of(item) == "drink_items"]
-        label = {"is_food": 1, "image_title": "", "food_items": [i for i in items if i not in drinks]}
+        foods_here = [item for item in items if item not in drinks]
+        label = {"is_food": 1, "image_title": "", "food_items": foods_here, "drink_items": drinks} if items else NOTHING
         rows.append(
             Sample(
                 name,
                 image.read_bytes,
-                label | {"drink_items": drinks},
+                dict(label),
                 tree.root.name,
                 "not stated",
                 group=image.name.split(".rf.")[0] if ".rf." in image.name else "",  # Roboflow's copies of one image
@@ -117,7 +119,7 @@ def _read_coco(tree: Tree, file: Path, data: dict[str, Any], boxes: Boxes) -> No
         category.get("supercategory") for category in data["categories"]
     }  # Roboflow lists the project as a class
     names = {category["id"]: class_of(str(category["name"])) for category in data["categories"]}
-    used = {box["category_id"] for box in data.get("annotations") or ()}
+    used = {box.get("category_id") for box in data.get("annotations") or ()}
     boxes.classes |= {
         names[category["id"]]
         for category in data["categories"]
@@ -125,10 +127,10 @@ def _read_coco(tree: Tree, file: Path, data: dict[str, Any], boxes: Boxes) -> No
     }
     found = defaultdict(set)
     for box in data.get("annotations") or ():
-        if box["category_id"] in names:
-            found[box["image_id"]].add(names[box["category_id"]])
+        if box.get("category_id") in names:
+            found[box.get("image_id")].add(names[box["category_id"]])
     for image in data["images"]:
-        boxes.add(tree, file, str(image["file_name"]), found[image["id"]])
+        boxes.add(tree, file, str(image.get("file_name")), found[image.get("id")])
 
 
 def _is_task(task: Any) -> bool:
@@ -163,12 +165,12 @@ def _choices(value: Any) -> Iterable[str]:
 
 
 def _read_yolo(tree: Tree, boxes: Boxes) -> None:
-    lists = {path: names for path in tree.files if (names := _names_in(path))}
     texts = {_pair(tree, path): path for path in tree.files if path.suffix == ".txt" and path.name not in NAME_LISTS}
     pairs = {image: texts[key] for image in tree.images if (key := _pair(tree, image)) in texts}
     labels = {image: _read_labels(text) for image, text in pairs.items()}
     if not any(isinstance(found, set) and found for found in labels.values()):
         return  # text files of another kind, such as captions
+    lists = {path: names for path in tree.files if (names := _names_in(path))}
     if len({json.dumps(names) for names in lists.values()}) != 1:
         raise DatasetError(
             f"{tree.root} has YOLO labels and {len(lists)} different lists of their names "
@@ -205,7 +207,7 @@ def _read_labels(path: Path) -> set[int] | str:
             numbers = list(map(float, line.split()))
         except ValueError:
             numbers = [0.5]
-        if numbers and (len(numbers) < 5 or numbers[0] != int(numbers[0])):
+        if numbers and (len(numbers) < 5 or not numbers[0].is_integer()):
             return f"line {number} is not a class with a box"
         found |= {int(value) for value in numbers[:1]}
     return found
@@ -239,7 +241,7 @@ def _stated_splits(tree: Tree, lists: Iterable[Path]) -> dict[Path, Split]:
         for value in (value for named, value in entries if named == split):
             for text in map(str, value if isinstance(value, list) else [value]):
                 stated |= dict.fromkeys(_listed(tree, text), split)
-    return stated if "test" in stated.values() else {}
+    return stated
 
 
 def _listed(tree: Tree, stated: str) -> list[Path]:

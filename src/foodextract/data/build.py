@@ -76,7 +76,7 @@ def build(
         reasons = "".join(f"\n  {reject.name}: {reject.reason}" for reject in selection.rejects[:5])
         rejected = f"{len(selection.rejects)} rejected"
         raise DatasetError(f"too few usable images ({counts}, {rejected}): add images or correct labels{reasons}")
-    stated = {entry["pixels"] for entry in entries if entry.get("split")}
+    stated = {entry["pixels"] for entry in entries if entry.get("split") == "test"}
     if not published and any(row["pixels_sha256"] not in stated for row in selection.rows["test"]):
         held_out = f"split by foodextract with seed {seed}"
     report = _report(selection, len(entries), published) | {"held_out": held_out}

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from foodextract.data.annotations import Boxes, box_rows, read_boxes
-from foodextract.data.label_rules.conversion import split_items
-from foodextract.data.layout import PLAIN_FILES, Tree, class_of, listing, names_no_class
+from foodextract.data.label_rules.conversion import flag_of, split_items
+from foodextract.data.label_rules.vocabulary import is_object
+from foodextract.data.layout import MISSING, NOT_FOOD, PLAIN_FILES, Tree, class_of, listing, names_no_class
 from foodextract.data.samples import NOTHING, PRIMARY, DatasetError, Reject, Rows, Sample, label_of, normalize_split
-from foodextract.data.tables import TABLES, Row, read_table
-from foodextract.images import SUFFIXES
+from foodextract.data.tables import TABLES, Row, decoded, read_table
 from foodextract.schema import EXHAUSTIVE, FIELDS, FoodRecord
 
-NOT_FOOD_CLASSES = frozenset(
-    ("not food", "notfood", "non food", "nonfood", "no food", "other", "others", "background", "negative", "negatives")
+NOT_FOOD_CLASSES = NOT_FOOD | {"other", "others", "background", "negative", "negatives"}
+CLASS_COLUMNS = (
+    *("label", "labels", "label_name", "class", "class_name", "classname", "class_label", "category", "category_name"),
+    *("food", "food_name", "food_class", "food_type", "dish", "dish_name", "item"),
 )
-CLASS_COLUMNS = ("label", "labels", "class", "class_name", "category", "food_name", "dish")
 BOX_COLUMNS = frozenset(("xmin", "x_min", "x1", "bbox", "bbox_x", "x_center", "xcenter"))
 DATA_FILES = frozenset((*TABLES, ".xml", ".yaml", ".yml", ".xlsx", ".xls", ".ods", ".parquet"))
 OWN_FILES = ("metadata.ledger.jsonl", "metadata.rejects.jsonl")  # of `foodextract label`
@@ -25,7 +26,7 @@ NOT_STATED = "not stated"
 REMEDY = (
     "write metadata.jsonl with one line of JSON per image, for example\n"
     '{"file_name": "a.jpg", "is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}\n'
-    "or put the images into one subfolder per food, or export boxes as COCO JSON"
+    "or save a spreadsheet as CSV, put the images into one subfolder per food, or export boxes as COCO JSON"
 )
 
 
@@ -67,6 +68,7 @@ def not_food_folder(folder: str | Path) -> Rows:
     tree = Tree.scan(Path(folder))
     if not tree.images:
         raise DatasetError(f"{folder} has no images: name a folder with .jpg, .png, .webp … files")
+    _report(tree, (), [])
     return Rows((_class_sample(tree, "not food", image) for image in tree.images), total=len(tree.images))
 
 
@@ -76,10 +78,15 @@ def class_label(name: str) -> dict[str, Any]:
 
 
 def _other_tables(tree: Tree) -> dict[Path, list[tuple[int, Row]]]:
-    """Return the tables that name files and say what they show."""
+    """Return the tables that name files and say what they show. A file that is there tells them from other tables."""
     named = [path for path in tree.files if path.suffix.lower() in TABLES and path.name not in OWN_FILES]
     tables = {path: read_table(path) for path in named}
-    return {path: rows for path, rows in tables.items() if any(_is_labeled(row) for _, row in rows)}
+    labeled = {path: rows for path, rows in tables.items() if any(_is_labeled(row) for _, row in rows)}
+    return {path: rows for path, rows in labeled.items() if any(_names_file(tree, path, row) for _, row in rows)}
+
+
+def _names_file(tree: Tree, table: Path, row: Row) -> bool:
+    return isinstance(row, dict) and not str(tree.find(str(row.get("file_name")), table)).startswith(MISSING)
 
 
 def _is_labeled(row: Row) -> bool:
@@ -90,13 +97,20 @@ def _is_labeled(row: Row) -> bool:
 
 def _table_rows(tree: Tree, tables: dict[Path, list[tuple[int, Row]]]) -> list[Sample | Reject]:
     found: list[Sample | Reject] = []
+    boxes = Boxes()
     for path, rows in tables.items():
         by_class = [row for _, row in rows if isinstance(row, dict) and not {"is_food", *FIELDS} & row.keys()]
         if by_class and any(_is_labeled(row) for row in by_class):
-            found += _class_table(tree, path, rows)
+            boxes.files.append(path)
+            _read_classes(tree, path, rows, boxes)
         else:
             found += [_metadata_row(tree, path, number, row) for number, row in rows]
-    return found
+    columns = {name for path in boxes.files for _, row in tables[path] if isinstance(row, dict) for name in row}
+    if BOX_COLUMNS & columns or any(len(names) > 1 for names in boxes.names.values()):
+        known = {row.name for row in found}
+        return found + [row for row in box_rows(tree, boxes) if row.name not in known]
+    alone = [_class_sample(tree, name, image, boxes.splits[image]) for image, [name] in boxes.names.items()]
+    return found + boxes.rejects + alone
 
 
 def _metadata_row(tree: Tree, table: Path, number: int, row: Row) -> Sample | Reject:
@@ -115,9 +129,8 @@ def _metadata_row(tree: Tree, table: Path, number: int, row: Row) -> Sample | Re
     return Sample(tree.name(image), image.read_bytes, label_of(row), split=split, **texts)
 
 
-def _class_table(tree: Tree, table: Path, rows: list[tuple[int, Row]]) -> list[Sample | Reject]:
+def _read_classes(tree: Tree, table: Path, rows: list[tuple[int, Row]], boxes: Boxes) -> None:
     """Read rows of a file and a class. Several rows of an image, or boxes, name all that is annotated."""
-    boxes = Boxes([table])
     for number, row in rows:
         where = f"{tree.name(table)} line {number}"
         if isinstance(row, str):
@@ -129,17 +142,12 @@ def _class_table(tree: Tree, table: Path, rows: list[tuple[int, Row]]) -> list[S
         found = {class_of(str(item)) for item in items} if isinstance(items, list) else set()
         if isinstance(image, str):
             boxes.rejects.append(Reject(where, image))
-        elif not found or any(map(names_no_class, found)):
+        elif not found or any(names_no_class(name) or flag_of(name) is not None for name in found):
             boxes.rejects.append(Reject(where, f"the class {cell!r} names no food: write its name"))
         else:
             boxes.names[image] |= found
+            boxes.classes |= found
             boxes.splits[image] = normalize_split(row.get("split")) or tree.split_of(image) or tree.split_of(table)
-    columns = {name for _, row in rows if isinstance(row, dict) for name in row}
-    if BOX_COLUMNS & columns or any(len(found) > 1 for found in boxes.names.values()):
-        boxes.classes = set().union(*boxes.names.values())
-        return box_rows(tree, boxes)
-    alone = [_class_sample(tree, name, image, boxes.splits[image]) for image, [name] in boxes.names.items()]
-    return [*boxes.rejects, *alone]
 
 
 def _class_rows(tree: Tree) -> list[Sample | Reject]:
@@ -149,12 +157,19 @@ def _class_rows(tree: Tree) -> list[Sample | Reject]:
     if not named:
         inside = listing(sorted({tree.name(image.parent) for image in tree.images})) or "nothing"
         data = listing(tree.name(path) for path in tree.files if path.suffix.lower() in DATA_FILES)
-        beside = f" and files that hold no labels we read ({data})" if data else ""
+        beside = f" and files that hold no labels of them that we read ({data})" if data else ""
         raise DatasetError(
             f"{tree.root} has neither metadata.jsonl nor metadata.csv nor class-named subfolders with images: it has "
             f"images in {inside}{beside}. {REMEDY}"
         )
     _refuse_unclear(tree, root, classes, named)
+    names = {class_of(parts[-1]) for parts in named} - NOT_FOOD_CLASSES
+    if objects := sorted(filter(is_object, names)):
+        print(
+            f"{tree.root}: classes that seem to name no food ({len(objects)}): {listing(objects)}; if they are none, "
+            "move their images into a folder not_food",
+            file=sys.stderr,
+        )
     return [
         _class_sample(tree, class_of(parts[-1]), image, tree.split_of(image))
         if (parts := classes[image])
@@ -195,13 +210,26 @@ def _refuse_unclear(tree: Tree, root: Path, classes: dict[Path, tuple[str, ...]]
                 "classes, move them up; if not, move their images up"
             )
     images = {image.with_suffix("") for image in tree.images}
-    data = [path for path in tree.files if path.suffix.lower() in DATA_FILES]
-    sidecars = [path for path in data if path.suffix.lower() == ".xml" and path.with_suffix("") in images]
-    if sidecars or (len({class_of(parts[-1]) for parts in named}) == 1 and data):
-        names = listing(map(tree.name, sidecars or data))
+    sure = [path for path in tree.files if _holds_labels(path, path.with_suffix("") in images)]
+    if len({class_of(parts[-1]) for parts in named}) == 1:
+        first = tree.images[0].name
+        lists = (path for path in tree.files if path.suffix.lower() == ".txt" and first in decoded(path))
+        sure += [path for path in tree.files if path.suffix.lower() in DATA_FILES] + list(lists)
+    if sure:
+        names = listing(dict.fromkeys(map(tree.name, sure)))
         raise DatasetError(
             f"{tree.root} has files that may hold the labels and that we do not read ({names}): {REMEDY}"
         )
+
+
+def _holds_labels(path: Path, beside_image: bool) -> bool:
+    """Tell whether a file of a format that we do not read holds labels: Pascal VOC, CVAT, LabelMe, spreadsheets."""
+    stem, suffix = path.stem.lower(), path.suffix.lower()
+    if suffix == ".json":
+        return beside_image and '"shapes"' in decoded(path)
+    if suffix == ".xml":
+        return beside_image or stem.startswith("annotation")
+    return stem == "metadata" and suffix in DATA_FILES
 
 
 def _class_sample(tree: Tree, name: str, image: Path, split: Any = None) -> Sample:
@@ -223,7 +251,7 @@ def _report(tree: Tree, rows: Iterable[Sample | Reject], used: list[Path]) -> No
     known = {row.name for row in rows}
     unnamed = [name for image in tree.images if (name := tree.name(image)) not in known]
     passed = [path for path in tree.files if path not in used and not PLAIN_FILES.fullmatch(path.name)]
-    passed = [path for path in passed if path.name not in OWN_FILES and path.suffix.lower() not in SUFFIXES]
+    passed = [path for path in passed if path.name not in OWN_FILES]
     if unnamed and used:
         print(f"{tree.root}: images that no label names ({len(unnamed):,}): {listing(unnamed)}", file=sys.stderr)
     if passed:

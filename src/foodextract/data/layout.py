@@ -1,21 +1,28 @@
 """What lies in a folder: its images, its other files, and what the names of its folders mean."""
 
-import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from foodextract.data.ingest import LEDGER
 from foodextract.data.label_rules.vocabulary import entries, key
 from foodextract.data.samples import Split, readable, split_named
-from foodextract.images import find_images
+from foodextract.images import images_and_others
 
 SYSTEM_FOLDERS = frozenset(
-    ("cache", "caches", "thumbs", "thumbnails", "lost+found", "system volume information", "node_modules", "wandb")
+    (
+        *("cache", "caches", "thumb", "thumbs", "thumbnail", "thumbnails", "lost+found", "system volume information"),
+        *("recycler", "recycled", "temporary items", "network trash folder", "node_modules", "site-packages", "venv"),
+        *("vti_cnf", "wandb"),
+    )
 )
+NOT_FOOD = frozenset(
+    ("not food", "notfood", "non food", "nonfood", "no food")
+)  # classes that state: no food is visible
+MISSING = "there is no such file"
 PLAIN_FILES = re.compile(r"(readme|license|licence|notice|changelog)\b.*|thumbs\.db|desktop\.ini|.*\.md", re.IGNORECASE)
 
 
@@ -26,21 +33,20 @@ class Tree:
     root: Path
     images: list[Path]
     files: list[Path]
-    held_out: bool = False  # whether any name states a split other than train
     _by_name: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
     def scan(cls, root: Path) -> "Tree":
         """List a folder. A path that is no folder is empty."""
-        files = list(_walk(root)) if root.is_dir() else []
-        built = {parent for path in files if (parent := path.parent) != root and _is_built(parent)}
-        images = [path for path in (find_images([root]) if root.is_dir() else ()) if _is_visible(path, root)]
-        images, files = ([path for path in paths if built.isdisjoint(path.parents)] for paths in (images, files))
-        tree = cls(root, images, sorted(set(files) - set(images)))
+        found = images_and_others(root) if root.is_dir() else ([], [])
+        shown = [[path for path in paths if _is_visible(path, root)] for paths in found]
+        built = {parent for path in shown[1] if (parent := path.parent) != root and _is_built(parent)}
+        images, files = ([path for path in paths if built.isdisjoint(path.parents)] for paths in shown)
+        tree = cls(root, images, [path for path in files if not path.name.startswith(".")])
         for path in images:
             tree._by_name[_key(path.name)].append(path)
-        paths = [tree.name(path) for path in [*images, *tree.files]]
-        tree.held_out = any(_split_in(PurePosixPath(path)) == "test" for path in paths)
+            if not path.stem.isdecimal():  # a number may be that of a class
+                tree._by_name[_key(path.stem) + "/"].append(path)
         return tree
 
     def name(self, path: Path) -> str:
@@ -48,36 +54,37 @@ class Tree:
         return path.relative_to(self.root).as_posix()
 
     def split_of(self, path: Path) -> Split | None:
-        """Return the split that the folders of a file state, or the name of a table. A lone train split is none."""
-        return _split_in(PurePosixPath(self.name(path))) if self.held_out else None
+        """Return the split that the folders of a file state, or the name of a table."""
+        return _split_in(PurePosixPath(self.name(path)))
 
     def find(self, stated: str, table: Path, anywhere: bool = False) -> Path | str:
         """Return the file that a table names, or the reason why there is none.
 
-        Backslashes, letter case and the Unicode form may differ, and folders before the name may be left out. With
-        `anywhere`, the folders that the table states may be those of another machine.
+        Backslashes, letter case and the Unicode form may differ, and folders before the name and its suffix may be left
+        out. With `anywhere`, the folders that the table states may be those of another machine.
         """
         if re.match(r"(data|https?|s3|gs|file):", stated):
             return "file_name is an address: save the image below the folder and state its path"
-        wanted = PurePosixPath(stated.replace("\\", "/"))
+        wanted = PurePosixPath(stated.replace("\\", "/").strip())
         if not anywhere and (wanted.is_absolute() or ".." in wanted.parts or re.match("[A-Za-z]:/", str(wanted))):
             return "file_name leads out of the folder: keep images below it"
         try:  # symbolic links below the folder are allowed
             for path in (table.parent / stated, table.parent / wanted):
                 if path.is_file() and path.is_relative_to(self.root) and ".." not in path.parts:
                     return path
-            alike = self._by_name.get(_key(wanted.name), [])
+            alike = self._by_name.get(_key(wanted.name)) or self._by_name.get(_key(wanted.name) + "/", [])
         except (OSError, ValueError):  # too long, or with a NUL
             alike = []
         ending = f"/{_key(str(wanted))}"
-        found = [path for path in alike if f"/{_key(self.name(path))}".endswith(ending)] or (alike if anywhere else [])
+        endings = (ending, f"{ending}{_key(alike[0].suffix)}") if alike else ()
+        found = [path for path in alike if f"/{_key(self.name(path))}".endswith(endings)] or (alike if anywhere else [])
         for near in (lambda p: table.parent in p.parents, lambda p: self.split_of(p) == self.split_of(table)):
             found = [path for path in found if near(path)] or found
         if len(found) == 1:
             return found[0]
         if found:
             return f"{len(found)} images have this name: state the folder, too"
-        return f"there is no such file: put it into {self.root.name} or remove the line"
+        return f"{MISSING}: put it into {self.root.name} or remove the line"
 
 
 def class_of(name: str) -> str:
@@ -99,18 +106,8 @@ def listing(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(readable(name[:80]) for name in names[:limit]) + rest
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    seen = set()
-    for where, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(where)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not _is_system(name))
-        if real not in seen:
-            yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))
-        seen.add(real)
-
-
 def _is_system(name: str) -> bool:
-    return name.startswith((".", "@", "$", "#", "~", "__")) or name.lower() in SYSTEM_FOLDERS
+    return name.startswith((".", "@", "$", "#", "~", "__")) or name.lower().strip("_") in SYSTEM_FOLDERS
 
 
 def _is_visible(path: Path, root: Path) -> bool:

@@ -13,9 +13,10 @@ from foodextract.schema import EXHAUSTIVE, FoodRecord
 PRIMARY = "primary"  # label_scope of a label that names the main item only
 NOTHING = {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []}
 SPLIT_NAME = re.compile(
-    r"(?:(?:images?|imgs?|data|obj|split|set) )?"
+    r"(?:(?:images?|imgs?|data|obj|split|set|public|private|my|mini|x|y) ?)?"
     r"(?:(?P<train>train|training|trainval)|val|valid|validation|validate|dev|devel|development|test|testing|tst"
-    r"|eval|evaluation|hold ?out|held ?out)(?: ?(?:images?|imgs?|data|split|set|photos?))?"
+    r"|eval|evaluation|hold ?out|held ?out|unseen|minival)"
+    r"(?: ?(?:images?|imgs?|data|split|set|photos?|val|valid|x|y|a|b|c|mini|small|full|final|labels?|annotations?))?"
 )
 TEXT_COLUMNS = ("category", "group", "source", "license", "label_scope", "pixels_sha256")
 FEATURES = datasets.Features(

@@ -69,9 +69,10 @@ def select(entries: list[Entry], *, seed: int, policy: Mapping[str, Policy] | No
     unique = _deduplicated(entries, selection)
     labeled = _cleaned(unique, selection, policy or {})
     components = _components([entry for entry, _ in labeled], selection)
+    held_out = any(entry["split"] == "test" for entry, _ in labeled)  # a train split that stands alone is none
     for (entry, record), component in zip(labeled, components, strict=True):
-        split = component["split"] or split_of(component["key"], seed)
-        if entry["split"] in (None, split):
+        split = (component["split"] if held_out else None) or split_of(component["key"], seed)
+        if not held_out or entry["split"] in (None, split):
             selection.add(split, entry, record, component["key"])
         else:
             selection.reject(entry, f"near-duplicate of an image held out, {component['held_out']}")

@@ -12,19 +12,23 @@ from typing import Any
 
 import pyarrow.parquet
 
-from foodextract.data.label_rules.conversion import FLAGS, separators, split_items
-from foodextract.data.samples import DatasetError
+from foodextract.data.label_rules.conversion import flag_of, separators, split_items
+from foodextract.data.samples import DatasetError, split_named
 from foodextract.schema import FIELDS
 
 CSV, TABLES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # suffixes
 COLUMNS = {  # our column: other names for it
-    "file_name": ("filename", "file", "image_path", "image_name", "filepath", "file_path", "path", "image"),
+    "file_name": (
+        *("filename", "file", "image_path", "image_name", "filepath", "file_path", "path", "image", "image_file"),
+        *("image_filename", "img", "img_path", "img_name", "photo", "picture", "fname", "image_id", "id"),
+    ),
     "image_title": ("title",),
     "food_items": ("foods", "food_item"),
     "drink_items": ("drinks", "drink_item"),
     "license": ("licence",),
     "split": ("subset", "partition", "set", "data_split", "dataset_split"),
 }
+TRAIN_FLAGS, OTHER_FLAGS = {"is_train", "is_training"}, {"is_valid", "is_validation", "is_val", "is_test"}
 EMPTY = frozenset(("nan", "na", "n/a", "none", "null"))  # what programs write into a cell without a value
 FILE_COLUMNS = ("file_name", *COLUMNS["file_name"])  # their values need not be UTF-8
 DAMAGED = re.compile("[\udc80-\udcff\ufffd]")  # bytes that are not UTF-8, or were none in an earlier copy
@@ -42,11 +46,25 @@ def read_table(path: Path) -> list[tuple[int, Row]]:
     file that cannot be opened.
     """
     if path.suffix.lower() == ".parquet":
-        return _parquet_rows(path)
+        return _with_split(_parquet_rows(path))
     text = decoded(path)
     if path.suffix.lower() in CSV:
-        return _converted([(number, _renamed(row)) for number, row in _csv_rows(text)])
-    return [(number, _renamed(row)) for number, row in _json_rows(text)]
+        return _with_split(_converted([(number, _renamed(row)) for number, row in _csv_rows(text)]))
+    return _with_split([(number, _renamed(row)) for number, row in _json_rows(text)])
+
+
+def _with_split(rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
+    """Take a column whose values are all names of splits as the split."""
+    tables = [row for _, row in rows if isinstance(row, dict)]
+    if any("split" in row for row in tables):
+        return rows
+    for name in dict.fromkeys(name for row in tables for name in row):
+        stated = {row[name] if isinstance(row[name], str) else "?" for row in tables if row.get(name)}
+        if stated and {split_named(value) for value in stated} in ({"train", "test"}, {"test"}):
+            for row in tables:
+                row["split"] = row.get(name)
+            break
+    return rows
 
 
 def _parquet_rows(path: Path) -> list[tuple[int, Row]]:
@@ -80,13 +98,16 @@ def decoded(path: Path) -> str:
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, Row]]:
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-            yield from ((n, row if isinstance(row, dict) else "not a JSON object") for n, row in enumerate(rows, 1))
-            return
-        except (ValueError, RecursionError):
-            pass
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # lines
+        found = None
+    if isinstance(found, dict):  # a row, or an object around the rows: {"data": […]}
+        lists = [part for part in found.values() if isinstance(part, list) and isinstance((part or [0])[0], dict)]
+        found = lists[0] if len(lists) == 1 and found.keys().isdisjoint(FILE_COLUMNS) else [found]
+    if isinstance(found, list):
+        yield from ((n, row if isinstance(row, dict) else "not a JSON object") for n, row in enumerate(found, 1))
+        return
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if not line.strip():
             continue
@@ -145,6 +166,9 @@ def _renamed(row: Row) -> Row:
         found = next((other for other in others if isinstance(named.get(other), str | list)), None)
         if name not in named and found:
             named[name] = named[found]
+    if "split" not in named and (flags := (TRAIN_FLAGS | OTHER_FLAGS) & named.keys()):
+        trained = all((flag_of(named[name]) == 1) == (name in TRAIN_FLAGS) for name in flags)
+        named["split"] = "train" if trained else "test"
     rest = {name: value for name, value in named.items() if name not in FILE_COLUMNS}
     if DAMAGED.search(json.dumps(rest, ensure_ascii=False)):
         return "has characters that are not UTF-8: save the table as UTF-8"
@@ -163,7 +187,7 @@ def _converted(rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
             if isinstance(row.get(field), str):
                 row[field] = split_items(row[field], marks)
         if isinstance(row.get("is_food"), str):
-            row["is_food"] = FLAGS.get(row["is_food"].strip().lower(), row["is_food"])
+            row["is_food"] = row["is_food"] if (flag := flag_of(row["is_food"])) is None else flag
     return [(number, _fault(row) or row) for number, row in rows]
 
 
@@ -171,6 +195,6 @@ def _fault(row: Row) -> str:
     if isinstance(row, str):
         return row
     if isinstance(row.get("is_food"), str):
-        return f"is_food is {row['is_food']!r}: write one of {', '.join(FLAGS)}"
+        return f"is_food is {row['is_food']!r}: write 1 or 0, or true or false"
     broken = next((field for field in FIELDS if isinstance(row.get(field), str)), None)
     return f"{broken} is {row[broken]!r}: write a JSON list, or items between semicolons" if broken else ""

@@ -103,8 +103,14 @@ def with_sure_items(record: FoodRecord, confidence: Confidence, least: float) ->
 
 
 def with_fitting_title(record: FoodRecord, names: Collection[str]) -> FoodRecord:
-    """Let the title list the items where it names something else: one of `names` that is not among them."""
+    """Let the title list the items where it is empty, or where a part of it names one of `names` but no item."""
     items = record.food_items + record.drink_items
-    if not items or not any(part in names and part not in items for part in title_parts(record.image_title)):
+    known = {word for item in items for word in item.split()}
+
+    def names_another(part: str) -> bool:
+        mentioned = any(f" {name} " in f" {part} " for name in names)
+        return (part in names and part not in items) or (mentioned and known.isdisjoint(part.split()))
+
+    if not items or (record.image_title and not any(map(names_another, title_parts(record.image_title)))):
         return record
     return record.model_copy(update={"image_title": listing(sorted(items))})

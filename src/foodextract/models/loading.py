@@ -187,6 +187,8 @@ def newest_tuned(outputs: Path = OUTPUTS) -> Path:
 def _named_errors(model_id: str | os.PathLike[str], needs: str) -> Iterator[None]:
     """Turn every error of loading into a ModelError that names the model. `needs` is a file that a folder must hold."""
     path = Path(model_id)
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path} holds an adapter: load it with PEFT, `merge_and_unload()`, and save the whole model")
     if path.is_dir() and not (path / needs).is_file():
         raise ModelError(f"{path} holds no model (no {needs}): give the folder that `save_pretrained` wrote")
     if not path.is_dir() and (path.is_absolute() or str(model_id).count("/") != 1):

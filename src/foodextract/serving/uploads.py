@@ -14,6 +14,15 @@ from foodextract.serving.errors import RequestError
 MEGABYTE = 1_000_000
 MAX_FIELDS = 16  # text fields of a form, which are ignored
 MAX_HEAD = 16_384  # bytes of header names and values
+# The first bytes of bodies that are texts, and what to do instead.
+TEXTS = {
+    b"{": "JSON: add the header Content-Type: application/json",
+    b"image=": "form data without a file: send the file, as with `curl -F image=@lunch.jpg`",
+    b"images=": "form data without files: send the files, as with `curl -F images=@lunch.jpg`",
+    b"data:": 'a data URL: send {"image": "data:…"} with the header Content-Type: application/json',
+    b"/9j/": 'base64: send {"image": "/9j/…"} with the header Content-Type: application/json',
+    b"iVBORw0KGgo": 'base64: send {"image": "iVBORw0KGgo…"} with the header Content-Type: application/json',
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,9 @@ async def read_images(request: Request, field: str, limits: UploadLimits) -> lis
         raise RequestError(400, "no_image", f"the body is empty: send an image as the body or in the field {field!r}")
     if kind == "application/json":
         return await asyncio.to_thread(_read_json, body, field, limits)
+    for start, remedy in TEXTS.items():
+        if body[:100].lstrip().startswith(start):
+            raise RequestError(415, "not_an_image", f"not an image but {remedy}")
     return [body]
 
 

@@ -9,7 +9,12 @@ from typing import Any
 from foodextract.schema import FIELDS, FoodRecord
 
 ABSENT = frozenset({"", "-", "n/a", "na", "nan", "nil", "none", "null", "nothing"})  # words for an empty list
-FLAGS = {"1": 1, "1.0": 1, "true": 1, "yes": 1, "0": 0, "0.0": 0, "false": 0, "no": 0}
+FLAGS = {"1": 1, "true": 1, "yes": 1, "t": 1, "y": 1, "0": 0, "false": 0, "no": 0, "f": 0, "n": 0}
+
+
+def flag_of(value: object) -> int | None:
+    """Return the flag that a value means ("Yes", 1.0, "1,00"), None for any other."""
+    return FLAGS.get(re.sub(r"[.,]0+$", "", str(value).strip().lower()))
 
 
 def convert(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -20,7 +25,7 @@ def convert(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return f"{name} is None" if name in raw else f"it lacks {name}"
 
     flag = values["is_food"]
-    if type(flag) in (bool, float, str) and (number := FLAGS.get(str(flag).strip().lower())) is not None:
+    if type(flag) in (bool, float, str) and (number := flag_of(flag)) is not None:
         reasons.append(f"is_food is {flag!r}, read as {number}")
         values["is_food"] = number
     if values["image_title"] is None:
@@ -50,6 +55,8 @@ def split_items(text: str, marks: str = "") -> Any:
     text = text.strip()
     if text.startswith("array("):
         text = re.sub(r"^array\(|(, dtype=[^)]*)?\)$", "", text)
+    if re.match(r"""[({]\s*['"].*['"],?\s*[)}]$""", text, re.DOTALL):  # the repr of a tuple or a set
+        text = f"[{text[1:-1]}]"
     if text.startswith("["):
         quoted = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", text)  # numpy writes no commas
         for read, form in ((json.loads, text), (ast.literal_eval, quoted)):
