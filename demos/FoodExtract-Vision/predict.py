@@ -217,9 +217,9 @@ def record_as_html(record: FoodRecord, confidence: Confidence | None, seconds: f
     lists = ""
     for field, name in (("food_items", "Food"), ("drink_items", "Drinks")):
         items = getattr(record, field)
-        shares = getattr(confidence, field) if confidence else [None] * len(items)
+        shares = map(percent, getattr(confidence, field)) if confidence else [""] * len(items)
         chips = "".join(
-            f'<li class="chip {field}">{escape(item)}{"" if share is None else f" <small>{percent(share)}</small>"}</li>'
+            f'<li class="chip {field}">{escape(item)} <small>{share}</small></li>'
             for item, share in zip(items, shares, strict=True)
         )
         lists += f'<h3>{name}</h3><ul class="chips">{chips or "<li>none</li>"}</ul>'
