@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from foodextract import names
 from foodextract.data.scenes import draw_scenes
 from foodextract.models.loading import ModelError
+from foodextract.models.training_data import TrainingData
 
 URL = "http://127.0.0.1:7860"  # in the API examples; the browser replaces it
 # One event at a time, with files as they are: `foodextract.images` reads more formats than Gradio, with better errors.
@@ -200,11 +201,11 @@ with gr.Blocks(
 ) as demo:
     gr.Markdown(
         "# FoodExtract Vision\nWhat food and drink does an image show? The answer is one line of strict JSON.\n\n"
-        f"{predict.links()}\n\n{predict.about()} {predict.warning()}"
+        f"{predict.links()}\n\n**What answers:** {predict.about()}"
     )
     if isinstance(predict.TUNED, ModelError):
         gr.Markdown(f"**The model cannot be loaded, so nothing here can answer.** {predict.TUNED}")
-    if data := predict.TRAINING_DATA:
+    if data := TrainingData.find(predict.MODEL):
         with gr.Accordion(f"The {len(data.names)} foods and drinks that it knows", open=False):
             gr.Markdown(", ".join(data.names))
     with gr.Tab("One image"):

@@ -35,7 +35,6 @@ MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
 PROVENANCE = provenance.find(MODEL)
 BUNDLED_BASE = str(PHOTO_BASE) if Path(MODEL) == PHOTO else None
 BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(PROVENANCE) or BUNDLED_BASE
-TRAINING_DATA = TrainingData.find(MODEL)
 COLUMNS = ("food or drink", "title", "foods", "drinks")  # of the table of a batch, after image and file
 LINK_HOURS = 24  # that uploads are kept, and with them links to answers
 THUMBNAIL = 96  # pixels
@@ -242,7 +241,11 @@ def about() -> str:
     name = "photo model" if Path(MODEL) == PHOTO else f"model `{Path(MODEL).name}`"
     count = getattr(getattr(TUNED, "model", None), "num_parameters", None)  # an exported model does not say
     size = f", {count() / 1e6:.0f} M parameters" if count else ""
-    known = f", {TRAINING_DATA.describe()}" if TRAINING_DATA else ""
+    known = ""
+    if data := TrainingData.find(MODEL):
+        known = f", {data.describe()}"
+    elif drawings_only():
+        known = ", trained on drawings: it has never seen a photograph, so do not trust it on one"
     return f"The {name}{size}{known}."
 
 
@@ -253,13 +256,6 @@ def drawings_only() -> bool:
     from_bundled = Path(provenance.base_of(PROVENANCE) or "").parent == BUNDLED
     drawn = PROVENANCE is not None and PROVENANCE.dataset == "scenes"
     return (drawn and from_bundled) or Path(MODEL).resolve().parent == BUNDLED
-
-
-def warning() -> str:
-    """Return a warning if the model has seen drawings only, else ""."""
-    remedy = "For photographs set `FOODEXTRACT_MODEL` to another."
-    known = "**This model knows drawings only: it has never seen a photograph.**"
-    return f"{known} {remedy}" if drawings_only() else ""
 
 
 def links() -> str:
