@@ -182,7 +182,7 @@ def examples() -> dict[str, str]:
 def example_buttons(image: gr.Image, name: str) -> None:
     """Show the examples as buttons with their labels; `thumbnails` adds the images."""
     files = [[path] for path in EXAMPLES.values()]
-    label = "Or try one of these. The labels say what it shows; the model does not get all of them right."
+    label = "Or try one of these. The labels say what each shows; the model does not get all of them right."
     gr.Examples(files, image, label=label, example_labels=list(EXAMPLES), elem_id=name, api_visibility="private")
 
 
@@ -274,6 +274,8 @@ if __name__ == "__main__":
         f"{fill}_hover": "*primary_900",
         f"{fill}_hover_dark": "*primary_700",
     }
+    labels = dict.fromkeys(("block_label_background_fill_dark", "block_title_background_fill_dark"), "*primary_800")
+    labels |= {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
     boxes = {"block_border_width": "1px", "body_background_fill": "*neutral_50"}
     demo.launch(
         app_kwargs={"middleware": [Middleware(limits.BodyLimit)]},
@@ -281,5 +283,5 @@ if __name__ == "__main__":
         ssr_mode=False,
         css=thumbnails(),
         css_paths=HERE / "style.css",
-        theme=theme.set(**dark_on_light, **light_on_dark, **boxes),
+        theme=theme.set(**dark_on_light, **light_on_dark, **labels, **boxes),
     )
