@@ -324,11 +324,11 @@ def test_the_page_shows_three_figures_and_the_typical_error(demo, monkeypatch):
     rows = {row.metric: row for row in measured.rows if row.subject == "stage2 constrained"}
 
     def shown():
-        return re.findall(r"<strong>(\d+) %</strong> <small>95 % interval (\d+)–(\d+) %, n = (\d+)", predict.figures())
+        return re.findall(r"interval (\d+)–(\d+) %, n = (\d+)</small></dt><dd>(\d+) %", predict.figures())
 
     monkeypatch.setattr(predict, "PROVENANCE", measured)
     assert shown() == [
-        (*(f"{100 * value:.0f}" for value in (row.value, row.low, row.high)), str(row.n))
+        (f"{100 * row.low:.0f}", f"{100 * row.high:.0f}", str(row.n), f"{100 * row.value:.0f}")
         for row in (rows[metric] for metric in ("is_food_accuracy", "item_precision_micro", "item_recall_micro"))
     ]
     assert f"an item that it misses: {100 - 100 * rows['item_recall_micro'].value:.0f} % of" in predict.figures()

@@ -151,7 +151,7 @@ def many(images: list[str] | None, progress: gr.Progress = gr.Progress()) -> Ite
 
 def answer_on(trigger: Callable, function: Callable, given: Any, outputs: list, button: gr.Button) -> None:
     """Clear the old answer and disable the button at once, wherever the event stands in the queue; then answer."""
-    empty = {gr.Code: "", gr.DownloadButton: gr.DownloadButton(interactive=False)}
+    empty = {gr.Code: "", gr.DownloadButton: gr.update(interactive=False)}
     rest = [empty[type(output)] for output in outputs[1:]]
     begun = trigger(
         lambda files: (WORKING if files else WAITING, *rest, gr.Button(interactive=False)), given, [*outputs, button],

@@ -43,16 +43,16 @@ Answer = tuple[FoodRecord, Confidence]
 
 FIGURES = {  # metrics, what they mean, and the error that they leave
     "is_food_accuracy": (
-        "of the images are told apart rightly: food or drink, or neither",
-        "to take something else for food or drink, or the reverse: {} of the images.",
+        "right on whether an image shows food or drink",
+        "the question whether there is food or drink at all: {} of the answers are wrong.",
     ),
     "item_precision_micro": (
-        "of the items that it names are there",
-        "a wrong name, mostly of something that looks alike: {} of the items that it names are not there.",
+        "of the items it names are in the image",
+        "a wrong name, mostly of something that looks alike: {} of the items it names are not in the image.",
     ),
     "item_recall_micro": (
-        "of the items that are there are named",
-        "an item that it misses: {} of those that are there go unnamed.",
+        "of the items in the image are named",
+        "an item that it misses: {} of the items in the image are not named.",
     ),
 }
 
@@ -284,8 +284,8 @@ def figures() -> str:
         if row := rows.get(metric):
             low, high = (f"{100 * bound:.0f}" for bound in row.interval)
             shown += (
-                f"<div><dt>{meaning}</dt><dd><strong>{100 * row.value:.0f} %</strong> "
-                f"<small>95 % interval {low}–{high} %, n = {row.n}</small></dd></div>"
+                f"<div><dt>{meaning} <small>95 % interval {low}–{high} %, n = {row.n}</small></dt>"
+                f"<dd>{100 * row.value:.0f} %</dd></div>"
             )
             errors[error] = 1 - row.value
     typical = max(errors, key=errors.__getitem__)
