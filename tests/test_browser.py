@@ -200,6 +200,22 @@ def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
 
 
 @pytest.mark.slow
+def test_an_image_replaced_while_it_waits_gets_the_last_word(opened, drawing, tuned):
+    held = []
+    opened.route("**/queue/join*", held.append)
+    opened.locator(".gallery-item").first.click()
+    expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
+    opened.wait_for_timeout(500)
+    opened.get_by_role("button", name="Remove Image").first.click()
+    drop(opened, drawing[1])
+    expect(opened.locator("img[src*='lunch.png']").first).to_be_visible(timeout=WAIT)
+    opened.unroute("**/queue/join*")
+    for route in held:
+        route.continue_()
+    expect(opened.locator(".answer h2")).to_have_text(tuned.extract(drawing[0].image).image_title, timeout=WAIT)
+
+
+@pytest.mark.slow
 def test_a_link_leads_to_the_answer(opened, drawing):
     drop(opened, drawing[1])
     record = answer_on_screen(opened)

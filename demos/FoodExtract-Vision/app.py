@@ -153,11 +153,12 @@ def answer_on(trigger: Callable, function: Callable, given: Any, outputs: list, 
     """Clear the old answer and disable the button at once, wherever the event stands in the queue; then answer."""
     empty = {gr.Code: "", gr.DownloadButton: gr.update(interactive=False)}
     rest = [empty[type(output)] for output in outputs[1:]]
+    last = {"trigger_mode": "always_last"}  # an image that is replaced while it waits is not the last word
     begun = trigger(
-        lambda files: (WORKING if files else WAITING, *rest, gr.Button(interactive=False)), given, [*outputs, button],
-        trigger_mode="always_last", **NOW,
+        lambda files: (WORKING if files else WAITING, *rest, gr.Button(interactive=False)),
+        given, [*outputs, button], **last, **NOW,
     )  # fmt: skip
-    answered = begun.then(on_paths(function), given, outputs, api_visibility="private", **MODEL)
+    answered = begun.then(on_paths(function), given, outputs, api_visibility="private", **last, **MODEL)
     answered.then(lambda: gr.Button(interactive=True), None, button, **NOW)
 
 
