@@ -52,7 +52,7 @@ async def resolve_url(url: str, cache_dir: str) -> str:
     if path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file():
         return str(path)
     remedy = "upload the image to this server first, or send it as a file or as a data URL"
-    raise predict.user_error(f"{url[:100]} is not fetched: {remedy}")
+    raise predict.user_error(f"the address {url[:100]} is not fetched: {remedy}")
 
 
 # Private, because Gradio has no setting for it, and a subclass of each component would write .pyi files beside app.py.
