@@ -85,7 +85,7 @@ async def submit(page: Page, file: Path) -> tuple[float, str]:
     """Submit a file; return the seconds until its answer is on the screen, and the JSON."""
     begun = time.monotonic()
     await page.locator("input[type=file]").first.set_input_files(file)
-    await page.locator(".answer h3").wait_for()
+    await page.locator(".answer h2").wait_for()
     spent = time.monotonic() - begun
     return spent, await page.locator("#json .cm-content").inner_text()
 

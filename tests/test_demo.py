@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import urllib.request
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -21,14 +21,20 @@ import httpx
 import pytest
 import yaml
 from gradio.route_utils import delete_files_created_by_app
-from gradio_client import Client
+from gradio.utils import get_upload_folder
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from mcp import ClientSession, StdioServerParameters
+from mcp.client.stdio import stdio_client
+from mcp.client.streamable_http import streamablehttp_client
 from PIL import Image
+from pillow_heif import register_heif_opener
 
 from foodextract import names
 from foodextract.data import scenes
-from foodextract.evaluation.results import read_results
+from foodextract.inference.confidence import Calibration
 from foodextract.models import loading
-from foodextract.reporting.tables import metric_table
+from foodextract.models.training_data import TrainingData
 from foodextract.schema import FoodRecord
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +56,17 @@ def demo():
 def image(tmp_path):
     scenes.draw_scene(7, "test", 0).image.save(tmp_path / "a.png")
     return str(tmp_path / "a.png")
+
+
+@pytest.fixture
+def heic(tmp_path):
+    """A photograph as an iPhone stores it: HEIC, turned by its Exif data."""
+    register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise
+    with Image.open(SPACE / "examples" / "coffee.jpg") as photo:
+        photo.rotate(90, expand=True).save(tmp_path / "IMG_0001.HEIC", exif=exif)
+    return str(tmp_path / "IMG_0001.HEIC")
 
 
 def test_the_space_answers_like_the_command_line(demo, tuned, image):
@@ -115,11 +132,22 @@ def test_confidence_is_never_100_percent(demo):
     shares = {0.5: "50 %", 0.994: "99 %", 0.995: "&gt; 99 %", 1.0: "&gt; 99 %"}
     assert {share: predict.percent(share) for share in shares} == shares
     food = FoodRecord(is_food=1, image_title="tea", food_items=[], drink_items=["tea"])
-    assert "sure that this is food or drink: &gt; 99 %" in predict.record_as_html(
-        food, predict.Confidence(0.999, [], [0.0]), 1
-    )
+    assert "Food or drink · &gt; 99 % sure" in predict.record_as_html(food, predict.Confidence(0.999, [], [0.0]), 1)
     neither = FoodRecord(is_food=0, image_title="", food_items=[], drink_items=[])
-    assert "sure of that: 80 %" in predict.record_as_html(neither, predict.Confidence(0.8, [], []), 1)
+    assert "80 % sure" in predict.record_as_html(neither, predict.Confidence(0.8, [], []), 1)
+
+
+@pytest.mark.parametrize("calibration", [None, Calibration(0.5, 0.5, 0.1, images=1234)])
+def test_confidence_is_shown_only_if_it_is_calibrated(demo, image, monkeypatch, calibration):
+    app, predict = demo
+    monkeypatch.setattr(predict.TUNED, "calibration", calibration)
+    shown = calibration is not None
+    assert ("%" in app.show(image)[0]) == shown
+    assert ("fitted on 1,234 validation images" in predict.calibrated()) == shown
+    rows = list(predict.predict_many([image]))
+    assert ("confidence" in rows[0]) == shown
+    for path in predict.write_files(rows):
+        assert ("confidence" in Path(path).read_text()) == shown
 
 
 def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
@@ -136,14 +164,52 @@ def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
     ):
         monkeypatch.setattr(predict, "MODEL", str(model))
         monkeypatch.setattr(predict, "PROVENANCE", evidence)
-        assert ("never seen a photograph" in predict.notice()) == known, model
+        assert ("never seen a photograph" in predict.about()) == known, model
+
+
+def test_the_page_and_the_tool_say_what_answers(demo):
+    app, predict = demo
+    data = TrainingData.find(predict.MODEL)
+    size = predict.TUNED.model.num_parameters() / 1e6
+    assert f"The photo model, {size:.0f} M parameters, {data.describe()}." == predict.about()
+    assert predict.about() in app.DESCRIPTION
+    texts = [block.value for block in app.demo.blocks.values() if isinstance(block, gr.Markdown)]
+    assert ", ".join(data.names) in texts
+    assert predict.about() in texts[0]
+
+
+@pytest.mark.parametrize("model", [loading.PHOTO, names.HUB_MODEL])
+def test_code_model_data_and_card_are_linked(demo, monkeypatch, model):
+    _, predict = demo
+    monkeypatch.setattr(predict, "MODEL", str(model))
+    addresses = dict(re.findall(r"\[(.*?)\]\((.*?)\)", predict.links()))
+    data = "Training data" if model == loading.PHOTO else "Dataset"
+    assert list(addresses) == ["Code", "Model", data, "Model card"]
+    for address in addresses.values():
+        if file := address.removeprefix(f"{names.CODE}/tree/main/").removeprefix(names.CODE).removeprefix("#readme"):
+            assert (
+                file.startswith(f"https://huggingface.co/{names.OWNER}/")
+                or "datasets/" in file
+                or (ROOT / file).exists()
+            )
+
+
+def test_examples_have_labels_and_images(demo):
+    app, _ = demo
+    labels = list(app.EXAMPLES)
+    assert labels[:6] == ["pizza", "coffee", "pancakes", "cookies", "eggs benedict", "cat"]
+    assert len(labels) == 9
+    assert all(label.startswith("drawing: ") for label in labels[6:])
+    assert all(Path(file).is_file() for file in app.EXAMPLES.values())
+    assert app.thumbnails().count("url(data:image/jpeg;base64,") == 9
 
 
 def test_a_broken_file_in_a_batch_affects_no_other(demo, tmp_path, image):
-    _, predict = demo
+    app, predict = demo
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    html, as_csv, as_jsonl = predict.predict_many([image, str(tmp_path / "broken.jpg"), image])
-    assert re.findall(r"<tr><th scope=.row.>.*?</th><td( class=.wrong.)?", html) == ["", ' class="wrong"', ""]
+    *_, (html, _, _), (_, as_csv, as_jsonl) = app.many([image, str(tmp_path / "broken.jpg"), image])
+    as_csv, as_jsonl = as_csv.value["path"], as_jsonl.value["path"]
+    assert re.findall(r"<th scope=.row.>.*?</th><td( class=.wrong.)?", html) == ["", ' class="wrong"', ""]
     rows = [json.loads(line) for line in Path(as_jsonl).read_text().splitlines()]
     with open(as_csv, newline="") as lines:
         cells = list(csv.DictReader(lines))
@@ -151,12 +217,18 @@ def test_a_broken_file_in_a_batch_affects_no_other(demo, tmp_path, image):
     assert rows[1].keys() == {"file", "error"}
     assert json.loads(cells[0]["food_items"]) == rows[0]["food_items"]
     with pytest.raises(gr.Error, match="more than the 50"):
-        predict.predict_many([image] * 51)
+        list(predict.predict_many([image] * 51))
 
 
-def answers(outputs):
-    """The lines of answers.jsonl."""
-    return [json.loads(line) for line in Path(outputs[2]).read_text().splitlines()]
+def test_a_batch_is_answered_row_by_row(demo, image, heic):
+    app, _ = demo
+    steps = list(app.many([image, heic, image]))
+    for number, (html, *buttons) in enumerate(steps[:3], 1):
+        assert f"{number} of 3 images answered" in html
+        assert html.count('<th scope="row">') == html.count('<img src="data:image/jpeg;base64,') == number
+        assert not any(button.interactive for button in buttons)
+    assert len(steps) == 4
+    assert all(button.interactive for button in steps[3][1:])
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -167,17 +239,17 @@ def test_a_large_file_in_a_batch_is_not_opened_and_affects_no_other(demo, tmp_pa
     monkeypatch.setattr(predict, "MAX_BYTES", 90_000)
     paths = [image, image]
     paths.insert(place, str(heavy))
-    rows = answers(predict.predict_many(paths))
+    rows = list(predict.predict_many(paths))
     assert [row["file"] for row in rows if "error" in row] == ["heavy.png"]
     assert rows[place]["error"].startswith("the file heavy.png is larger than 0 MB")
     assert sum("is_food" in row for row in rows) == 2
-    [alone] = answers(predict.predict_many([str(heavy)]))
+    [alone] = predict.predict_many([str(heavy)])
     assert alone["error"]
 
 
 def test_downloads_are_deleted_with_uploads(demo, image):
     app, _ = demo
-    _, as_csv, as_jsonl = app.many([image])
+    *_, (_, as_csv, as_jsonl) = app.many([image])
     paths = [Path(button.value["path"]) for button in (as_csv, as_jsonl)]
     assert all(path.is_file() for path in paths)
     delete_files_created_by_app(app.demo, age=None)
@@ -185,7 +257,7 @@ def test_downloads_are_deleted_with_uploads(demo, image):
 
 
 FORKED = """
-import json, os, pickle, sys, types
+import inspect, json, os, pickle, sys, types
 import gradio as gr
 
 def GPU(duration):
@@ -196,6 +268,7 @@ def GPU(duration):
             if not os.fork():
                 try:
                     result = function(*arguments)
+                    result = list(result) if inspect.isgenerator(result) else result
                 except gr.Error as error:
                     result = error
                 except Exception:
@@ -218,7 +291,7 @@ for ask in (predict.predict_one, predict.compare):
         ask(sys.argv[2])
     except gr.Error as error:
         print(error.message)
-first, second = map(json.loads, open(predict.predict_many(sys.argv[1:])[2]))
+first, second = predict.predict_many(sys.argv[1:])
 print(first["is_food"], second["error"])
 print(*durations)
 """
@@ -244,17 +317,41 @@ def test_errors_are_the_same_on_zero_gpu(tmp_path, image):
     assert durations == "22 60 24"
 
 
-def test_the_page_shows_the_figures_of_its_model(demo, monkeypatch):
+def test_the_page_shows_three_figures_and_the_typical_error(demo, monkeypatch):
     _, predict = demo
     measured = predict.provenance.find(loading.TINY_TUNED)
-    monkeypatch.setattr(predict, "PROVENANCE", measured)
-    assert (
-        metric_table([row for row in read_results(ROOT / "results" / "offline.json") if row.low is not None])
-        in predict.figures()
-    )
     assert predict.provenance.base_of(measured) == str(loading.TINY_BASE)
+    rows = {row.metric: row for row in measured.rows if row.subject == "stage2 constrained"}
+
+    def shown():
+        return re.findall(r"interval (\d+)–(\d+) %, n = (\d+)</small></dt><dd>(\d+) %", predict.figures())
+
+    monkeypatch.setattr(predict, "PROVENANCE", measured)
+    assert shown() == [
+        (f"{100 * row.low:.0f}", f"{100 * row.high:.0f}", str(row.n), f"{100 * row.value:.0f}")
+        for row in (rows[metric] for metric in ("is_food_accuracy", "item_precision_micro", "item_recall_micro"))
+    ]
+    assert f"an item that it misses: {100 - 100 * rows['item_recall_micro'].value:.0f} % of" in predict.figures()
+    worse = [
+        dataclasses.replace(row, value=0.3, low=0.2, high=0.4) if row.metric == "item_precision_micro" else row
+        for row in measured.rows
+    ]
+    monkeypatch.setattr(predict, "PROVENANCE", dataclasses.replace(measured, rows=worse))
+    assert "a wrong name, mostly of something that looks alike: 70 % of" in predict.figures()
     monkeypatch.setattr(predict, "PROVENANCE", None)
     assert "has no evaluation" in predict.figures()
+
+
+def test_links_to_answers_are_deleted_after_a_day(demo, tmp_path, monkeypatch):
+    _, predict = demo
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    for name, hours in (("old", 25), ("new", 23)):
+        file = tmp_path / "deep_links" / name / "state.json"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time.time() - hours * 3600,) * 2)
+    predict.delete_old_links()
+    assert [path.name for path in (tmp_path / "deep_links").iterdir()] == ["new"]
 
 
 def test_ten_users_at_once_get_their_own_answers_in_order(page, tuned):
@@ -287,8 +384,21 @@ def test_ten_users_at_once_get_their_own_answers_in_order(page, tuned):
     assert done == events
 
 
-def test_only_extract_is_public(page):
-    assert list(Client(page, verbose=False).view_api(return_format="dict")["named_endpoints"]) == ["/extract"]
+def test_only_extract_and_extract_many_are_public(page):
+    endpoints = Client(page, verbose=False).view_api(return_format="dict")["named_endpoints"]
+    assert list(endpoints) == ["/extract", "/extract_many"]
+
+
+def test_a_batch_over_the_client(page, tuned, image, heic, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    files = [image, str(tmp_path / "broken.jpg"), heic]
+    client = Client(page, verbose=False)
+    rows = client.predict(list(map(handle_file, files)), api_name="/extract_many")
+    assert [row.pop("file") for row in rows] == ["a.png", "broken.jpg", "IMG_0001.HEIC"]
+    assert "not an image in a format we read" in rows[1]["error"]
+    assert [rows[0], rows[2]] == [tuned.extract(file).model_dump() for file in (image, heic)]
+    with pytest.raises(AppError, match="51 images are more than the 50 we take at once"):
+        client.predict([handle_file(image)] * 51, api_name="/extract_many")
 
 
 def test_the_http_example_of_the_page_works(demo, page, tuned, image, tmp_path):
@@ -304,25 +414,63 @@ def test_the_http_example_of_the_page_works(demo, page, tuned, image, tmp_path):
     assert FoodRecord.parse(answer) == tuned.extract(image)
 
 
-def test_mcp_offers_the_tool(page, image, tuned):
-    """Send the two messages of a client to a stateless server, without a library."""
-
-    def ask(method, **params):
-        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
-        head = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
-        with urllib.request.urlopen(urllib.request.Request(f"{page}gradio_api/mcp/", body, head)) as answer:
-            return json.loads(answer.read().decode().partition("data: ")[2])["result"]
-
-    [tool] = ask("tools/list")["tools"]
-    assert "one line of JSON" in tool["description"]
-    data = f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
-    answer = ask("tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): data})
-    assert FoodRecord.parse(answer["content"][0]["text"]) == tuned.extract(image)
-    refused = ask(
-        "tools/call", name=tool["name"], arguments={next(iter(tool["inputSchema"]["properties"])): f"{page}lunch.png"}
+def test_an_mcp_client_uploads_an_image_and_asks_about_it(demo, page, image, tuned):
+    """With the official client and the settings on the page: upload, then pass on the address; or send a data URL."""
+    app, _ = demo
+    block = re.search(r"```json\n(.*?)```", app.API, re.DOTALL)[1]
+    folder = str(Path(image).parent)
+    servers = json.loads(block.replace(app.URL, page.rstrip("/")).replace("<folder>", folder))["mcpServers"]
+    *_, command, address, allowed = servers["upload_files_to_gradio"]["args"]
+    uploader = StdioServerParameters(
+        command=str(Path(sys.executable).with_name("gradio")), args=[command, address, allowed]
     )
-    assert refused["isError"]
-    assert "send the image itself" in refused["content"][0]["text"]
+    data = f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+
+    async def story():
+        async with stdio_client(uploader) as streams, ClientSession(*streams) as session:
+            await session.initialize()
+            uploaded = (await session.call_tool("upload_file_to_gradio", {"file": image})).content[0].text
+        async with (
+            streamablehttp_client(servers["foodextract"]["url"]) as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            asked = [await session.call_tool("extract", {"image": one}) for one in (uploaded, data, f"{page}lunch.png")]
+        return tools, asked
+
+    [tool], (by_address, by_data, refused) = asyncio.run(story())
+    assert "one line of JSON" in tool.description
+    assert "never seen a photograph" in tool.description
+    assert "Address of an image that was uploaded" in tool.inputSchema["properties"]["image"]["description"]
+    for answer in (by_address, by_data):
+        assert FoodRecord.parse(answer.content[0].text) == tuned.extract(image)
+    assert refused.isError
+    assert "upload the image to this server first" in refused.content[0].text
+
+
+def test_only_addresses_of_uploads_are_resolved(demo, tmp_path, monkeypatch):
+    app, _ = demo
+    uploads = tmp_path / "uploads"
+    (uploads / "a b").mkdir(parents=True)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
+    assert get_upload_folder() == str(uploads)
+    for file in (uploads / "a b" / "é.png", tmp_path / "secret.png"):
+        file.touch()
+    (uploads / "link.png").symlink_to(tmp_path / "secret.png")
+
+    def resolved(path, server="https://x.hf.space"):
+        return asyncio.run(app.limits.resolve_url(f"{server}/gradio_api/file={path}", str(uploads)))
+
+    assert resolved(f"{uploads}/a%20b/%C3%A9.png") == resolved(f"{uploads}/a b/é.png") == f"{uploads}/a b/é.png"
+    for path in (
+        f"{tmp_path}/secret.png", f"{uploads}/../secret.png", f"{uploads}/%2e%2e/secret.png", f"{uploads}/link.png",
+        f"{uploads}/none.png", str(uploads), "a b/é.png", "",
+    ):  # fmt: skip
+        with pytest.raises(gr.Error, match="is not fetched: upload the image"):
+            resolved(path)
+    with pytest.raises(gr.Error, match="is not fetched"):
+        asyncio.run(app.limits.resolve_url("http://169.254.169.254/latest/meta-data", str(uploads)))
 
 
 def answer_to(page, data):
@@ -341,7 +489,7 @@ def test_a_url_is_not_fetched(page, stream):
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/lunch.png"
         event, answer = answer_to(page, {"path": address, "is_stream": stream})
         assert event == "error"
-        assert stream or "send the image itself" in answer["error"]
+        assert stream or "upload the image to this server first" in answer["error"]
         with pytest.raises(TimeoutError):
             listening.accept()
 

@@ -1,7 +1,11 @@
-"""Limits on what the page accepts: bytes, counted before anything is decoded, and no URLs."""
+"""Limits on what the page accepts: bytes, counted before anything is decoded, and no URLs but those of its uploads."""
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import predict
 from gradio import processing_utils
+from gradio.utils import get_upload_folder
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
@@ -39,10 +43,17 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
-async def reject_url(url: str, cache_dir: str) -> str:
-    """Replace Gradio's download of URLs, which has no size limit."""
-    raise predict.user_error(f"{url[:100]} is not fetched: send the image itself, as a file, or over MCP as a data URL")
+async def resolve_url(url: str, cache_dir: str) -> str:
+    """Replace Gradio's download of URLs, which has no size limit: the address of an upload becomes its path.
+
+    No address is ever contacted. Any other is an error.
+    """
+    path = Path(unquote(urlsplit(url).path).partition("/gradio_api/file=")[2]).resolve()
+    if path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file():
+        return str(path)
+    remedy = "upload the image to this server first, or send it as a file or as a data URL"
+    raise predict.user_error(f"the address {url[:100]} is not fetched: {remedy}")
 
 
 # Private, because Gradio has no setting for it, and a subclass of each component would write .pyi files beside app.py.
-processing_utils.async_ssrf_protected_download = reject_url
+processing_utils.async_ssrf_protected_download = resolve_url

@@ -1,9 +1,12 @@
 """Run the tuned and the base model for the page, and format their answers as HTML."""
 
+import base64
+import io
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -17,13 +20,13 @@ except ImportError:
 import gradio as gr
 from gradio.utils import get_upload_folder
 
+from foodextract import names
 from foodextract.evaluation import provenance
 from foodextract.images import ImageError, open_image
 from foodextract.inference import output_files
 from foodextract.inference.extractor import Confidence, Extractor
 from foodextract.models.loading import BUNDLED, PHOTO, PHOTO_BASE, ModelError, newest_tuned
 from foodextract.models.training_data import TrainingData
-from foodextract.reporting.tables import metric_table
 from foodextract.schema import AnswerError, FoodRecord
 
 MAX_BYTES = 20 * 2**20  # of a file; checked before decoding, as is `images.MAX_PIXELS`
@@ -32,7 +35,26 @@ MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
 PROVENANCE = provenance.find(MODEL)
 BUNDLED_BASE = str(PHOTO_BASE) if Path(MODEL) == PHOTO else None
 BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(PROVENANCE) or BUNDLED_BASE
+COLUMNS = ("food or drink", "title", "foods", "drinks")  # of the table of a batch, after image and file
+LINK_HOURS = 24  # that uploads are kept, and with them links to answers
+THUMBNAIL = 96  # pixels
 Answer = tuple[FoodRecord, Confidence]
+
+
+FIGURES = {  # metrics, what they mean, and the error that they leave
+    "is_food_accuracy": (
+        "right on whether an image shows food or drink",
+        "the question whether there is food or drink at all: {} of the answers are wrong.",
+    ),
+    "item_precision_micro": (
+        "of the items it names are in the image",
+        "a wrong name, mostly of something that looks alike: {} of the items it names are not in the image.",
+    ),
+    "item_recall_micro": (
+        "of the items in the image are named",
+        "an item that it misses: {} of the items in the image are not named.",
+    ),
+}
 
 
 def load(model_id: str | None, tiles: int | None = None) -> Extractor | ModelError:
@@ -63,8 +85,9 @@ def on_gpu(seconds: Callable[..., int]) -> Callable[[Callable], Callable]:
 
 
 @on_gpu(lambda paths: 20 + 2 * len(paths))  # ZeroGPU allows two minutes
-def _records(paths: list[str]) -> list[Answer | ImageError]:
-    return list(TUNED.extract_many_with_confidence(paths))
+def _records(paths: list[str]) -> Iterator[Answer | ImageError]:
+    batch = 1 if TUNED.model.device.type == "cpu" else 8  # a CPU gains little from more, and shows each row sooner
+    yield from TUNED.extract_many_with_confidence(paths, batch)
 
 
 @on_gpu(lambda path: 60)
@@ -97,14 +120,14 @@ def too_large(path: str) -> ImageError | None:
     return None
 
 
-def predict_one(path: str | None) -> tuple[FoodRecord, Confidence, float]:
-    """Return record, confidence and seconds for one image. Raises gr.Error."""
+def predict_one(path: str | None) -> tuple[FoodRecord, Confidence | None, float]:
+    """Return record, calibrated confidence (None without a calibration) and seconds for one image. Raises gr.Error."""
     check(path, TUNED)
     start = time.perf_counter()
-    result = too_large(path) or _records([path])[0]
+    result = too_large(path) or next(iter(_records([path])))
     if isinstance(result, Exception):
         raise user_error(result)
-    return *result, time.perf_counter() - start
+    return result[0], result[1] if TUNED.calibration else None, time.perf_counter() - start
 
 
 def compare(path: str | None) -> str:
@@ -121,66 +144,86 @@ def compare(path: str | None) -> str:
         except AnswerError as error:
             verdict = f'<p class="wrong">✗ {escape(str(error))}</p>'
         heading = f"{title}: {escape(Path(name).name)}"
-        columns += f"<section><h3>{heading}</h3><pre>{escape(text)}</pre>{verdict}</section>"
+        columns += f"<section><h2>{heading}</h2><pre>{escape(text)}</pre>{verdict}</section>"
     return f'<div class="pair" role="status">{columns}</div>'
 
 
-def predict_many(paths: list[str] | None) -> tuple[str, str, str]:
-    """Return an HTML table and the paths of answers.csv and answers.jsonl. Raises gr.Error.
-
-    An image that cannot be read gets a row with the reason.
-    """
+def predict_many(paths: list[str] | None) -> Iterator[dict[str, Any]]:
+    """Yield a row per image as soon as it is answered: its file, and the record or the error. Raises gr.Error."""
     check(paths[0] if paths else None, TUNED)
     if len(paths) > MAX_IMAGES:
         raise user_error(f"{len(paths)} images are more than the {MAX_IMAGES} we take at once: send fewer")
     errors = {path: too_large(path) for path in paths}
     light = [path for path in paths if not errors[path]]
     results = iter(_records(light) if light else ())
-    rows: list[dict[str, Any]] = []
     for path in paths:
         result = errors[path] or next(results)
         row: dict[str, Any] = {"file": Path(path).name}
         if isinstance(result, Exception):
-            rows.append(row | {"error": str(result)})
+            yield row | {"error": str(result)}
         else:
-            rows.append(row | result[0].model_dump() | {"confidence": asdict(result[1])})
-    folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
+            confidence = {"confidence": asdict(result[1])} if TUNED.calibration else {}
+            yield row | result[0].model_dump() | confidence
+
+
+def write_files(rows: list[dict[str, Any]]) -> list[str]:
+    """Write answers.csv and answers.jsonl to the upload folder; return their paths."""
+    folder, confidence = Path(tempfile.mkdtemp(dir=get_upload_folder())), TUNED.calibration is not None
     for form in ("csv", "jsonl"):
-        lines = [output_files.header(form, True), *(output_files.as_line(row, form, True) for row in rows)]
+        lines = [output_files.header(form, confidence), *(output_files.as_line(row, form, confidence) for row in rows)]
         (folder / f"answers.{form}").write_text("".join(lines), encoding="utf-8")
-    return rows_as_html(rows), str(folder / "answers.csv"), str(folder / "answers.jsonl")
+    return [str(folder / "answers.csv"), str(folder / "answers.jsonl")]
 
 
-def rows_as_html(rows: list[dict[str, Any]]) -> str:
-    """Format output rows as a table that wraps its words and scrolls on a phone."""
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("file", "food or drink", "title", "foods", "drinks"))
-    body = ""
-    for row in rows:
-        if "error" in row:
-            cells = f'<td class="wrong" colspan="4">{escape(row["error"])}</td>'
-        else:
-            items = (", ".join(row[field]) for field in ("food_items", "drink_items"))
-            texts = (("no", "yes")[row["is_food"]], row["image_title"], *items)
-            cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
-        body += f'<tr><th scope="row">{escape(row["file"])}</th>{cells}</tr>'
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="batch" role="status">{table}</div>'
+def thumbnail(path: str) -> str:
+    """Return a small copy of an image as a data URL, "" if it cannot be read."""
+    try:
+        if too_large(path):
+            return ""
+        image = open_image(path)
+    except ImageError:
+        return ""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(data := io.BytesIO(), "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def record_as_html(record: FoodRecord, confidence: Confidence, seconds: float) -> str:
-    """Format title, confidence and items; all model text is escaped."""
-    facts = f"{percent(confidence.is_food)} · {seconds:.1f}&nbsp;s"
+def row_as_html(row: dict[str, Any], picture: str) -> str:
+    """Format an output row as a row of the table; on a phone, `data-label` names each cell."""
+    image = f'<img src="{picture}" alt="">' if picture else ""
+    head = f'<tr><td class="thumbnail">{image}</td><th scope="row">{escape(row["file"])}</th>'
+    if "error" in row:
+        return f'{head}<td class="wrong" colspan="4">{escape(row["error"])}</td></tr>'
+    items = (", ".join(row[field]) for field in ("food_items", "drink_items"))
+    texts = (("no", "yes")[row["is_food"]], row["image_title"], *items)
+    cells = (f'<td data-label="{name}">{escape(text)}</td>' for name, text in zip(COLUMNS, texts, strict=True))
+    return f"{head}{''.join(cells)}</tr>"
+
+
+def table_as_html(rows: str, done: int, total: int) -> str:
+    """Format rows as a table, which CSS turns into cards on a phone."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("image", "file", *COLUMNS))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="batch"><p role="status">{done} of {total} images answered</p>{table}</div>'
+
+
+def record_as_html(record: FoodRecord, confidence: Confidence | None, seconds: float) -> str:
+    """Format title, items and, where it is calibrated, confidence. All model text is escaped."""
+    sure = f"{percent(confidence.is_food)} sure · " if confidence else ""
     if not record.is_food:
-        return f'<div class="answer" role="status"><h3>Neither food nor drink</h3><p>sure of that: {facts}</p></div>'
+        facts = f"<p>{sure}{seconds:.1f}&nbsp;s</p>"
+        return f'<div class="answer" role="status"><h2>Neither food nor drink</h2>{facts}</div>'
     lists = ""
     for field, name in (("food_items", "Food"), ("drink_items", "Drinks")):
+        items = getattr(record, field)
+        shares = map(percent, getattr(confidence, field)) if confidence else [""] * len(items)
         chips = "".join(
-            f'<li class="chip {field}">{escape(item)} <small>{percent(probability)}</small></li>'
-            for item, probability in zip(getattr(record, field), getattr(confidence, field), strict=True)
+            f'<li class="chip {field}">{escape(item)} <small>{share}</small></li>'
+            for item, share in zip(items, shares, strict=True)
         )
-        lists += f'<h4>{name}</h4><ul class="chips">{chips or "<li>none</li>"}</ul>'
-    sure = f"<p>sure that this is food or drink: {facts}</p>"
-    return f'<div class="answer" role="status"><h3>{escape(record.image_title)}</h3>{sure}{lists}</div>'
+        lists += f'<h3>{name}</h3><ul class="chips">{chips or "<li>none</li>"}</ul>'
+    facts = f"<p>Food or drink · {sure}{seconds:.1f}&nbsp;s</p>"
+    return f'<div class="answer" role="status"><h2>{escape(record.image_title)}</h2>{facts}{lists}</div>'
 
 
 def percent(share: float) -> str:
@@ -190,29 +233,83 @@ def percent(share: float) -> str:
 
 def error_as_html(error: gr.Error) -> str:
     """Format an error for the place of the answer; screen readers announce it."""
-    return f'<div class="problem" role="alert"><h3>{escape(error.title)}</h3><p>{escape(error.message)}</p></div>'
+    return f'<div class="problem" role="alert"><h2>{escape(error.title)}</h2><p>{escape(error.message)}</p></div>'
 
 
-def notice() -> str:
-    """Return a warning if the model is bundled, or was trained from a bundled one on drawings alone; else ""."""
-    drawn = PROVENANCE is not None and PROVENANCE.dataset == "scenes"
-    from_bundled = drawn and Path(provenance.base_of(PROVENANCE) or "").parent == BUNDLED
+def about() -> str:
+    """Say what answers: name, size, and what it was trained on, as Markdown."""
+    name = "photo model" if Path(MODEL) == PHOTO else f"model `{Path(MODEL).name}`"
+    count = getattr(getattr(TUNED, "model", None), "num_parameters", None)  # an exported model does not say
+    size = f", {count() / 1e6:.0f} M parameters" if count else ""
+    known = ""
     if data := TrainingData.find(MODEL):
-        if not data.drawings_only:
-            return f"The model was {data.describe()}."
-    elif not from_bundled and Path(MODEL).resolve().parent != BUNDLED:
-        return ""
-    warning = "**This model knows drawings only: it has never seen a photograph.**"
-    return f"{warning} For photographs set `FOODEXTRACT_MODEL` to another."
+        known = f", {data.describe()}"
+    elif drawings_only():
+        known = ", trained on drawings: it has never seen a photograph, so do not trust it on one"
+    return f"The {name}{size}{known}."
+
+
+def drawings_only() -> bool:
+    """Whether the model has seen no photograph: it says so, is a bundled one, or was trained from one on drawings."""
+    if data := TrainingData.find(MODEL):
+        return data.drawings_only
+    from_bundled = Path(provenance.base_of(PROVENANCE) or "").parent == BUNDLED
+    drawn = PROVENANCE is not None and PROVENANCE.dataset == "scenes"
+    return (drawn and from_bundled) or Path(MODEL).resolve().parent == BUNDLED
+
+
+def links() -> str:
+    """Link the code, the model that answers, its data and its card, as Markdown."""
+    bundled, hub = f"{names.CODE}/tree/main/src/foodextract/models/bundled", "https://huggingface.co"
+    found = {"Code": names.CODE}
+    if Path(MODEL).resolve().parent == BUNDLED:
+        here = f"{bundled}/{Path(MODEL).name}"
+        found |= {"Model": here, "Training data": f"{here}/training_data.json", "Model card": f"{names.CODE}#readme"}
+    elif provenance.is_hub_id(MODEL):
+        data = PROVENANCE.dataset if PROVENANCE and provenance.is_hub_id(PROVENANCE.dataset) else names.HUB_DATASET
+        card = f"{hub}/{MODEL}"
+        found |= {"Model": f"{card}/tree/main", "Dataset": f"{hub}/datasets/{data}", "Model card": card}
+    return " · ".join(f"[{name}]({address})" for name, address in found.items())
 
 
 def figures() -> str:
-    """Return the measured table of the model as Markdown."""
-    if PROVENANCE is None:
-        return f"`{Path(MODEL).name}` has no evaluation: notebook 01 writes one for the model it trains."
-    row = PROVENANCE.rows[0]
+    """Return the three main figures of the model and its most frequent error as HTML."""
+    if PROVENANCE is None or not PROVENANCE.own:
+        return f"<p>{escape(Path(MODEL).name)} has no evaluation: notebook 01 writes one for the model it trains.</p>"
+    last = PROVENANCE.stages[-1]["name"]
+    rows = {row.metric: row for row in PROVENANCE.own}
+    rows |= {row.metric: row for row in PROVENANCE.scored if row.subject == f"{last} constrained"}  # as the page asks
+    shown, errors = "", {}
+    for metric, (meaning, error) in FIGURES.items():
+        if row := rows.get(metric):
+            low, high = (f"{100 * bound:.0f}" for bound in row.interval)
+            shown += (
+                f"<div><dt>{meaning} <small>95 % interval {low}–{high} %, n = {row.n}</small></dt>"
+                f"<dd>{100 * row.value:.0f} %</dd></div>"
+            )
+            errors[error] = 1 - row.value
+    typical = max(errors, key=errors.__getitem__)
+    source = {"scenes": "drawn scenes"}.get(PROVENANCE.dataset, PROVENANCE.dataset)
+    share = f"{100 * errors[typical]:.0f} %"
     return (
-        f"{metric_table(PROVENANCE.scored)}\n\nHeld-out images of `{PROVENANCE.dataset}`, greedy decoding without a "
-        f"grammar, the same prompt for all; 95 % intervals in brackets. Weights `{PROVENANCE.weights}`, measured on "
-        f"{row.device} at commit {row.commit}."
+        f'<dl class="figures">{shown}</dl><p>The typical error is {typical.format(share)}</p>'
+        f"<p>Measured on held-out images of {escape(source)}, weights {PROVENANCE.weights}.</p>"
     )
+
+
+def calibrated() -> str:
+    """Say what the percentages beside an answer mean, as Markdown."""
+    calibration = getattr(TUNED, "calibration", None)
+    if calibration is None:
+        return "The page shows no confidence, since that of this model has not been calibrated."
+    return (
+        "The percentages beside an answer are calibrated: of the answers marked 80 %, about 80 % are right. "
+        f"They were fitted on {calibration.images:,} validation images."
+    )
+
+
+def delete_old_links() -> None:
+    """Delete the answers behind links that are older than LINK_HOURS; Gradio deletes only the images."""
+    for file in Path(get_upload_folder(), "deep_links").glob("*/state.json"):
+        if time.time() - file.stat().st_mtime > LINK_HOURS * 3600:
+            shutil.rmtree(file.parent, ignore_errors=True)

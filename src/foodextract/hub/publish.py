@@ -32,6 +32,7 @@ from foodextract.data.selection import SPLITS
 from foodextract.evaluation import provenance
 from foodextract.evaluation.scoring import count_items, try_read
 from foodextract.hub.client import PublishError, client, explained
+from foodextract.inference import confidence
 from foodextract.inference.extractor import Extractor
 from foodextract.models import training_data
 from foodextract.models.loading import ModelError, newest_tuned
@@ -47,6 +48,7 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
         "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "merges.txt", "model.safetensors", "model-*-of-*.safetensors",
         "model.safetensors.index.json", "training.json", training_data.FILE, provenance.EVALUATION,
+        confidence.FILE,
     ),
     "dataset": (
         "README.md", "data/*.parquet", "report.json", "rejects.jsonl", "issues.jsonl", "near_duplicates.jsonl",
