@@ -37,9 +37,7 @@ def folder(tmp_path_factory):
     rng, lines = np.random.default_rng(0), []
     for number in range(160):
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((99, 90)).save(folder / f"{number}.png")
-        name = ["pizza", "soup", "cake", "plum", "beer", "tea", "", "rare soup" if number < 40 else ""][
-            number // 2 % 8
-        ]
+        name = ["pizza", "soup", "cake", "plum", "beer", "tea", "", "rare soup" if number < 40 else ""][number // 2 % 8]
         row = {"file": f"{number}.png", "source": "noise", "licence": "MIT", "group": f"group {number // 2}"}
         row |= {"licence_class": "permissive" if number % 2 else "research", "label_scope": "primary"}
         drink = name in ("beer", "tea")

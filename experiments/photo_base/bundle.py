@@ -72,7 +72,7 @@ def main(
         for row in read_results(ROOT / "results" / "photographs.json")
         if row.subject in subjects
     ]
-    provenance.write(PHOTO, PHOTO_BASE, load(out / "dataset"), [profile.stage1, profile.stage2], figures)
+    provenance.write(PHOTO, PHOTO_BASE, "photographs", [profile.stage1, profile.stage2], figures)
 
 
 if __name__ == "__main__":
