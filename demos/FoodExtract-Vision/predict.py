@@ -264,7 +264,9 @@ def links() -> str:
     found = {"Code": names.CODE}
     if Path(MODEL).resolve().parent == BUNDLED:
         here = f"{bundled}/{Path(MODEL).name}"
-        found |= {"Model": here, "Training data": f"{here}/training_data.json", "Model card": f"{names.CODE}#readme"}
+        made = "experiments/photo_base" if Path(MODEL) == PHOTO else "experiments/tiny_base"
+        card = f"{names.CODE}/tree/main/{made}#readme"
+        found |= {"Model": here, "Training data": f"{here}/training_data.json", "Model card": card}
     elif provenance.is_hub_id(MODEL):
         data = PROVENANCE.dataset if PROVENANCE and provenance.is_hub_id(PROVENANCE.dataset) else names.HUB_DATASET
         card = f"{hub}/{MODEL}"
