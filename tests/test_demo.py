@@ -186,7 +186,8 @@ def test_code_model_data_and_card_are_linked(demo, monkeypatch, model):
     data = "Training data" if model == loading.PHOTO else "Dataset"
     assert list(addresses) == ["Code", "Model", data, "Model card"]
     for address in addresses.values():
-        if file := address.removeprefix(f"{names.CODE}/tree/main/").removeprefix(names.CODE).removeprefix("#readme"):
+        page = address.partition("#")[0]
+        if file := page.removeprefix(f"{names.CODE}/tree/main/").removeprefix(names.CODE):
             assert (
                 file.startswith(f"https://huggingface.co/{names.OWNER}/")
                 or "datasets/" in file
