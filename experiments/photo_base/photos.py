@@ -25,13 +25,14 @@ import numpy as np
 import torch
 import typer
 from PIL import Image, ImageOps
+from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from foodextract.data.build import build
 from foodextract.data.samples import PRIMARY, Rows, Sample
 from foodextract.data.sources import scenes
 from foodextract.images import open_image
-from foodextract.schema import EXHAUSTIVE, listing
+from foodextract.schema import EXHAUSTIVE, FoodRecord, listing
 
 TEST, VALIDATION = 0.09, 0.04  # shares of the groups
 RARE = 5  # a name with fewer photographs than this is not learned
@@ -66,11 +67,23 @@ class Photo:
 
 
 def read_photos(folder: Path) -> list[Photo]:
-    """The photographs of a manifest, in its order. Those that say no more than that there is food are left out."""
+    """The photographs of a manifest, in its order.
+
+    Those that say no more than that there is food are left out, and those whose label does not fit into a record.
+    """
     lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     drinks = Counter(name for row in rows for name in row["drink_items"])
-    return [_photo(folder, row, drinks) for row in rows if not row["is_food"] or row["food_items"] + row["drink_items"]]
+    stated = [row for row in rows if not row["is_food"] or row["food_items"] + row["drink_items"]]
+    return [photo for row in stated if _fits((photo := _photo(folder, row, drinks)).label)]
+
+
+def _fits(label: dict[str, Any]) -> bool:
+    try:
+        FoodRecord(**label)
+    except ValidationError:
+        return False
+    return True
 
 
 def _photo(folder: Path, row: dict[str, Any], drinks: Counter[str]) -> Photo:
