@@ -21,8 +21,9 @@ import pytest
 import yaml
 
 from foodextract.data import scenes
-from foodextract.inference.output_files import PLAIN, as_row
+from foodextract.inference.output_files import PLAIN
 from foodextract.models import loading
+from foodextract.schema import as_row
 from test_deploy import VERSION, documents, kubernetes_validate
 
 ROOT = Path(__file__).parents[1]

@@ -33,8 +33,7 @@ from ray.data.datasource import BlockBasedFileDatasink
 
 from foodextract import schema
 from foodextract.images import SUFFIXES, ImageError, find_images, open_image
-from foodextract.inference.output_files import as_line, as_row
-from foodextract.schema import AnswerError, FoodRecord
+from foodextract.schema import AnswerError, FoodRecord, as_row
 
 ANSWER_TOKENS = 256
 BLOCK_BYTES = 32 * 2**20  # of images: what a killed worker repeats
@@ -238,7 +237,8 @@ class JsonLines(BlockBasedFileDatasink):
 
     def write_block_to_file(self, block: BlockAccessor, file: pa.NativeFile) -> None:
         for row in block.to_arrow().to_pylist():
-            file.write(as_line({name: value for name, value in row.items() if value is not None}, "jsonl").encode())
+            line = json.dumps({name: value for name, value in row.items() if value is not None})
+            file.write(f"{line}\n".encode())
 
 
 def label(
@@ -269,7 +269,7 @@ def label(
         batch_size=BATCH,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers),
-        max_task_retries=WORKER_ATTEMPTS - 1,
+        ray_remote_args_fn=lambda: {"max_task_retries": WORKER_ATTEMPTS - 1},
         **resources,
     )
     if form == "parquet":
@@ -280,7 +280,7 @@ def label(
 
 
 def start(address: str | None, workers: int, cpus: float) -> None:
-    """Connect to a cluster, or start Ray on this machine without a dashboard. Ray listens on all interfaces, but asks for its token."""
+    """Connect to a cluster, or start Ray here: without a dashboard, on all interfaces, behind a token."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address:
         ray.init(address)

@@ -171,7 +171,7 @@ def _rows(extractor: Any, files: list[str], batch_size: int, confidence: bool, b
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from foodextract.inference.output_files import as_row
+    from foodextract.schema import as_row
 
     with logging_redirect_tqdm([logging.getLogger("foodextract")]):  # log lines go above the bar
         results = extractor.extract_many_with_confidence(files, batch_size)

@@ -9,11 +9,9 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from foodextract.inference.confidence import Confidence
 from foodextract.schema import FoodRecord
 
 Format = Literal["jsonl", "csv"]
@@ -26,13 +24,6 @@ ESCAPED = ("=", "+", "-", "@", "\t", "\r", "'")
 
 class AnswerFileError(ValueError):
     """An output file that cannot be written or resumed. The message names it and the remedy."""
-
-
-def as_row(file: str, result: Any, confidence: Confidence | None = None) -> dict[str, Any]:
-    """Return the row of an image: its record or its error, and how sure the model is where that is known."""
-    if isinstance(result, Exception):
-        return {"file": file, "error": str(result)}
-    return {"file": file, **result.model_dump(), **({"confidence": asdict(confidence)} if confidence else {})}
 
 
 def as_line(row: dict[str, Any], form: Format, confidence: bool = False) -> str:
