@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow.parquet as pq
+import ray
 import typer
 from PIL import Image
 
@@ -115,6 +116,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "results" / "label_many.json",
 ) -> None:
     """Measure, print and write down."""
+    ray.cloudpickle.register_pickle_by_value(label_many)  # workers cannot import it
     label_many.start(None, 2, 1)
     found = []
     with tempfile.TemporaryDirectory() as folder:

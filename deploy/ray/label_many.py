@@ -16,6 +16,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import typer
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import Block, BlockAccessor
@@ -67,24 +69,34 @@ def located(url: str) -> tuple[str, PyFileSystem]:
     return path, PyFileSystem(FSSpecHandler(filesystem))
 
 
-def read(images: str, column: str, key: str | None) -> Dataset:
-    """Return the images as a dataset whose blocks `as_images` understands."""
+@dataclass(frozen=True)
+class Source:
+    """Images as a dataset, and its columns: `image` holds the files, `key` tells apart those of one `path`."""
+
+    rows: Dataset
+    image: str = "bytes"
+    key: str | None = None
+
+
+def read(images: str, column: str, key: str | None) -> Source:
+    """Open images: files if there are any of a known suffix, otherwise parquet files or webdataset shards."""
     path, filesystem = located(images)
     names = filesystem.handler.fs.find(path) or [path]
-    kinds = {kind for kind in ("parquet", "tar") if any(name.endswith(f".{kind}") for name in names)}
-    if kinds == {"parquet"}:
-        rows = ray.data.read_parquet(path, filesystem=filesystem, include_paths=True, include_row_hash=True)
-        return rows.select_columns([column, "path", key or "row_hash"]).rename_columns(
-            {column: "bytes", key or "row_hash": "key"}
-        )
-    if kinds == {"tar"}:
-        return ray.data.read_webdataset(
-            path, filesystem=filesystem, include_paths=True, suffixes=_is_image_suffix, decoder=[_first_image]
-        )
-    if kinds:
+    suffixes = {Path(name).suffix.lower() for name in names}
+    options = {"filesystem": filesystem, "include_paths": True}
+    if suffixes & SUFFIXES or not suffixes & {".parquet", ".tar"}:
+        local = isinstance(filesystem.handler.fs, LocalFileSystem)
+        files = find_images([path]) if local else (name for name in names if Path(name).suffix.lower() in SUFFIXES)
+        return Source(ray.data.read_binary_files(list(map(str, files)), **options))
+    if suffixes >= {".parquet", ".tar"}:
         raise typer.BadParameter(f"{images} holds shards of two kinds: name a folder of one")
-    paths = list(map(str, find_images([path]))) if os.path.isdir(path) else path  # the files that `extract` would read
-    return ray.data.read_binary_files(paths, filesystem=filesystem, include_paths=True)
+    if ".tar" in suffixes:
+        decoder = [_first_image]
+        rows = ray.data.read_webdataset(path, suffixes=_is_image_suffix, decoder=decoder, **options)
+        return Source(rows, key="key")
+    rows = ray.data.read_parquet(path, include_row_hash=not key, **options)
+    key = key or "row_hash"
+    return Source(rows.select_columns([column, "path", key]), column, key)
 
 
 def _is_image_suffix(suffix: str) -> bool:
@@ -97,27 +109,22 @@ def _first_image(sample: dict[str, Any]) -> dict[str, Any]:
     return {"key": sample["__key__"], "bytes": image}
 
 
-def as_images(block: Block) -> pa.Table:
-    """Reduce a block of any source to `file` and `bytes`."""
-    table = BlockAccessor.for_block(block).to_arrow()
-    if "file" in table.column_names:
-        return table
-    files = table["path"].to_pylist()
-    if "key" in table.column_names:
-        files = [f"{path}#{key}" for path, key in zip(files, table["key"].to_pylist(), strict=True)]
-    data = table["bytes"].combine_chunks()
-    if pa.types.is_struct(data.type):  # {"bytes", "path"}, as `datasets` stores an image
-        data = data.field("bytes")
-    if not (pa.types.is_binary(data.type) or pa.types.is_large_binary(data.type) or pa.types.is_null(data.type)):
-        raise TypeError(f"a column of {data.type} holds no image files: name the right one with --column")
-    return pa.table({"file": pa.array(files, pa.string()), "bytes": data.cast(pa.large_binary())})
+def names_of(table: pa.Table, key: str | None) -> list[str]:
+    """Return the `file` of each row: unique among all rows."""
+    paths = table["path"].to_pylist()
+    return [f"{path}#{one}" for path, one in zip(paths, table[key].to_pylist(), strict=True)] if key else paths
 
 
-class Unanswered(NumpyArrayBasedCheckpointFilter):
-    """Ray's filter of rows in the checkpoint. It compares a column of the file read; ours is composed."""
+def unanswered(key: str | None) -> type[NumpyArrayBasedCheckpointFilter]:
+    """Return Ray's filter of rows in the checkpoint. It compares a column that was read; `file` is composed."""
 
-    def filter_rows_for_block(self, block: Block) -> Block:
-        return super().filter_rows_for_block(as_images(block))
+    class Unanswered(NumpyArrayBasedCheckpointFilter):
+        def filter_rows_for_block(self, block: Block) -> Block:
+            table = BlockAccessor.for_block(block).to_arrow()
+            named = table.append_column("file", pa.array(names_of(table, key), pa.string()))
+            return super().filter_rows_for_block(named).drop_columns("file")
+
+    return Unanswered
 
 
 # --- answering
@@ -156,14 +163,17 @@ def _outcome(reference: ray.ObjectRef) -> np.ndarray | ImageError:
 class Worker:
     """An actor that loads the engine once and answers batches of images."""
 
-    def __init__(self, load: Callable[[], Engine]) -> None:
-        self.engine = load()
+    def __init__(self, load: Callable[[], Engine], image: str, key: str | None) -> None:
+        self.engine, self.image, self.key = load(), image, key
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        table = as_images(batch)
-        results = self.results(table["bytes"].to_pylist())
-        rows = [as_row(file, result) for file, result in zip(table["file"].to_pylist(), results, strict=True)]
-        return pa.Table.from_pylist(rows, COLUMNS)
+        data = batch[self.image].combine_chunks()
+        if pa.types.is_struct(data.type):  # {"bytes", "path"}, as `datasets` stores an image
+            data = data.field("bytes")
+        if not (pa.types.is_binary(data.type) or pa.types.is_large_binary(data.type) or pa.types.is_null(data.type)):
+            raise TypeError(f"{self.image} is a column of {data.type}, not of image files: name another with --column")
+        results = zip(names_of(batch, self.key), self.results(data.to_pylist()), strict=True)
+        return pa.Table.from_pylist([as_row(file, result) for file, result in results], COLUMNS)
 
     def results(self, images: list[bytes | None]) -> list[Any]:
         """Answer images together, or one by one if the engine fails. Raises the failure if each of them fails."""
@@ -256,16 +266,17 @@ def label(
     context = DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
     path, filesystem = located(answers.rstrip("/"))
+    source = read(images, column, key)
     context.checkpoint_config = CheckpointConfig(
         "file",
         f"{path}.checkpoint",
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,  # a later run labels only what is new
-        checkpoint_filter_cls=Unanswered,
+        checkpoint_filter_cls=unanswered(source.key),
     )
-    rows = read(images, column, key).map_batches(
+    rows = source.rows.map_batches(
         Worker,
-        fn_constructor_args=(load,),
+        fn_constructor_args=(load, source.image, source.key),
         batch_size=BATCH,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers),
