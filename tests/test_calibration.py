@@ -83,6 +83,7 @@ def test_a_title_that_names_something_else_lists_the_items():
     for title in ("", "rice on the bone", "tea"):
         odd = record.model_copy(update={"image_title": title})
         assert with_fitting_title(odd, {"pizza", "rice", "tea"}).image_title == "cola and pizza"
+        assert with_fitting_title(odd, set()) == odd
     cake = FoodRecord(is_food=1, image_title="chocolate cake", food_items=["cake"], drink_items=[])
     assert with_fitting_title(cake, {"cake", "chocolate"}) == cake
 

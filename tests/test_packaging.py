@@ -80,7 +80,7 @@ def test_the_space_installs_the_core_and_the_demo_at_the_locked_versions():
     space = {one.name: one for one in (Requirement(line) for line in lines if not line.startswith("#"))}
     assert {canonicalize_name(name) for name in space} == {
         canonicalize_name(one.name)
-        for one in [*CORE, *EXTRAS["demo"]]
+        for one in [*CORE, *EXTRAS["demo"], *EXTRAS["heic"]]
         if one.name != "mcp"  # `gradio[mcp]` brings it
     }
     assert space["gradio"].extras == {"mcp"}

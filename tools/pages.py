@@ -78,7 +78,9 @@ def photo_model(root: Path) -> str:
     """What the bundled photo model was trained on and what an image costs."""
     folder = root / "src" / "foodextract" / "models" / "bundled" / "photo"
     data = TrainingData.find(folder)
-    text = f"The photo model was {data.describe()}." if data else "The photo model does not say what it was trained on."
+    if data is None:
+        return f"Not measured yet: `{PYTHON} experiments/photo_base/bundle.py` does it."
+    text = f"The photo model was {data.describe()}."
     path = root / "results" / PHOTOGRAPHS[0]
     costs = [row for row in read_results(path) if row.metric == "cpu_seconds"] if path.exists() else []
     return text + (f" An image takes it {costs[0].value:.2f} CPU-seconds ({costs[0].device})." if costs else "")

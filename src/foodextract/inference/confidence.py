@@ -103,7 +103,10 @@ def with_sure_items(record: FoodRecord, confidence: Confidence, least: float) ->
 
 
 def with_fitting_title(record: FoodRecord, names: Collection[str]) -> FoodRecord:
-    """Let the title list the items where it is empty, or where a part of it names one of `names` but no item."""
+    """Let the title list the items where it is empty, or where a part of it names one of `names` but no item.
+
+    Without `names`, the title stays as it is.
+    """
     items = record.food_items + record.drink_items
     known = {word for item in items for word in item.split()}
 
@@ -111,6 +114,6 @@ def with_fitting_title(record: FoodRecord, names: Collection[str]) -> FoodRecord
         mentioned = any(f" {name} " in f" {part} " for name in names)
         return (part in names and part not in items) or (mentioned and known.isdisjoint(part.split()))
 
-    if not items or (record.image_title and not any(map(names_another, title_parts(record.image_title)))):
+    if not items or not names or (record.image_title and not any(map(names_another, title_parts(record.image_title)))):
         return record
     return record.model_copy(update={"image_title": listing(sorted(items))})
