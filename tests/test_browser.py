@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from pillow_heif import register_heif_opener
 from playwright.sync_api import expect, sync_playwright
 
 from foodextract.data import scenes
@@ -184,7 +183,7 @@ def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
     drop(opened, drawing[1])
     answer_on_screen(opened)
     button, held = opened.get_by_role("button", name="What is in it?"), []
-    opened.route("**/queue/join*", held.append)
+    opened.route("**/queue/join*", lambda route: held.append(route))
     button.click()
     expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
     expect(opened.locator(".answer")).to_have_count(0)
@@ -202,7 +201,7 @@ def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
 @pytest.mark.slow
 def test_an_image_replaced_while_it_waits_gets_the_last_word(opened, drawing, tuned):
     held = []
-    opened.route("**/queue/join*", held.append)
+    opened.route("**/queue/join*", lambda route: held.append(route))
     opened.locator(".gallery-item").first.click()
     expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
     opened.wait_for_timeout(500)
@@ -228,14 +227,6 @@ def test_a_link_leads_to_the_answer(opened, drawing):
     image = other.locator("[data-testid=image] img, .image-frame img").first
     expect(image).to_be_visible(timeout=WAIT)
     assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
-
-
-@pytest.mark.slow
-def test_a_photograph_of_a_phone_is_answered(opened, tmp_path):
-    register_heif_opener()
-    Image.linear_gradient("L").convert("RGB").save(tmp_path / "IMG_0001.HEIC")
-    drop(opened, tmp_path / "IMG_0001.HEIC")
-    assert answer_on_screen(opened).keys() == FoodRecord.model_fields.keys()
 
 
 @pytest.mark.slow
@@ -303,9 +294,8 @@ def test_a_batch_is_cards_on_a_phone(opened, drawing):
     expect(card).to_have_count(1, timeout=WAIT)
     expect(opened.locator(".batch thead")).to_be_hidden()
     cells = card.locator("td[data-label]")
-    assert cells.evaluate_all("cells => cells.map(cell => getComputedStyle(cell, '::before').content)") == [
-        '"food or drink" ": "', '"title" ": "', '"foods" ": "', '"drinks" ": "'
-    ]  # fmt: skip
+    assert [cell.get_attribute("data-label") for cell in cells.all()] == ["food or drink", "title", "foods", "drinks"]
+    assert "none" not in cells.evaluate_all("cells => cells.map(cell => getComputedStyle(cell, '::before').content)")
     boxes = [cell.bounding_box() for cell in cells.all()]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
     assert [box["y"] for box in boxes] == sorted({box["y"] for box in boxes}), "one below the other"
