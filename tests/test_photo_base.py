@@ -1,33 +1,17 @@
-"""The data, the training and the measurement of the photo model, on drawings in the place of photographs."""
+"""The data of the photo model, on pictures of noise in the place of photographs."""
 
 import io
 import json
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
-
-from foodextract.data import dataset
-from foodextract.evaluation.results import read_results
-from foodextract.models import loading
-from foodextract.models.training_data import TrainingData
-from foodextract.training.config import PROFILES
-from foodextract.training.run import train_stage
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "photo_base"))
-import make_base
 import photos
-
-import photo_subsets
-import photographs
-
-VISION = "model.vision_model."
 
 
 @pytest.fixture(scope="module")
@@ -85,56 +69,3 @@ def test_a_collage_lists_the_items_of_all_its_parts(folder):
         wanted = {item for path in paths for item in by_group[path.name].items}
         assert set(sample.label["food_items"] + sample.label["drink_items"]) == wanted
     assert Image.open(io.BytesIO(made[0].read())).size == (336, 336)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_photographs_become_a_model_with_figures(folder, tmp_path):
-    """The commands of experiments/photo_base/README.md, in order, with a few steps each."""
-    out = tmp_path / "photo"
-    photos.main(folder, out / "dataset", collage_count=8, scene_count=8)
-    rows = dataset.load(out / "dataset")["train"].remove_columns("image")
-    derived = sum(map(photos.is_derived, rows))
-    data = TrainingData.of(row for row in rows if not photos.is_derived(row))
-    assert derived > 0
-    assert (data.images, data.drawings) == (len(rows) - derived, 8)
-    tower = {
-        name.removeprefix(VISION): value
-        for name, value in load_file(loading.PHOTO / make_base.TOWER_SHARD).items()
-        if name.startswith(VISION)
-    }
-    (out / "tower").mkdir()
-    save_file(tower, out / "tower" / "tower.safetensors")
-    make_base.main(out / "dataset", out / "tower", out, epochs=0.2, batch=8)
-    model, processor = loading.load_model(out / "base", training=True), loading.load_processor(out / "base")
-    stage = replace(PROFILES["photo"].stage1, per_device_train_batch_size=8)
-    train_stage(model, processor, stage, dataset.load(out / "dataset")["train"], out, max_steps=2)
-    [features] = out.glob("prepared-*/features-*.bin")
-    figures = tmp_path / "photographs.json"
-    arguments = [str(folder), "--model", str(out / "stage1"), "--base", str(out / "base"), "--batch", "8"]
-    arguments += ["--features", str(tmp_path / "features.npz"), "--out", str(figures)]
-    app = photographs.typer.Typer()
-    app.command()(photographs.main)
-    for extra in (["--calibrate", "--split", "validation"], []):
-        result = CliRunner().invoke(app, arguments + extra, catch_exceptions=False)
-        assert result.exit_code == 0
-    found = {(row.subject, row.metric) for row in read_results(figures)}
-    test = sum(photo.split == "test" for photo in photos.read_photos(folder))
-    assert {row.n for row in read_results(figures) if row.metric == "strict_json_rate"} == {test}
-    for subject in (
-        "photo",
-        "photo constrained",
-        "base",
-        "drawings constrained",
-        "majority",
-        "nearest",
-        "linear probe",
-    ):
-        assert (subject, "is_food_accuracy") in found
-    assert {("photo | batch 8", "cpu_seconds"), ("photo | min confidence 0.9", "item_precision")} - found <= {
-        ("photo | min confidence 0.9", "item_precision")  # where nothing is that sure
-    }
-    assert figures.with_suffix(".png").is_file()
-    parts = dict(photo_subsets.parts(dataset.load(out / "dataset")["train"]))
-    assert parts["all photographs"] == [number for number, row in enumerate(rows) if row["source"] != photos.COLLAGE]
-    assert features.is_file()
