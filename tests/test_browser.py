@@ -178,43 +178,6 @@ def test_the_json_can_be_copied(opened, drawing):
 
 
 @pytest.mark.slow
-def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
-    """While the browser holds the second question back, then after its answer, and after a refusal."""
-    drop(opened, drawing[1])
-    answer_on_screen(opened)
-    button, held = opened.get_by_role("button", name="What is in it?"), []
-    opened.route("**/queue/join*", lambda route: held.append(route))
-    button.click()
-    expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
-    expect(opened.locator(".answer")).to_have_count(0)
-    expect(opened.locator(".cm-content").first).not_to_contain_text("is_food")
-    expect(button).to_be_disabled()
-    held[0].continue_()
-    expect(button).to_be_enabled(timeout=WAIT)
-    assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
-    button.click()
-    expect(button).to_be_disabled(timeout=WAIT)
-    held[1].fulfill(status=503, json={"detail": "Queue is full."})
-    expect(button).to_be_enabled(timeout=WAIT)
-
-
-@pytest.mark.slow
-def test_an_image_replaced_while_it_waits_gets_the_last_word(opened, drawing, tuned):
-    held = []
-    opened.route("**/queue/join*", lambda route: held.append(route))
-    opened.locator(".gallery-item").first.click()
-    expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
-    opened.wait_for_timeout(500)
-    opened.get_by_role("button", name="Remove Image").first.click()
-    drop(opened, drawing[1])
-    expect(opened.locator("img[src*='lunch.png']").first).to_be_visible(timeout=WAIT)
-    opened.unroute("**/queue/join*")
-    for route in held:
-        route.continue_()
-    expect(opened.locator(".answer h2")).to_have_text(tuned.extract(drawing[0].image).image_title, timeout=WAIT)
-
-
-@pytest.mark.slow
 def test_a_link_leads_to_the_answer(opened, drawing):
     drop(opened, drawing[1])
     record = answer_on_screen(opened)
