@@ -205,7 +205,8 @@ def confidence_figure(
         names = {"item_precision": "precision of named items", "known_item_recall": "recall of known names"}
         for color, (metric, name) in zip(figures.COLORS[2:], names.items(), strict=False):
             found = {row.subject: row for row in rows if row.metric == metric}
-            line = [(least, found[f"photo | min confidence {least:g}"].value) for least in thresholds]
+            pairs = ((least, found.get(f"photo | min confidence {least:g}")) for least in thresholds)
+            line = [(least, row.value) for least, row in pairs if row]  # none where nothing is that sure
             left.plot(*zip(*line, strict=True), marker=".", color=color, label=name)
         left.set(xlabel="--min-confidence", ylabel="share", xlim=(-0.03, 1), ylim=(0, 1.03))
         left.grid(alpha=0.3)

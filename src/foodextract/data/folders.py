@@ -44,7 +44,7 @@ def labeled_folder(folder: str | Path) -> Rows:
 
     Folders and tables named after a split ("train", "valid", "test" …) state it. Any split other than "train" is held
     out. Values of JSON are not converted; the label rules do that. Files that are not read are named on stderr.
-    Raises DatasetError for a folder without labels, and for one whose labels cannot be told.
+    Raises DatasetError for a folder without labels, and for one whose labels are in no form that is read.
     """
     tree = Tree.scan(Path(folder))
     if not tree.root.is_dir():
