@@ -143,6 +143,15 @@ def test_not_food_folder(tmp_path):
     assert (sample.name, sample.label) == ("deep/b.png", NOTHING)
 
 
+def test_the_first_image_is_one_that_can_be_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"none of the source's 1 images can be read\n  a.png: the file is empty"):
+        sources.first_image(sources.not_food_folder(tmp_path))
+    image(tmp_path / "b.png")
+    sample, picture = sources.first_image(sources.mix([(sources.not_food_folder(tmp_path), 1)]))
+    assert (sample.name, picture.size) == ("b.png", (8, 8))
+
+
 def test_bad_csv_rows_are_rejected(tmp_path):
     image(tmp_path / "a.png")
     head = "file_name,is_food,image_title,food_items,drink_items"

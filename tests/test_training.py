@@ -338,6 +338,13 @@ def test_the_speed_of_a_stage_is_saved(train, tmp_path):
     assert measured["peak_memory_gib"].value > 0.1
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_features_stay_on_the_disk_only_on_request(train, tmp_path, keep):
+    train(replace(STAGE1, keep_features=keep), max_steps=1)
+    stored = [path.suffix for path in tmp_path.glob("out/prepared-*/features-*")]
+    assert sorted(stored) == ([".bin", ".done"] if keep else [])
+
+
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_done(train, tmp_path):
     with pytest.raises(ModelError, match="nothing can be reported to 'tensorbored': `pip install tensorbored` first"):
         train(STAGE1, report_to="tensorbored")

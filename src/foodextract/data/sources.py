@@ -12,10 +12,13 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from foodextract.data.folders import class_label, labeled_folder, not_food_folder
 from foodextract.data.hub_source import HubDataset, image_bytes, suffix_of
 from foodextract.data.samples import PRIMARY, DatasetError, Reject, Rows, Sample
 from foodextract.data.scenes import Placed, Split, draw_scene, plan_scene, record_of
+from foodextract.images import ImageError, open_image
 from foodextract.names import HUB_DATASET
 
 FOOD101 = "ethz/food101"
@@ -134,6 +137,21 @@ def open_source(
         case "food101":
             return food101()
     raise DatasetError(f"there is no source {kind!r}: choose scenes, folder, not_food, hub or food101")
+
+
+def first_image(rows: Iterable[Sample | Reject]) -> tuple[Sample, Image.Image]:
+    """Return the first sample whose image can be read, and the image. Raises DatasetError where there is none."""
+    problems = []
+    for row in rows:
+        if isinstance(row, Reject):
+            problems.append(f"{row.name}: {row.reason}")
+            continue
+        try:
+            return row, open_image(row.read())
+        except (ImageError, OSError) as error:
+            problems.append(f"{row.name}: {error}")
+    reasons = "".join(f"\n  {problem}" for problem in problems[:5])
+    raise DatasetError(f"none of the source's {len(problems)} images can be read{reasons}")
 
 
 def mix(parts: Iterable[tuple[Rows, float]]) -> Rows:

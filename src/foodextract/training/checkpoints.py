@@ -194,7 +194,8 @@ def disk_needed(
         if stage.cache and not stage.augment and not any(name.startswith(VISION) for name, _ in training):
             number = 2 if precision_of(stage, model.device, model.num_parameters()).autocast else 4  # bytes
             features = tiles * (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size * number
-        needed[stage.name] = before + max(pixels + features, (features or pixels) + at_once, at_once + weights)
+        kept = features if stage.keep_features else 0
+        needed[stage.name] = before + max(pixels + features, (features or pixels) + at_once, kept + at_once + weights)
         before += weights
     return needed
 

@@ -62,6 +62,7 @@ class Stage:
     unlikelihood_weight: float = 0  # weight of the loss on repeated words, see `trainer.unlikelihood_loss`
     augment: bool = False  # change images at random; their features are then not cached
     cache: bool = True  # read rows that were prepared once; the losses stay the same
+    keep_features: bool = False  # of a frozen tower, for a next stage that freezes it, too
     bf16: bool = False  # bf16 autocast, also where `choose_precision` prefers fp32
     torch_compile: bool = False
 

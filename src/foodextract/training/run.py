@@ -208,7 +208,9 @@ class StageRun:
         }
         if processes.is_main_process:
             if prepared:
-                (prepared.home / PIXELS).unlink(missing_ok=True)
+                used = [prepared.home / PIXELS, *([] if stage.keep_features else prepared.home.glob("features-*"))]
+                for path in used:
+                    path.unlink(missing_ok=True)
                 self._save_performance(trainer, step)
             with full_disk_named(stage.name, self.checkpoints):
                 model.save_pretrained(self.folder, state_dict=state)
