@@ -6,15 +6,17 @@ writes results/photographs.json: all metrics overall, and the main ones by sourc
 and by name; and results/photographs.png: what `--min-confidence` does, and how far confidence can be believed. The split is by group (`photos.split_of`) and the same as in training. `known_item_recall` counts the names
 that at least 20 training photographs show. Baselines are the most frequent training record, the record of the nearest
 training photograph, and a linear probe on the features of the model's own vision tower; the features of the training
-photographs, half an hour of work, are kept in a file. Rerun to resume.
+photographs, half an hour of work, are kept in a file, and so are all answers. Rerun to resume.
 
     python benchmarks/photographs.py FOLDER --calibrate --split validation    # fits calibration.json beside the weights
 """
 
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,12 +36,12 @@ from tqdm import tqdm
 from baseline_models import Majority
 from baselines import breakdown, number_of_items
 from foodextract.evaluation import calibration, evaluate
-from foodextract.evaluation.results import Row, make_row, write_results
+from foodextract.evaluation.results import Row, commit, make_row, write_results
 from foodextract.images import open_image
 from foodextract.inference.confidence import Confidence, with_sure_items
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
-from foodextract.models.weights import checksum
+from foodextract.models.weights import checksum, snapshot
 from foodextract.reporting import figures, tables
 from foodextract.schema import FIELDS, FoodRecord
 
@@ -110,7 +112,7 @@ def linear_probe(train: Sequence[Photo], features: np.ndarray, asked: np.ndarray
         return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200)).fit(features[rows], wanted)
 
     names = learned_names(train)
-    single = [row for row, photo in enumerate(train) if len(photo.items) == 1 and names[photo.items[0]] >= KNOWN]
+    single = [row for row, photo in enumerate(train) if len(photo.items) == 1 and photo.items[0] in names]
     field = {train[row].items[0]: next(f for f in FIELDS if train[row].label[f]) for row in single}
     is_food = fit(list(range(len(train))), [photo.label["is_food"] for photo in train]).predict(asked)
     item = fit(single, [train[row].items[0] for row in single]).predict(asked)
@@ -162,10 +164,25 @@ def cpu_seconds(extractor: Extractor, images: list[Image.Image], command: str) -
     return rows
 
 
-def answered(extractor: Extractor, paths: Sequence[Path], batch: int, title: str) -> list[Answer]:
-    """Records with confidence; an unreadable photograph is an error."""
-    results = extractor.extract_many_with_confidence(list(paths), batch)
-    return [result for result in tqdm(results, total=len(paths), desc=title, unit="image")]  # type: ignore[misc]
+def answered(extractor: Extractor, title: str, paths: Sequence[Path], batch: int, kept: Path) -> list[Answer]:
+    """Records with confidence, see `texts_of`."""
+
+    def ask(images: list[Image.Image]) -> list[str]:
+        results: Any = extractor.extract_many_with_confidence(images, batch)
+        return [json.dumps([record.model_dump(), asdict(confidence)]) for record, confidence in results]
+
+    pairs = map(json.loads, texts_of(extractor, ask, title, paths, batch, kept))
+    return [(FoodRecord(**record), Confidence(**confidence)) for record, confidence in pairs]
+
+
+def texts_of(
+    extractor: Extractor, ask: evaluate.BatchAnswer, title: str, paths: Sequence[Path], batch: int, kept: Path
+) -> list[str]:
+    """One text a photograph. They are kept in a file for a rerun with the same weights, photographs and commit."""
+    parts = [checksum(snapshot(extractor.model)), *(path.name for path in paths), commit()]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    images: Any = paths
+    return evaluate.predict_cached(kept / f"{title.replace(' ', '-')}.jsonl", key, ask, images, batch, title)[0]
 
 
 def reliability_rows(subject: str, photos: Sequence[Photo], answers: Sequence[Answer], command: str) -> list[Row]:
@@ -243,7 +260,8 @@ def main(
     paths: Any = [photo.path for photo in test]
     ours = Extractor.from_pretrained(model, "cpu")
     found, ours.calibration = ours.calibration, None
-    raw = answered(ours, paths, batch, "photo constrained")
+    options = {"paths": paths, "batch": batch, "kept": features.with_name("answers")}
+    raw = answered(ours, "photo constrained", **options)
     if calibrate:
         labels, scopes = [FoodRecord(**photo.label) for photo in test], [photo.label_scope for photo in test]
         found = calibration.fit(labels, raw, scopes)
@@ -252,19 +270,19 @@ def main(
         return
     sure = [(record, found.apply(confidence) if found else confidence) for record, confidence in raw]
     answers = {
-        "photo": evaluate.predict(ours.generate_texts, paths, batch, "photo"),
+        "photo": texts_of(ours, ours.generate_texts, "photo", **options),
         "photo constrained": [record.to_json() for record, _ in sure],
     }
     if base:
         before = Extractor.from_pretrained(base, "cpu")
-        answers["base"] = evaluate.predict(before.generate_texts, paths, batch, "base")
+        answers["base"] = texts_of(before, before.generate_texts, "base", **options)
     if baselines:
         seen = Features(ours, features)
         known_features, asked = seen.of(train), seen.of(test)
         theirs = Extractor.from_pretrained(drawings, "cpu")
         answers |= {
-            "drawings constrained": evaluate.predict(
-                partial(theirs.generate_texts, constrained=True), paths, batch, "drawings"
+            "drawings constrained": texts_of(
+                theirs, partial(theirs.generate_texts, constrained=True), "drawings", **options
             ),
             "majority": Majority.fit([FoodRecord(**photo.label) for photo in train]).answer(paths),
             "nearest": nearest(train, known_features, asked),

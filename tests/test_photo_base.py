@@ -13,6 +13,8 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "photo_base"))
 import photos
 
+import photo_subsets
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -69,3 +71,12 @@ def test_a_collage_lists_the_items_of_all_its_parts(folder):
         wanted = {item for path in paths for item in by_group[path.name].items}
         assert set(sample.label["food_items"] + sample.label["drink_items"]) == wanted
     assert Image.open(io.BytesIO(made[0].read())).size == (336, 336)
+
+
+def test_parts_are_whole_groups_and_hold_one_another(folder):
+    found = [photo for photo in photos.read_photos(folder) if photo.split == "train"]
+    small, large = (photo_subsets.whole_groups(found, most) for most in (11, 40))
+    assert (len(small), len(large)) == (12, 40)  # groups are pairs
+    assert {photo.path for photo in small} < {photo.path for photo in large}
+    assert all(count == 2 for count in Counter(photo.group for photo in small).values())
+    assert photo_subsets.whole_groups(found, len(found)) == photo_subsets.whole_groups(found, 1000)
