@@ -51,7 +51,7 @@ def summarize(cells: list[Cell], benchmark: str, command: str) -> list[Row]:
         seconds = whole[size, stage, recipe] = [second + float(np.mean(data)) for second in steps]
         seed = groups[size, stage, "seed_recipe"]
         theirs, theirs_data = whole[size, stage, "seed_recipe"], [second for cell in seed for second in cell.data]
-        add = partial(row, f"{size}, {stage}, {recipe}", n=len(steps) * rounds[0].batch)
+        add = partial(row, f"{size}, {stage}, {recipe}", n=len(steps))
         rows += [
             add("seconds_per_image", unit="s", **interval(seconds)),
             add("step_seconds_per_image", unit="s", **interval(steps)),

@@ -159,6 +159,11 @@ def measure(
     return replace(cell, step=seconds[warm:], data=data[1:], once=once, memory=memory, flops=flops, rate=rate)
 
 
+def in_file_name(device: str) -> str:
+    """The name of a device as part of a file name."""
+    return re.sub("[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
 def images(count: int) -> datasets.Dataset:
     """Drawn scenes as large as photographs, with their labels."""
     scenes = list(draw_scenes(11, "test", count))
@@ -196,6 +201,7 @@ def main(
     results: Annotated[
         Path | None, typer.Option(help="Where the figures go (default: results/train_<device>.json).")
     ] = None,
+    ends: Annotated[bool, typer.Option("--ends", help="Only the seed's recipe and ours, nothing between.")] = False,
     render_only: Annotated[
         bool, typer.Option("--render", help="Only draw the plot again from the results file.")
     ] = False,
@@ -205,8 +211,7 @@ def main(
     slow = on.type == "cpu"
     batches = (seed_batch or (1 if slow else 8), batch or (8 if slow else 32))
     if results is None:
-        gpu = re.sub("[^a-z0-9]+", "_", name.lower())
-        results = ROOT / "results" / ("train_cpu.json" if slow else f"train_gpu_{gpu}.json")
+        results = ROOT / "results" / ("train_cpu.json" if slow else f"train_gpu_{in_file_name(name)}.json")
     if render_only:
         save_plot(results)
         return
@@ -219,6 +224,8 @@ def main(
     slow_bf16 = bf16_is_slow(on)
     for one, number, stage in product(built, range(repeats), STAGES.values()):
         for recipe in ladder(stage, on, built[one][0].num_parameters(), slow_bf16=slow_bf16):
+            if ends and recipe.name not in ("seed_recipe", "ours"):
+                continue
             long = slow and recipe.tiles > 1
             if not (long and number):
                 cell = Cell(one, stage.name, recipe.name, number, commit(), str(on), batches[recipe.batched])
@@ -245,7 +252,7 @@ def main(
             bar.update(work)
     sizes = "".join(f" --size {one}" for one in size or [])
     command = f"python benchmarks/train_step.py{sizes} --device {device} --repeats {repeats} --steps {steps}"
-    command += f" --batch {batches[1]} --seed-batch {batches[0]}"
+    command += f" --batch {batches[1]} --seed-batch {batches[0]}" + " --ends" * ends
     write_results(results, summarize([found[planned[0].key] for planned in plan], results.stem, command))
     notes.unlink()
     save_plot(results)
