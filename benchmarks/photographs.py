@@ -268,7 +268,7 @@ def main(
         found.write(model)
         print(found)
         return
-    sure = [(record, found.apply(confidence) if found else confidence) for record, confidence in raw]
+    sure = [found.apply(*answer) if found else answer for answer in raw]
     answers = {
         "photo": texts_of(ours, ours.generate_texts, "photo", **options),
         "photo constrained": [record.to_json() for record, _ in sure],

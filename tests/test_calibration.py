@@ -57,21 +57,41 @@ def test_calibration_makes_an_overconfident_model_honest():
     assert found.is_food_slope == 1.0  # all right: nothing to learn
     assert found.item_slope == pytest.approx(1 / 3, abs=0.03)
     assert found.item_intercept == pytest.approx(-1 / 3, abs=0.1)
-    after = [found.apply(confidence).food_items[0] for _, confidence in given]
+    after = [found.apply(*one)[1].food_items[0] for one in given]
     assert calibration_error(reliability(right.tolist(), after)) < 0.03
     assert calibration_error(reliability(right.tolist(), raw)) > 0.15
 
 
-def test_calibration_keeps_the_order_and_the_decision(tmp_path):
-    found = Calibration(0.5, 2.0, -1.0, 100)
+def test_calibration_keeps_the_order_and_a_sure_decision(tmp_path):
+    found = Calibration(0.5, 0.0, 2.0, -1.0, 100)
     found.write(tmp_path)
     assert Calibration.find(tmp_path) == found
     assert Calibration.find(tmp_path / "nowhere") is None
-    made = found.apply(Confidence(0.5, [0.0, 0.5, 0.6, 1.0], []))
+    record = answer(1, food_items=["egg", "pie", "tea", "tart"])
+    same, made = found.apply(record, Confidence(0.5, [0.0, 0.5, 0.6, 1.0], []))
+    assert same == record
     assert made.is_food == pytest.approx(0.5)
     assert sorted(made.food_items) == made.food_items
     assert logit(made.food_items[1]) == pytest.approx(-1)
     assert 0 < made.food_items[0] < made.food_items[-1] < 1
+
+
+def test_an_answer_that_is_not_sure_of_food_becomes_neither():
+    """Of answers with a chance of 0.6, 30 % show food; of those with 0.9, nearly all; those that say no are right."""
+    food, none = answer(1, food_items=["pie"]), answer(0)
+    labels, answers = [], []
+    for chance, shows, count in ((0.6, 30, 100), (0.9, 97, 100), (0.1, 1, 100)):
+        labels += [food] * shows + [none] * (count - shows)
+        said = food if chance > 0.5 else none
+        answers += [(said, Confidence(max(chance, 1 - chance), [0.8] * said.is_food, []))] * count
+    found = fit(labels, answers, ["exhaustive"] * 300)
+    assert found.is_food_intercept < 0
+    assert found.apply(*answers[0]) == (none, Confidence(pytest.approx(0.7, abs=0.05), [], []))
+    assert found.apply(*answers[100])[0] == food
+    assert found.apply(*answers[200]) == (none, Confidence(pytest.approx(0.99, abs=0.02), [], []))
+    unsure, sure = (none, Confidence(0.6, [], [])), (none, Confidence(0.9, [], []))
+    labels = [food] * 60 + [none] * 40 + [food] * 30 + [none] * 70
+    assert fit(labels, [unsure] * 100 + [sure] * 100, ["exhaustive"] * 200).is_food_intercept == 0
 
 
 def test_a_title_that_names_something_else_lists_the_items():

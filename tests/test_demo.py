@@ -137,7 +137,7 @@ def test_confidence_is_never_100_percent(demo):
     assert "80 % sure" in predict.record_as_html(neither, predict.Confidence(0.8, [], []), 1)
 
 
-@pytest.mark.parametrize("calibration", [None, Calibration(0.5, 0.5, 0.1, images=1234)])
+@pytest.mark.parametrize("calibration", [None, Calibration(item_slope=0.5, images=1234)])
 def test_confidence_is_shown_only_if_it_is_calibrated(demo, image, monkeypatch, calibration):
     app, predict = demo
     monkeypatch.setattr(predict.TUNED, "calibration", calibration)

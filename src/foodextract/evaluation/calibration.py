@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from foodextract.evaluation.evaluate import rate
 from foodextract.evaluation.scoring import is_complete
-from foodextract.inference.confidence import Calibration, Confidence, logit
+from foodextract.inference.confidence import Calibration, Confidence, chance_of_food, logit
 from foodextract.schema import FIELDS, FoodRecord
 
 LEAST_SLOPE = 0.05  # a calibrated model stays more sure of what it was more sure of
@@ -74,10 +74,11 @@ def fit(
 
     Where all answers are right, or all wrong, nothing can be fitted and the raw values stay.
     """
-    decided = [record.is_food == label.is_food for label, (record, _) in zip(labels, answers, strict=True)]
-    slope, _ = _platt(decided, [confidence.is_food for _, confidence in answers], intercept=False)
-    item_slope, item_intercept = _platt(*judged_items(labels, answers, scopes), intercept=True)
-    return Calibration(slope, item_slope, item_intercept, len(labels))
+    edible, chances = [label.is_food == 1 for label in labels], [chance_of_food(*answer) for answer in answers]
+    slope, intercept = _platt(edible, chances, intercept=True)
+    if intercept > 0:  # no answer could become one that names food
+        slope, intercept = _platt(edible, chances, intercept=False)
+    return Calibration(slope, intercept, *_platt(*judged_items(labels, answers, scopes), intercept=True), len(labels))
 
 
 def _platt(right: Sequence[bool], probabilities: Sequence[float], intercept: bool) -> tuple[float, float]:

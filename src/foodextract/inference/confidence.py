@@ -12,6 +12,7 @@ from typing import Self
 from huggingface_hub import hf_hub_download
 
 from foodextract.inference.grammar import Dialect
+from foodextract.prompts import NOTHING
 from foodextract.schema import FIELDS, FoodRecord, listing, title_parts
 
 FILE = "calibration.json"
@@ -36,18 +37,25 @@ class Confidence:
 class Calibration:
     """Platt scaling (Platt 1999): logits of raw probabilities times a slope, plus an intercept.
 
-    `is_food` has no intercept, so that no answer changes. `images` is the number of images that the values were fitted
-    on. `evaluation.calibration.fit` makes it; it is saved as `calibration.json` beside the weights.
+    Those of `is_food` are for the probability that there is food or drink. The intercept is never positive: an answer
+    that is not sure enough of what it names becomes "neither", while one that names nothing stays as it is. `images` is
+    the number of images that the values were fitted on. `evaluation.calibration.fit` makes it; it is saved as
+    `calibration.json` beside the weights.
     """
 
     is_food_slope: float = 1.0
+    is_food_intercept: float = 0.0
     item_slope: float = 1.0
     item_intercept: float = 0.0
     images: int = 0
 
-    def apply(self, raw: Confidence) -> Confidence:
+    def apply(self, record: FoodRecord, raw: Confidence) -> tuple[FoodRecord, Confidence]:
+        """The calibrated answer."""
+        edible = _scaled(chance_of_food(record, raw), self.is_food_slope, self.is_food_intercept)
+        if record.is_food and edible < 0.5:
+            return NOTHING, Confidence(1 - edible, [], [])
         lists = ([_scaled(p, self.item_slope, self.item_intercept) for p in getattr(raw, name)] for name in FIELDS)
-        return Confidence(_scaled(raw.is_food, self.is_food_slope, 0), *lists)
+        return record, Confidence(edible if record.is_food else 1 - edible, *lists)
 
     @classmethod
     def find(cls, model_id: str | os.PathLike[str]) -> Self | None:
@@ -60,6 +68,11 @@ class Calibration:
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+def chance_of_food(record: FoodRecord, confidence: Confidence) -> float:
+    """The probability that there is food or drink, whatever the answer."""
+    return confidence.is_food if record.is_food else 1 - confidence.is_food
 
 
 def logit(probability: float) -> float:

@@ -276,7 +276,7 @@ class Extractor:
     def _finished(self, record: FoodRecord, confidence: Confidence) -> tuple[FoodRecord, Confidence]:
         """Calibrate, leave unsure items out, and let the title fit the items."""
         if self.calibration:
-            confidence = self.calibration.apply(confidence)
+            record, confidence = self.calibration.apply(record, confidence)
         record, confidence = with_sure_items(record, confidence, self.min_confidence)
         return with_fitting_title(record, self._known), confidence
 
