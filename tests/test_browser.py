@@ -13,13 +13,14 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from foodextract.data import scenes
-from foodextract.images import MAX_PIXELS
+from foodextract.images import MAX_PIXELS, open_image
 from foodextract.schema import FoodRecord
 
 SCREENS = Path(__file__).parents[1] / "outputs" / "screens"
@@ -130,15 +131,15 @@ def test_before_and_after(opened, drawing):
     shot(opened, "before_after")
 
 
-def as_data_transfer(tab, file):
+def as_data_transfer(tab, file, media_type="image/png"):
     """Return the data transfer of a dragged file."""
     return tab.evaluate_handle(
-        """data => {
+        """([data, name, type]) => {
             const bytes = Uint8Array.from(atob(data), one => one.charCodeAt(0)), transfer = new DataTransfer();
-            transfer.items.add(new File([bytes], "lunch.png", {type: "image/png"}));
+            transfer.items.add(new File([bytes], name, {type}));
             return transfer;
         }""",
-        base64.b64encode(file.read_bytes()).decode(),
+        [base64.b64encode(file.read_bytes()).decode(), file.name, media_type],
     )
 
 
@@ -148,6 +149,25 @@ def test_an_image_can_be_dragged(opened, drawing, tuned):
         "drop", {"dataTransfer": as_data_transfer(opened, drawing[1])}
     )
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
+
+
+@pytest.mark.parametrize("how", ["dropped", "chosen"])
+def test_a_heic_of_a_phone_is_answered_and_shown(opened, heic, tuned, how):
+    """Chromium cannot show it and gives it no type. A download is the file itself."""
+    heic = Path(heic)
+    if how == "chosen":
+        drop(opened, heic)
+    else:
+        opened.get_by_label("Drop an image file here to upload").first.dispatch_event(
+            "drop", {"dataTransfer": as_data_transfer(opened, heic, media_type="")}
+        )
+    assert answer_on_screen(opened) == tuned.extract(heic).model_dump()
+    preview = opened.locator("img[src$='IMG_0001.HEIC']").first
+    expect(preview).to_be_visible(timeout=WAIT)
+    width, height = preview.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+    upright = open_image(heic)
+    assert width / height == pytest.approx(upright.width / upright.height, rel=0.01)
+    assert httpx.get(preview.get_attribute("src"), trust_env=False).content == heic.read_bytes()
 
 
 @pytest.mark.slow
