@@ -166,20 +166,26 @@ def test_the_page_and_the_tool_say_what_answers(demo):
     assert predict.about() in texts[0]
 
 
-@pytest.mark.parametrize("model", [loading.PHOTO, names.HUB_MODEL])
-def test_code_model_data_and_card_are_linked(demo, monkeypatch, model):
+@pytest.mark.parametrize(
+    ("model", "linked"),
+    [
+        (loading.PHOTO, ["Code", "Model", "Training data", "Model card"]),
+        (loading.TINY_TUNED, ["Code", "Model", "Training data"]),
+        (names.HUB_MODEL, ["Code", "Model", "Dataset", "Model card"]),
+    ],
+)
+def test_code_model_data_and_card_are_linked(demo, monkeypatch, model, linked):
     _, predict = demo
     monkeypatch.setattr(predict, "MODEL", str(model))
     addresses = dict(re.findall(r"\[(.*?)\]\((.*?)\)", predict.links()))
-    data = "Training data" if model == loading.PHOTO else "Dataset"
-    assert list(addresses) == ["Code", "Model", data, "Model card"]
+    assert list(addresses) == linked
     for address in addresses.values():
-        page = address.partition("#")[0]
+        page, _, part = address.partition("#")
         if file := page.removeprefix(f"{names.CODE}/tree/main/").removeprefix(names.CODE):
             assert (
                 file.startswith(f"https://huggingface.co/{names.OWNER}/")
                 or "datasets/" in file
-                or (ROOT / file).exists()
+                or (ROOT / file / ("README.md" if part == "readme" else "")).exists()
             )
 
 

@@ -265,14 +265,14 @@ def drawings_only() -> bool:
 
 
 def links() -> str:
-    """Link the code, the model that answers, its data and its card, as Markdown."""
+    """Link the code, the model that answers, its data and, where it has one, its card, as Markdown."""
     bundled, hub = f"{names.CODE}/tree/main/src/foodextract/models/bundled", "https://huggingface.co"
     found = {"Code": names.CODE}
     if Path(MODEL).resolve().parent == BUNDLED:
         here = f"{bundled}/{Path(MODEL).name}"
-        made = "experiments/photo_base" if Path(MODEL) == PHOTO else "experiments/tiny_base"
-        card = f"{names.CODE}/tree/main/{made}#readme"
-        found |= {"Model": here, "Training data": f"{here}/training_data.json", "Model card": card}
+        found |= {"Model": here, "Training data": f"{here}/training_data.json"}
+        if Path(MODEL) == PHOTO:
+            found["Model card"] = f"{names.CODE}/tree/main/experiments/photo_base#readme"
     elif provenance.is_hub_id(MODEL):
         data = PROVENANCE.dataset if PROVENANCE and provenance.is_hub_id(PROVENANCE.dataset) else names.HUB_DATASET
         card = f"{hub}/{MODEL}"
