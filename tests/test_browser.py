@@ -197,6 +197,55 @@ def test_the_json_can_be_copied(opened, drawing):
     assert FoodRecord.parse(opened.evaluate("navigator.clipboard.readText()")).model_dump() == record
 
 
+def hold_back(tab, address):
+    """Hold back requests. Returns a function that waits for the next one: handlers run only while Playwright waits."""
+    held = []
+    tab.route(address, lambda route: held.append(route))
+
+    def next_one():
+        while not held:
+            tab.wait_for_timeout(50)
+        return held.pop(0)
+
+    return next_one
+
+
+@pytest.mark.slow
+def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
+    """While the browser holds the second question back, then after its answer, and after a refusal."""
+    drop(opened, drawing[1])
+    answer_on_screen(opened)
+    button, question = opened.get_by_role("button", name="What is in it?"), hold_back(opened, "**/queue/join*")
+    expect(button).to_be_enabled(timeout=WAIT)
+    button.click()
+    held = question()
+    expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
+    expect(opened.locator(".answer")).to_have_count(0)
+    expect(opened.locator(".cm-content").first).not_to_contain_text("is_food")
+    expect(button).to_be_disabled()
+    held.continue_()
+    expect(button).to_be_enabled(timeout=WAIT)
+    assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
+    button.click()
+    held = question()
+    expect(button).to_be_disabled(timeout=WAIT)
+    held.fulfill(status=503, json={"detail": "Queue is full."})
+    expect(button).to_be_enabled(timeout=WAIT)
+
+
+@pytest.mark.slow
+def test_an_image_replaced_while_it_waits_gets_the_last_word(opened, drawing, tuned):
+    question = hold_back(opened, "**/queue/join*")
+    opened.locator(".gallery-item").first.click()
+    held = question()
+    opened.get_by_role("button", name="Remove Image").first.click()
+    drop(opened, drawing[1])
+    expect(opened.locator("img[src*='lunch.png']").first).to_be_visible(timeout=WAIT)
+    opened.unroute("**/queue/join*")
+    held.continue_()
+    expect(opened.locator(".answer h2")).to_have_text(tuned.extract(drawing[0].image).image_title, timeout=WAIT)
+
+
 @pytest.mark.slow
 def test_a_link_leads_to_the_answer(opened, drawing):
     drop(opened, drawing[1])
