@@ -19,6 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import datasets as hf_datasets
 import huggingface_hub
 import pytest
+from PIL import Image
+from pillow_heif import register_heif_opener
 
 from foodextract.data import dataset, sources
 from foodextract.inference.extractor import Extractor
@@ -26,6 +28,8 @@ from foodextract.models import loading
 from foodextract.training import run as training
 from foodextract.training.trainer import Progress
 from hub_server import TOKEN, running_hub
+
+SPACE = Path(__file__).parents[1] / "demos" / "FoodExtract-Vision"
 
 
 def pytest_collection_modifyitems(items):
@@ -126,13 +130,23 @@ def online(monkeypatch, tmp_path):
     huggingface_hub.HfFileSystem.clear_instance_cache()
 
 
+@pytest.fixture
+def heic(tmp_path):
+    """A photograph as an iPhone stores it: HEIC, turned by its Exif data."""
+    register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise
+    with Image.open(SPACE / "examples" / "coffee.jpg") as photo:
+        photo.rotate(90, expand=True).save(tmp_path / "IMG_0001.HEIC", exif=exif)
+    return str(tmp_path / "IMG_0001.HEIC")
+
+
 @contextmanager
 def space(folder, model):
     """The address of the Space's page, started as `make space` does; what it writes goes into `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app = Path(__file__).parents[1] / "demos" / "FoodExtract-Vision" / "app.py"
     env = {
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
@@ -141,7 +155,7 @@ def space(folder, model):
     }
     with (
         (folder / "log.txt").open("w") as log,
-        subprocess.Popen([sys.executable, app], env=env, cwd=folder, stdout=log, stderr=log) as run,
+        subprocess.Popen([sys.executable, SPACE / "app.py"], env=env, cwd=folder, stdout=log, stderr=log) as run,
     ):
         try:
             while True:

@@ -13,13 +13,14 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from foodextract.data import scenes
-from foodextract.images import MAX_PIXELS
+from foodextract.images import MAX_PIXELS, open_image
 from foodextract.schema import FoodRecord
 
 SCREENS = Path(__file__).parents[1] / "outputs" / "screens"
@@ -130,15 +131,15 @@ def test_before_and_after(opened, drawing):
     shot(opened, "before_after")
 
 
-def as_data_transfer(tab, file):
+def as_data_transfer(tab, file, media_type="image/png"):
     """Return the data transfer of a dragged file."""
     return tab.evaluate_handle(
-        """data => {
+        """([data, name, type]) => {
             const bytes = Uint8Array.from(atob(data), one => one.charCodeAt(0)), transfer = new DataTransfer();
-            transfer.items.add(new File([bytes], "lunch.png", {type: "image/png"}));
+            transfer.items.add(new File([bytes], name, {type}));
             return transfer;
         }""",
-        base64.b64encode(file.read_bytes()).decode(),
+        [base64.b64encode(file.read_bytes()).decode(), file.name, media_type],
     )
 
 
@@ -148,6 +149,25 @@ def test_an_image_can_be_dragged(opened, drawing, tuned):
         "drop", {"dataTransfer": as_data_transfer(opened, drawing[1])}
     )
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
+
+
+@pytest.mark.parametrize("how", ["dropped", "chosen"])
+def test_a_heic_of_a_phone_is_answered_and_shown(opened, heic, tuned, how):
+    """Chromium cannot show it and gives it no type. A download is the file itself."""
+    heic = Path(heic)
+    if how == "chosen":
+        drop(opened, heic)
+    else:
+        opened.get_by_label("Drop an image file here to upload").first.dispatch_event(
+            "drop", {"dataTransfer": as_data_transfer(opened, heic, media_type="")}
+        )
+    assert answer_on_screen(opened) == tuned.extract(heic).model_dump()
+    preview = opened.locator("img[src$='IMG_0001.HEIC']").first
+    expect(preview).to_be_visible(timeout=WAIT)
+    width, height = preview.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+    upright = open_image(heic)
+    assert width / height == pytest.approx(upright.width / upright.height, rel=0.01)
+    assert httpx.get(preview.get_attribute("src"), trust_env=False).content == heic.read_bytes()
 
 
 @pytest.mark.slow
@@ -175,6 +195,55 @@ def test_the_json_can_be_copied(opened, drawing):
     record = answer_on_screen(opened)
     opened.locator("#json").get_by_role("button", name="Copy").click()
     assert FoodRecord.parse(opened.evaluate("navigator.clipboard.readText()")).model_dump() == record
+
+
+def hold_back(tab, address):
+    """Hold back requests. Returns a function that waits for the next one: handlers run only while Playwright waits."""
+    held = []
+    tab.route(address, lambda route: held.append(route))
+
+    def next_one():
+        while not held:
+            tab.wait_for_timeout(50)
+        return held.pop(0)
+
+    return next_one
+
+
+@pytest.mark.slow
+def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
+    """While the browser holds the second question back, then after its answer, and after a refusal."""
+    drop(opened, drawing[1])
+    answer_on_screen(opened)
+    button, question = opened.get_by_role("button", name="What is in it?"), hold_back(opened, "**/queue/join*")
+    expect(button).to_be_enabled(timeout=WAIT)
+    button.click()
+    held = question()
+    expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
+    expect(opened.locator(".answer")).to_have_count(0)
+    expect(opened.locator(".cm-content").first).not_to_contain_text("is_food")
+    expect(button).to_be_disabled()
+    held.continue_()
+    expect(button).to_be_enabled(timeout=WAIT)
+    assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
+    button.click()
+    held = question()
+    expect(button).to_be_disabled(timeout=WAIT)
+    held.fulfill(status=503, json={"detail": "Queue is full."})
+    expect(button).to_be_enabled(timeout=WAIT)
+
+
+@pytest.mark.slow
+def test_an_image_replaced_while_it_waits_gets_the_last_word(opened, drawing, tuned):
+    question = hold_back(opened, "**/queue/join*")
+    opened.locator(".gallery-item").first.click()
+    held = question()
+    opened.get_by_role("button", name="Remove Image").first.click()
+    drop(opened, drawing[1])
+    expect(opened.locator("img[src*='lunch.png']").first).to_be_visible(timeout=WAIT)
+    opened.unroute("**/queue/join*")
+    held.continue_()
+    expect(opened.locator(".answer h2")).to_have_text(tuned.extract(drawing[0].image).image_title, timeout=WAIT)
 
 
 @pytest.mark.slow

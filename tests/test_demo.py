@@ -28,9 +28,8 @@ from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamablehttp_client
 from PIL import Image
-from pillow_heif import register_heif_opener
 
-from foodextract import names
+from foodextract import images, names
 from foodextract.data import scenes
 from foodextract.inference.confidence import Calibration
 from foodextract.models import loading
@@ -56,17 +55,6 @@ def demo():
 def image(tmp_path):
     scenes.draw_scene(7, "test", 0).image.save(tmp_path / "a.png")
     return str(tmp_path / "a.png")
-
-
-@pytest.fixture
-def heic(tmp_path):
-    """A photograph as an iPhone stores it: HEIC, turned by its Exif data."""
-    register_heif_opener()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn clockwise
-    with Image.open(SPACE / "examples" / "coffee.jpg") as photo:
-        photo.rotate(90, expand=True).save(tmp_path / "IMG_0001.HEIC", exif=exif)
-    return str(tmp_path / "IMG_0001.HEIC")
 
 
 def test_the_space_answers_like_the_command_line(demo, tuned, image):
@@ -178,20 +166,26 @@ def test_the_page_and_the_tool_say_what_answers(demo):
     assert predict.about() in texts[0]
 
 
-@pytest.mark.parametrize("model", [loading.PHOTO, names.HUB_MODEL])
-def test_code_model_data_and_card_are_linked(demo, monkeypatch, model):
+@pytest.mark.parametrize(
+    ("model", "linked"),
+    [
+        (loading.PHOTO, ["Code", "Model", "Training data", "Model card"]),
+        (loading.TINY_TUNED, ["Code", "Model", "Training data"]),
+        (names.HUB_MODEL, ["Code", "Model", "Dataset", "Model card"]),
+    ],
+)
+def test_code_model_data_and_card_are_linked(demo, monkeypatch, model, linked):
     _, predict = demo
     monkeypatch.setattr(predict, "MODEL", str(model))
     addresses = dict(re.findall(r"\[(.*?)\]\((.*?)\)", predict.links()))
-    data = "Training data" if model == loading.PHOTO else "Dataset"
-    assert list(addresses) == ["Code", "Model", data, "Model card"]
+    assert list(addresses) == linked
     for address in addresses.values():
-        page = address.partition("#")[0]
+        page, _, part = address.partition("#")
         if file := page.removeprefix(f"{names.CODE}/tree/main/").removeprefix(names.CODE):
             assert (
                 file.startswith(f"https://huggingface.co/{names.OWNER}/")
                 or "datasets/" in file
-                or (ROOT / file).exists()
+                or (ROOT / file / ("README.md" if part == "readme" else "")).exists()
             )
 
 
@@ -230,6 +224,22 @@ def test_a_batch_is_answered_row_by_row(demo, image, heic):
         assert not any(button.interactive for button in buttons)
     assert len(steps) == 4
     assert all(button.interactive for button in steps[3][1:])
+
+
+def test_a_preview_is_made_of_what_browsers_do_not_show(demo, image, heic, tmp_path, monkeypatch):
+    """Not of a file or an image that is too large."""
+    app, predict = demo
+    jpeg = app.previews.jpeg.__wrapped__
+    Image.new("RGB", (2048, 512)).save(tmp_path / "wide.tiff")
+    assert jpeg(Path(image)) == b""
+    assert jpeg(Path(heic))[:2] == b"\xff\xd8"
+    assert Image.open(io.BytesIO(jpeg(tmp_path / "wide.tiff"))).size == (1024, 256)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "MAX_PIXELS", 1000)
+        assert jpeg(Path(heic)) == b""
+    monkeypatch.setattr(predict, "MAX_BYTES", 5)
+    monkeypatch.setattr(predict, "open_image", None)
+    assert jpeg(Path(heic)) == b""
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -12,6 +12,7 @@ from typing import Any
 import predict  # isort: skip  # first: on ZeroGPU it imports `spaces`, which must come before torch
 import gradio as gr
 import limits
+import previews
 from starlette.middleware import Middleware
 
 from foodextract import names
@@ -279,9 +280,10 @@ if __name__ == "__main__":
     labels |= {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
     boxes = {"block_border_width": "1px", "body_background_fill": "*neutral_50"}
     demo.launch(
-        app_kwargs={"middleware": [Middleware(limits.BodyLimit)]},
+        app_kwargs={"middleware": [Middleware(limits.BodyLimit), Middleware(previews.Previews)]},
         mcp_server=find_spec("mcp") is not None,
         ssr_mode=False,
+        head=previews.TYPES,
         css=thumbnails(),
         css_paths=HERE / "style.css",
         theme=theme.set(**dark_on_light, **light_on_dark, **labels, **boxes),

@@ -43,14 +43,19 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
+def upload_at(path: str) -> Path | None:
+    """Return the file of an upload by the path of its URL, None if there is none."""
+    file = Path(path.partition("/gradio_api/file=")[2]).resolve()
+    return file if file.is_relative_to(Path(get_upload_folder()).resolve()) and file.is_file() else None
+
+
 async def resolve_url(url: str, cache_dir: str) -> str:
     """Replace Gradio's download of URLs, which has no size limit: the address of an upload becomes its path.
 
     No address is ever contacted. Any other is an error.
     """
-    path = Path(unquote(urlsplit(url).path).partition("/gradio_api/file=")[2]).resolve()
-    if path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file():
-        return str(path)
+    if file := upload_at(unquote(urlsplit(url).path)):
+        return str(file)
     remedy = "upload the image to this server first, or send it as a file or as a data URL"
     raise predict.user_error(f"the address {url[:100]} is not fetched: {remedy}")
 

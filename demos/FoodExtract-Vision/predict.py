@@ -175,17 +175,23 @@ def write_files(rows: list[dict[str, Any]]) -> list[str]:
     return [str(folder / "answers.csv"), str(folder / "answers.jsonl")]
 
 
-def thumbnail(path: str) -> str:
-    """Return a small copy of an image as a data URL, "" if it cannot be read."""
+def small_jpeg(path: str, side: int) -> bytes:
+    """Return a copy of an image with sides of at most `side` pixels, b"" if it cannot be read."""
     try:
         if too_large(path):
-            return ""
+            return b""
         image = open_image(path)
     except ImageError:
-        return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return b""
+    image.thumbnail((side, side))
     image.save(data := io.BytesIO(), "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return data.getvalue()
+
+
+def thumbnail(path: str) -> str:
+    """Return a thumbnail of an image as a data URL, "" if it cannot be read."""
+    data = small_jpeg(path, THUMBNAIL)
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" if data else ""
 
 
 def row_as_html(row: dict[str, Any], picture: str) -> str:
@@ -259,14 +265,14 @@ def drawings_only() -> bool:
 
 
 def links() -> str:
-    """Link the code, the model that answers, its data and its card, as Markdown."""
+    """Link the code, the model that answers, its data and, where it has one, its card, as Markdown."""
     bundled, hub = f"{names.CODE}/tree/main/src/foodextract/models/bundled", "https://huggingface.co"
     found = {"Code": names.CODE}
     if Path(MODEL).resolve().parent == BUNDLED:
         here = f"{bundled}/{Path(MODEL).name}"
-        made = "experiments/photo_base" if Path(MODEL) == PHOTO else "experiments/tiny_base"
-        card = f"{names.CODE}/tree/main/{made}#readme"
-        found |= {"Model": here, "Training data": f"{here}/training_data.json", "Model card": card}
+        found |= {"Model": here, "Training data": f"{here}/training_data.json"}
+        if Path(MODEL) == PHOTO:
+            found["Model card"] = f"{names.CODE}/tree/main/experiments/photo_base#readme"
     elif provenance.is_hub_id(MODEL):
         data = PROVENANCE.dataset if PROVENANCE and provenance.is_hub_id(PROVENANCE.dataset) else names.HUB_DATASET
         card = f"{hub}/{MODEL}"
