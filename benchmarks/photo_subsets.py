@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from foodextract.evaluation import evaluate
-from foodextract.evaluation.results import Row, make_row, write_results
+from foodextract.evaluation.results import Row, make_row, read_results, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.reporting.tables import markdown_table
@@ -74,11 +74,23 @@ def main(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The recall of known names by part, for either way to answer."""
-    found = {row.subject: f"{row.value:.3f}" for row in rows if row.metric == "known_item_recall"}
-    names = [row.subject for row in rows if row.metric == "photographs"]
-    lines = [[name, found[f"nearest | {name}"], found[f"linear probe | {name}"]] for name in names]
-    return markdown_table(["trained on", "nearest photograph", "linear probe"], lines)
+    """What either way to answer makes of each part."""
+    found = {(row.subject, row.metric): row for row in rows}
+    lines = []
+    for name in (row.subject for row in rows if row.metric == "photographs"):
+        recalls = [found[f"{way} | {name}", "known_item_recall"] for way in ("nearest", "linear probe")]
+        rates = [found[f"linear probe | {name}", metric] for metric in METRICS]
+        cells = [f"{row.value:.3f} ({row.low:.3f}–{row.high:.3f})" for row in recalls]
+        lines.append([name, *cells, *(f"{row.value:.1%} ({row.low:.1%}–{row.high:.1%})" for row in rates)])
+    named = "labeled items named"
+    header = ["trained on", f"{named}: nearest photograph", f"{named}: linear probe", "its `is_food` right"]
+    return markdown_table([*header, "items it invents where there are none"], lines)
+
+
+def text(root: Path) -> str:
+    """Return the table of results/README.md."""
+    path = root / "results" / "photo_subsets.json"
+    return table(read_results(path)) if path.exists() else "Not measured yet: `benchmarks/photo_subsets.py` does it."
 
 
 if __name__ == "__main__":
