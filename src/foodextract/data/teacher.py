@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,15 +179,15 @@ def _object_in(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     rest = re.split(f"<{TAG}", re.split(rf"</{TAG}|<\|message\|>", text)[-1])[0][-MAX_TEXT:]
-    found, at = set(), rest.find("{")
-    while at >= 0:
-        start, at = at, at + 1
-        with suppress(ValueError, RecursionError):
-            value, end = json.JSONDecoder().raw_decode(rest, start)
-            if "is_food" in value:
-                found.add(rest[start:end])
-                at = end
-        at = rest.find("{", at)
+    found = set()
+    while begun := re.search(r'\{\s*"', rest):  # braces of prose hold no key
+        try:
+            value, end = json.JSONDecoder().raw_decode(rest, begun.start())
+        except (ValueError, RecursionError):
+            return text
+        if "is_food" in value:
+            found.add(rest[begun.start() : end])
+        rest = rest[end if "is_food" in value else begun.end() :]
     return found.pop() if len(found) == 1 else text
 
 
