@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pillow_heif
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -93,6 +94,8 @@ def test_a_split_without_drinks_is_an_ordinary_image_folder_too(tmp_path):
     again = list(sources.labeled_folder(tmp_path / "out" / "train"))
     assert {one.category for one in again} == {""}
     assert sorted(one.label["drink_items"] for one in again) == [[]] * 5 + [["tea"]]
+    schema = pyarrow.parquet.read_schema(tmp_path / "out" / "train" / "metadata.parquet")
+    assert schema.metadata is None  # features that `datasets` before 4.0 could not read
 
 
 def test_images_that_need_more_than_pillow_are_stored_as_png(tmp_path):

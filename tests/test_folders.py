@@ -306,13 +306,14 @@ def test_yolo_boxes(tmp_path, layout, names):
 
 
 def test_yolo_with_classes_txt_beside_the_labels_and_without_names(tmp_path):
-    image(tmp_path / "images" / "a.jpg")
+    name = unicodedata.normalize("NFD", "crème")
+    image(tmp_path / "images" / f"{name}.jpg")
     (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / "a.txt").write_text("1 .5 .5 .1 .1")
+    (tmp_path / "labels" / "crème.txt").write_text("1 .5 .5 .1 .1")
     with pytest.raises(DatasetError, match=r"no data.yaml.*its data.yaml"):
         sources.labeled_folder(tmp_path)
     (tmp_path / "labels" / "classes.txt").write_text("pizza\napple_pie\n")
-    assert items(read(tmp_path)[0]["images/a.jpg"]) == ["apple pie"]
+    assert items(read(tmp_path)[0][f"images/{name}.jpg"]) == ["apple pie"]
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-1", "1.5", "x"])
@@ -452,7 +453,7 @@ def test_labels_of_the_training_images_only(tmp_path):
 # tables as people save them
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "lines"])
 def test_encodings_and_delimiters(tmp_path, encoding, delimiter):
     rows = records(tmp_path)
@@ -464,6 +465,23 @@ def test_encodings_and_delimiters(tmp_path, encoding, delimiter):
     samples, rejects = read(tmp_path)
     assert (len(samples), rejects) == (6, [])
     assert samples["0.png"].label["food_items"] == ["crème brûlée", "寿司"]
+
+
+def test_joined_files_keep_no_byte_order_marks(tmp_path):
+    rows = records(tmp_path)
+    for part in (rows[:3], rows[3:]):
+        write_lines(tmp_path / "part", part, "utf-8-sig")
+        with (tmp_path / "metadata.jsonl").open("ab") as joined:
+            joined.write((tmp_path / "part").read_bytes())
+    assert [len(found) for found in read(tmp_path)] == [6, 0]
+
+
+def test_half_a_character_in_a_class_is_no_part_of_its_item(tmp_path):
+    image(*(tmp_path / "in" / f"{n}.png" for n in range(20)))
+    rows = [{"file_name": f"{n}.png", "label": NAMES[0] + "\ud83c" * (n == 3)} for n in range(20)]
+    write_lines(tmp_path / "in" / "labels.jsonl", rows)
+    report = dataset.build(sources.labeled_folder(tmp_path / "in"), tmp_path / "out")
+    assert report["food_items"] == [(NAMES[0], 20)]
 
 
 def test_cp1252_is_read_and_said(tmp_path, capsys):
@@ -641,10 +659,12 @@ def test_tables_of_files_and_classes(tmp_path):
 
 def test_odd_file_names(tmp_path):
     names = ["images/a.png", unicodedata.normalize("NFD", "crème.png"), "B.PNG", os.fsdecode(b"cr\xe8me2.png")]
+    names.append("10.00\u202fPM.png")  # of a screenshot on macOS
     rows = records(tmp_path, names)
     rows[0]["file_name"] = "images\\a.png"
     rows[1]["file_name"] = "crème.png"
     rows[2]["file_name"] = "b.png"
+    rows[4]["file_name"] = "10.00 PM.png"
     odd = [
         "data:image/png;base64," + "QUFB" * 900,
         "x" * 5000,

@@ -20,7 +20,8 @@ from foodextract.models import loading
 from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
 from test_schema import GOOD, NOTHING
 
-LETTERS = "ab '\"\\/{}[],:\n\t\r\x00\x1b\x7f\x80\xa0éß中\u2028\ufeff🥨\U0010ffff"
+ALLOWED = "ab '/,;-\x80\xa0\xadéß中\u2028\ufeff🥨\U0010ffff"
+FORBIDDEN = '"\\{}[]:_\n\t\r\x00\x1b\x7f'
 
 
 def as_repr(record):
@@ -51,11 +52,11 @@ WRITERS = {  # how others write a record → the dialect it shows
 OTHERS = [name for name in WRITERS if name != "canonical"]
 
 
-def random_records(count, seed=0):
+def random_records(count, seed=0, letters=ALLOWED):
     rng = random.Random(seed)
 
     def text(least):
-        return "".join(rng.choices(LETTERS, k=rng.randint(least, 12)))
+        return "".join(rng.choices(letters, k=rng.randint(least, 12)))
 
     def items():
         return list(dict.fromkeys(text(1) for _ in range(rng.randint(0, 3))))
@@ -80,14 +81,15 @@ def test_dialect_is_recognized_accepted_and_read(name, tuned):
         is_food=1,
         image_title="'" * MAX_TITLE,
         food_items=["🥨" * MAX_ITEM],
-        drink_items=[f"\x7f{n}" for n in range(MAX_ITEMS)],
+        drink_items=[f"\x80{n}" for n in range(MAX_ITEMS)],
     )
-    for record in [*random_records(500), longest]:
+    allowed = [*random_records(500), longest]
+    for record in [*allowed, *random_records(500, letters=ALLOWED + FORBIDDEN)]:
         text = write(record)
         assert recognize(text) == dialect, text
         assert dialect.read(text) == record
         assert dialect.without_repeats(text) == text
-        assert accepts(tuned._decoder, dialect, text), text
+        assert record not in allowed or accepts(tuned._decoder, dialect, text), text
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -100,6 +102,9 @@ def test_dialect_rejects_what_no_record_holds(name, tuned):
         {"food_items": [""]},
         {"drink_items": [str(number) for number in range(MAX_ITEMS + 1)]},
         {"is_food": 0},
+        {"food_items": ["drink_items []}"]},
+        *({"image_title": f"a{letter}"} for letter in FORBIDDEN),
+        *({"drink_items": [f"{letter}a"]} for letter in FORBIDDEN),
     ]
     assert accepts(tuned._decoder, dialect, write(good))
     for values in wrong:
@@ -109,9 +114,17 @@ def test_dialect_rejects_what_no_record_holds(name, tuned):
 
 
 @pytest.mark.parametrize("name", WRITERS)
+def test_escapes_stand_for_no_punctuation(name, tuned):
+    write, dialect = WRITERS[name]
+    for escape in ("\\\\", '\\"', r"\n", r"\x5b", r"\u005b", r"\u005B", r"\u003A", r"\U0000005b"):
+        text = write(FoodRecord.parse(GOOD)).replace("beer", f"b{escape}", 1)
+        assert not accepts(tuned._decoder, dialect, text), text
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_incomplete_answer_is_read_up_to_its_last_complete_value(name):
     write, dialect = WRITERS[name]
-    for whole in random_records(20, seed=1):
+    for whole in random_records(20, seed=1, letters=ALLOWED + FORBIDDEN):
         for length in range(len(text := write(whole))):
             cut = dialect.read(text[:length])
             assert cut.image_title in ("", whole.image_title)
@@ -314,7 +327,7 @@ def test_dialect_of_a_training_model_is_detected_every_time(speaking, images, re
 
 def test_confidence_finds_the_items_in_any_dialect(images, tuned):
     doubtful = FoodRecord(
-        is_food=1, image_title="ça, 'ça'", food_items=["brûlée", "crè?me", "thé"], drink_items=['"é"?', "🥨"]
+        is_food=1, image_title="ça, 'ça'", food_items=["brûlée", "crè?me", "thé"], drink_items=["'é'?", "🥨"]
     )
     pixels = tuned.prepare(images[:1])["pixel_values"]
     for name in OTHERS:

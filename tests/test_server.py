@@ -168,7 +168,7 @@ def test_json_without_images_or_with_too_many():
 
 
 def test_probes_answer_head(real):
-    for path in ("/health", "/ready"):
+    for path in ("/health", "/ready", "/metrics"):
         response = real.head(path)
         assert (response.status_code, response.text) == (200, "")
     assert real.head("/predict").status_code == 405

@@ -408,14 +408,29 @@ def test_an_answer_that_breaks_the_schema_is_rejected(text, reason, ask, folder,
         "Here is the JSON:\n{}\nEnjoy your meal",
         '<think>\n{{"is_food": 0}}?\n</think>\n\n{}',
         "I see\n</think>{}",
+        '<thinking>{{"is_food": 0}}</thinking>{}',
+        '<|channel|>analysis<|message|>{{"is_food": 0}}<|end|><|channel|>final<|message|>{}',
+        "The set {{pizza, beer}}:\n{}\nNote: {{}} is empty",
+        '{{"answer": {}}}',
     ],
-    ids=["fence", "prose", "think", "thoughts begun in the prompt"],
+    ids=["fence", "prose", "think", "thoughts begun in the prompt", "thinking", "channels", "braces", "wrapped"],
 )
 def test_the_one_object_of_an_answer_is_taken(wrapped, ask, folder, endpoint):
     endpoint.behave = lambda request: Reply(completion(wrapped.format(label_of(request.url).to_json())))
     assert (ask().labeled, len(endpoint.requests)) == (6, 6)
     for name, row in labels(folder).items():
         assert row["image_title"] == label_of(url_of(folder / name)).image_title
+
+
+@pytest.mark.parametrize(("finish", "labeled"), [("stop", 6), ("length", 0)])
+def test_an_answer_taken_for_thoughts_counts_when_it_is_finished(finish, labeled, ask, endpoint):
+    def behave(request):
+        body = json.loads(completion(None, finish))
+        body["choices"][0]["message"]["reasoning_content"] = label_of(request.url).to_json()
+        return Reply(json.dumps(body))
+
+    endpoint.behave = behave
+    assert ask().labeled == labeled
 
 
 @pytest.mark.parametrize("text", ["A pie.", json.dumps(NOTHING | {"is_food": False})], ids=["prose", "boolean"])

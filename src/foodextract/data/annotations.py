@@ -7,6 +7,7 @@ out. An image without a class of food is rejected: nobody stated that it shows n
 
 import json
 import sys
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -195,8 +196,8 @@ def _read_yolo(tree: Tree, boxes: Boxes) -> None:
 
 def _pair(tree: Tree, path: Path) -> tuple[str, ...]:
     """Return what an image and its label file share: `train/images/a.jpg` and `train/labels/a.txt`."""
-    parts = PurePosixPath(tree.name(path)).parts[:-1]
-    return (*(part for part in parts if split_named(part) or not names_no_class(part)), path.stem)
+    name = PurePosixPath(unicodedata.normalize("NFC", tree.name(path)))
+    return (*(part for part in name.parts[:-1] if split_named(part) or not names_no_class(part)), name.stem)
 
 
 def _read_labels(path: Path) -> set[int] | str:

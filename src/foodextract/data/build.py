@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 from tqdm import tqdm
 
 from foodextract.data.ingest import IMAGES, LEDGER, ingest
@@ -39,8 +40,9 @@ from foodextract.data.selection import SPLITS, Selection, accept, select
 from foodextract.schema import FIELDS
 
 ORIGIN = "origin.json"  # states which folder, or which revision on the Hub, a data set was built from
-METADATA = datasets.Features(
-    {"file_name": datasets.Value("string")} | {name: kind for name, kind in FEATURES.items() if name != "image"}
+# Without the features of `datasets`, whose older versions know no `List` and would refuse to read the file.
+METADATA = pyarrow.schema(
+    [("file_name", pyarrow.string()), *(field for field in FEATURES.arrow_schema if field.name != "image")]
 )
 
 Origin = dict[str, Any]
@@ -144,8 +146,8 @@ def _write(folder: Path, selection: Selection, report: dict[str, Any], published
         (folder / split).mkdir()
         for row in tqdm(rows, desc=f"writing {split}", unit="image"):
             _link(folder / row["stored"], folder / split / row["file_name"])
-        metadata = datasets.Dataset.from_list([{key: row[key] for key in METADATA} for row in rows], features=METADATA)
-        metadata.to_parquet(folder / split / "metadata.parquet")
+        metadata = pyarrow.Table.from_pylist(rows, METADATA)
+        pyarrow.parquet.write_table(metadata, folder / split / "metadata.parquet")
         columns = [row | {"image": str(folder / split / row["file_name"])} for row in rows]
         table = datasets.Dataset.from_list([{key: row[key] for key in FEATURES} for row in columns], features=FEATURES)
         fingerprint = f"{report['fingerprint'][:16]}-{split}"

@@ -132,4 +132,4 @@ def _split_in(path: PurePosixPath) -> Split | None:
 
 
 def _key(name: str) -> str:
-    return unicodedata.normalize("NFC", readable(name)).casefold()
+    return unicodedata.normalize("NFKC", readable(name)).casefold()

@@ -1,6 +1,5 @@
 """Tables of labels as people save them: JSON lines, JSON, CSV and Parquet, in any usual encoding and spelling."""
 
-import codecs
 import csv
 import io
 import json
@@ -75,7 +74,9 @@ def _parquet_rows(path: Path) -> list[tuple[int, Row]]:
 
 
 def decoded(path: Path) -> str:
-    """Read a text as UTF-8, as UTF-16, or as cp1252 with a line on stderr. Other bytes become lone surrogates.
+    """Read a text as UTF-8, UTF-16 or UTF-32, or as cp1252 with a line on stderr. Other bytes become lone surrogates.
+
+    Byte order marks are left out, also those of files that were joined.
 
     Raises DatasetError for a file that cannot be opened.
     """
@@ -83,11 +84,9 @@ def decoded(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace")
-    if 0 in data[:2]:
-        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le", "replace")
-    text = data.decode("utf-8-sig", "surrogateescape")
+    encoding = json.detect_encoding(data)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+    text = re.sub("^\ufeff+", "", data.decode(encoding, errors), flags=re.MULTILINE)
     other = [DAMAGED.search(line) is not None for line in text.split("\n") if not line.isascii()]
     if other and all(other) and "\ufffd" not in text:  # else a UTF-8 file with odd lines
         western = data.decode("cp1252", "replace")

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from foodextract.schema import FoodRecord, json_schema
 # occur because vLLM's grammar allows endless white space (https://github.com/vllm-project/vllm/issues/38696).
 TEMPERATURES = (0.0, 0.5)
 MAX_TEXT = 20_000  # characters kept of a response
+TAG = r"(?:think|thought|reason)\w*>"  # around thoughts; gpt-oss has <|message|> before each part, the answer last
 
 Outcome = dict[str, Any]
 
@@ -117,7 +119,10 @@ class Endpoint:
             try:  # parsed here, because the client accepts any JSON as a completion
                 body = json.loads(response.text)
                 choice, counts = body["choices"][0], body.get("usage") or {}
-                text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+                finish = choice.get("finish_reason") or "stop"
+                # vLLM may take an answer without thoughts for thoughts
+                keys = ("content", "refusal", *(("reasoning_content", "reasoning") if finish == "stop" else ()))
+                text = next(filter(None, map(choice["message"].get, keys)), "")
                 usage = {name: count + int(counts.get(name) or 0) for name, count in usage.items()}
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 reason = f"the response is no chat completion ({type(error).__name__}: {error})"
@@ -127,7 +132,6 @@ class Endpoint:
             try:
                 return {"status": "labeled", "record": FoodRecord.from_json(_object_in(text)).model_dump(), **answer}
             except (ValueError, TypeError, RecursionError) as error:  # the answer may be no text, or nested too deep
-                finish = choice.get("finish_reason") or "stop"
                 reason = f"{error}" if finish == "stop" else f"finish_reason {finish}: {error}"
                 outcome = {"status": "rejected", "reason": _bounded(reason), "raw": _bounded(str(text)), **answer}
         return outcome
@@ -171,17 +175,19 @@ def _failed(status: int, reason: str) -> Outcome:
 
 
 def _object_in(text: Any) -> Any:
-    """Return the JSON of the one object in an answer with fences, prose or thoughts; other answers as they are."""
+    """Return the JSON of the one record in an answer with fences, prose or thoughts; other answers as they are."""
     if not isinstance(text, str):
         return text
-    rest, found = text.rpartition("</think>")[2].partition("<think>")[0], set()
-    while (at := rest.find("{")) >= 0:
+    rest = re.split(f"<{TAG}", re.split(rf"</{TAG}|<\|message\|>", text)[-1])[0][-MAX_TEXT:]
+    found = set()
+    while begun := re.search(r'\{\s*"', rest):  # braces of prose hold no key
         try:
-            _, end = json.JSONDecoder().raw_decode(rest, at)
+            value, end = json.JSONDecoder().raw_decode(rest, begun.start())
         except (ValueError, RecursionError):
             return text
-        found.add(rest[at:end])
-        rest = rest[end:]
+        if "is_food" in value:
+            found.add(rest[begun.start() : end])
+        rest = rest[end if "is_food" in value else begun.end() :]
     return found.pop() if len(found) == 1 else text
 
 

@@ -17,20 +17,23 @@ MAX_LEAD = 120  # characters before the opening brace: a fence, or "Here is the 
 MAX_HEAD = 64  # characters from the opening brace to the second key
 MAX_SPACE = 32  # characters of white space between two tokens
 
-# One character of a string, as a regular expression for both Python and llguidance.
-# Written by `json.dumps`: printable ASCII, a short escape, \uXXXX in lower case, or two of them above U+FFFF.
+# One character of a title or an item, as a regular expression for both Python and llguidance. JSON's own punctuation,
+# the underscores of the keys, and control characters are none, escaped or not; no label of ours has them.
+_FORBIDDEN = r'"\\\[\]{}:_\x00-\x1f\x7f'
+# Written by `json.dumps`: printable ASCII, \uXXXX in lower case, or two of them above U+FFFF.
 _CANONICAL = (
-    r'[ !#-\[\]-~]|\\(["\\bfnrt]|u(000[0-7bef]|001[0-9a-f]|007f|00[89a-f][0-9a-f]|0[1-9a-f][0-9a-f]{2}'
-    r"|[1-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))"
+    r"[ !#-9;-Z^`a-z|~]|\\u(00[89a-f][0-9a-f]|0[1-9a-f][0-9a-f]{2}"
+    r"|[1-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})"
 )
 # In any JSON; surrogates come in pairs.
 _JSON = (
-    r'[^"\\\x00-\x1f]|\\(["\\\/bfnrt]|u([0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
+    rf"[^{_FORBIDDEN}]|\\(\/|u(00[89a-fA-F][0-9a-fA-F]|0[1-9a-fA-F][0-9a-fA-F]{{2}}"
+    r"|([1-9a-cefA-CEF][0-9a-fA-F]|[dD][0-7])[0-9a-fA-F]{2}"
     r"|[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))"
 )
 # Written by `repr` between single or double quotation marks.
-_ESCAPE = r"""\\(['"\\nrt]|x[0-9a-f]{2}|u([0-9a-cef][0-9a-f]{3}|d[0-7][0-9a-f]{2})|U00(0[1-9a-f]|10)[0-9a-f]{4})"""
-_SINGLE, _DOUBLE = (rf"[^{quote}\\\x00-\x1f\x7f]|{_ESCAPE}" for quote in "'\"")
+_ESCAPE = r"\\('|x[89a-f][0-9a-f]|u(0[1-9a-f]|[1-9a-cef][0-9a-f]|d[0-7])[0-9a-f]{2}|U00(0[1-9a-f]|10)[0-9a-f]{4})"
+_SINGLE, _DOUBLE = (rf"[^{_FORBIDDEN}{quote}]|{_ESCAPE}" for quote in ("'", ""))
 
 _SPACE = r"[ \t\r\n]"
 _STRINGS = {"'": r"'(?:[^'\\]|\\.)*'", '"': r'"(?:[^"\\]|\\.)*"'}
@@ -68,7 +71,10 @@ class Dialect:
         return form + (f" behind {self.lead.lstrip()!r}" if self.lead.strip() else "")
 
     def grammar(self) -> str:
-        """A Lark grammar for llguidance. It covers the schema, except that items may repeat (see `without_repeats`)."""
+        """A Lark grammar for llguidance: the schema, with the characters above.
+
+        Items may repeat (see `without_repeats`).
+        """
         opening, key = json.dumps(self.lead + "{"), self._lark('"is_food": ')
         nothing = self._lark(', "image_title": "", "food_items": [], "drink_items": []')
         between = (', "image_title": ', ', "food_items": [', '], "drink_items": [', "]", ", ")

@@ -179,6 +179,7 @@ def create_app(load: Callable[[], Answerer], model: str, settings: Settings) -> 
         """Readiness: 200 while images are accepted."""
         return PlainTextResponse(queue.unavailable or "ready", 503 if queue.unavailable else 200)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", **PROBE)
     async def prometheus() -> Response:
         """Metrics for Prometheus."""

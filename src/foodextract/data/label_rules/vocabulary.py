@@ -58,7 +58,8 @@ def key(name: str) -> str:
 
 def trimmed(text: str) -> str:
     """Normalize a text for writing: NFC, single spaces, no invisible characters, no marks at the ends."""
-    text = unicodedata.normalize("NFC", "".join(mark for mark in text if mark.isprintable() or mark.isspace()))
+    marks = (mark for mark in text.replace("\ufffd", "") if mark.isprintable() or mark.isspace())
+    text = unicodedata.normalize("NFC", "".join(marks))
     if text.count("(") != text.count(")"):
         text = text.replace("(", " ").replace(")", " ")
     return " ".join(text.split()).strip(ENDS)
