@@ -17,10 +17,10 @@ from typing import Annotated
 import typer
 
 from foodextract.evaluation import evaluate
-from foodextract.evaluation.results import Row, make_row, read_results, write_results
+from foodextract.evaluation.results import Row, make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
-from foodextract.reporting.tables import markdown_table
+from foodextract.reporting.tables import metric_table
 from foodextract.schema import FoodRecord
 from photographs import KNOWN, ROOT, Features, Photo, learned_names, linear_probe, nearest, read_photos
 
@@ -70,27 +70,7 @@ def main(
             rows += evaluate.to_rows("photo_subsets", f"{subject} | {name}", metrics, command)
         rows.append(make_row("photo_subsets", name, "photographs", len(part), unit="images", n=1, command=command))
         write_results(out, rows)
-    print(table(rows))
-
-
-def table(rows: Sequence[Row]) -> str:
-    """What either way to answer makes of each part."""
-    found = {(row.subject, row.metric): row for row in rows}
-    lines = []
-    for name in (row.subject for row in rows if row.metric == "photographs"):
-        recalls = [found[f"{way} | {name}", "known_item_recall"] for way in ("nearest", "linear probe")]
-        rates = [found[f"linear probe | {name}", metric] for metric in METRICS]
-        cells = [f"{row.value:.3f} ({row.low:.3f}–{row.high:.3f})" for row in recalls]
-        lines.append([name, *cells, *(f"{row.value:.1%} ({row.low:.1%}–{row.high:.1%})" for row in rates)])
-    named = "labeled items named"
-    header = ["trained on", f"{named}: nearest photograph", f"{named}: linear probe", "its `is_food` right"]
-    return markdown_table([*header, "items it invents where there are none"], lines)
-
-
-def text(root: Path) -> str:
-    """Return the table of results/README.md."""
-    path = root / "results" / "photo_subsets.json"
-    return table(read_results(path)) if path.exists() else "Not measured yet: `benchmarks/photo_subsets.py` does it."
+    print(metric_table([row for row in rows if row.low is not None]))
 
 
 if __name__ == "__main__":

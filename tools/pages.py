@@ -111,6 +111,7 @@ PYTHON = ".venv/bin/python"
 ABLATION = "ablation.json", f"{PYTHON} experiments/ablation.py"
 BASELINES = "baselines.json", f"{PYTHON} benchmarks/baselines.py"
 PHOTOGRAPHS = "photographs.json", f"{PYTHON} benchmarks/photographs.py FOLDER"
+PHOTO_SUBSETS = "photo_subsets.json", f"{PYTHON} benchmarks/photo_subsets.py FOLDER"
 PHOTO_SCENES = "other_scenes.py --tuned src/foodextract/models/bundled/photo --out results/photo_scenes.json"
 PAGES: dict[str, dict[str, Render]] = {
     "README.md": {"photo model": photo_model, "photographs": _rendered(*PHOTOGRAPHS, page_tables.photographs)},
@@ -124,7 +125,7 @@ PAGES: dict[str, dict[str, Render]] = {
         BEFORE_AFTER: offline_table,
         "stages": _rendered("offline.json", "make demo", stage_comparison),
         "photographs in full": _rendered(*PHOTOGRAPHS, page_tables.photographs_in_full),
-        "photo subsets": _benchmark("photo_subsets", "text"),
+        "photo subsets": _rendered(*PHOTO_SUBSETS, page_tables.photo_subsets),
         "photo scenes": _rendered("photo_scenes.json", f"{PYTHON} benchmarks/{PHOTO_SCENES}", metric_table),
         "offline in full": _rendered("offline.json", "make demo", page_tables.offline_in_full),
         "other scenes": _rendered("other_scenes.json", f"{PYTHON} benchmarks/other_scenes.py", metric_table),
