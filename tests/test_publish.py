@@ -283,8 +283,8 @@ def test_the_space_contains_this_package():
         if name.startswith("foodextract/"):
             assert data == (ROOT / "src" / name).read_bytes(), name
     assert {name.partition("/")[0] for name in sent} == {
-        "README.md", "LICENSE", "NOTICE", "app.py", "predict.py", "limits.py", "style.css", "requirements.txt",
-        "thumbnail.png", "foodextract", "examples",
+        "README.md", "LICENSE", "NOTICE", "app.py", "limits.py", "predict.py", "previews.py", "style.css",
+        "requirements.txt", "thumbnail.png", "foodextract", "examples",
     }  # fmt: skip
 
 
