@@ -212,7 +212,7 @@ def hold_back(tab, address):
 
 @pytest.mark.slow
 def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
-    """While the browser holds the second question back, then after its answer, and after a refusal."""
+    """While the browser holds the second question back, then after its answer."""
     drop(opened, drawing[1])
     answer_on_screen(opened)
     button, question = opened.get_by_role("button", name="What is in it?"), hold_back(opened, "**/queue/join*")
@@ -221,16 +221,11 @@ def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
     held = question()
     expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
     expect(opened.locator(".answer")).to_have_count(0)
-    expect(opened.locator(".cm-content").first).not_to_contain_text("is_food")
+    expect(opened.locator(".cm-content", has_text="is_food")).to_have_count(0)
     expect(button).to_be_disabled()
     held.continue_()
     expect(button).to_be_enabled(timeout=WAIT)
     assert answer_on_screen(opened) == tuned.extract(drawing[0].image).model_dump()
-    button.click()
-    held = question()
-    expect(button).to_be_disabled(timeout=WAIT)
-    held.fulfill(status=503, json={"detail": "Queue is full."})
-    expect(button).to_be_enabled(timeout=WAIT)
 
 
 @pytest.mark.slow
@@ -241,8 +236,8 @@ def test_an_image_replaced_while_it_waits_gets_the_last_word(opened, drawing, tu
     opened.get_by_role("button", name="Remove Image").first.click()
     drop(opened, drawing[1])
     expect(opened.locator("img[src*='lunch.png']").first).to_be_visible(timeout=WAIT)
-    opened.unroute("**/queue/join*")
     held.continue_()
+    question().continue_()  # asked once the first is answered
     expect(opened.locator(".answer h2")).to_have_text(tuned.extract(drawing[0].image).image_title, timeout=WAIT)
 
 
