@@ -1,4 +1,4 @@
-"""Everything to measure in the hour when there is a GPU, in one command of about ten minutes.
+"""Everything to measure in the hour when there is a GPU, in one command meant to take ten minutes.
 
     python benchmarks/gpu.py                  # 500M at true size; results/train_gpu_<name>.json, extract_gpu_<name>.json
     python benchmarks/gpu.py --device cpu --size tiny --images 2 --batch 1 --batch 2 --out /tmp/gpu    # does it run?

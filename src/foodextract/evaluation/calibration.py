@@ -72,7 +72,8 @@ def fit(
 ) -> Calibration:
     """Fit a `Calibration` to raw confidences on images that were not trained on.
 
-    Where all answers are right, or all wrong, nothing can be fitted and the raw values stay.
+    Nothing can be fitted, and the raw values stay, where all images show food or none does; and likewise for items
+    where all that are named are right, or all wrong.
     """
     edible, chances = [label.is_food == 1 for label in labels], [chance_of_food(*answer) for answer in answers]
     slope, intercept = _platt(edible, chances, intercept=True)
