@@ -229,7 +229,6 @@ def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="open fault: the button stays disabled after a refusal")
 def test_the_button_waits_no_longer_after_a_refusal(opened, drawing):
     drop(opened, drawing[1])
     answer_on_screen(opened)
@@ -240,6 +239,8 @@ def test_the_button_waits_no_longer_after_a_refusal(opened, drawing):
     expect(button).to_be_disabled(timeout=WAIT)
     held.fulfill(status=503, json={"detail": "Queue is full."})
     expect(button).to_be_enabled(timeout=WAIT)
+    expect(opened.get_by_text("Looking …")).to_have_count(0)
+    expect(opened.get_by_text("Ask again in a minute")).to_be_visible()
 
 
 @pytest.mark.slow

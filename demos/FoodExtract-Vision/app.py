@@ -160,7 +160,9 @@ def answer_on(trigger: Callable, function: Callable, given: Any, outputs: list, 
         given, [*outputs, button], **last, **NOW,
     )  # fmt: skip
     answered = begun.then(on_paths(function), given, outputs, api_visibility="private", **last, **MODEL)
-    answered.then(lambda: gr.Button(interactive=True), None, button, **NOW)
+    answered.success(lambda: gr.Button(interactive=True), None, button, **NOW)
+    # Gradio runs no `then` after a question that the server refuses, because too many wait.
+    answered.failure(lambda: (REFUSED, gr.Button(interactive=True)), None, [outputs[0], button], **NOW)
 
 
 def image_input(label: str) -> gr.Image:
@@ -197,6 +199,7 @@ def thumbnails() -> str:
 HERE = Path(__file__).parent
 EXAMPLES = examples()
 WAITING, WORKING = "<p>The answer appears here.</p>", '<p role="status">Looking …</p>'
+REFUSED = '<p role="alert">No answer came, probably because too many questions are waiting. Ask again in a minute.</p>'
 
 with gr.Blocks(
     title="FoodExtract Vision", analytics_enabled=False, delete_cache=(3600, predict.LINK_HOURS * 3600)
