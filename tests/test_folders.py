@@ -255,10 +255,10 @@ def test_coco_in_a_folder_of_its_own(tmp_path):
 
 def test_an_export_without_names_of_food_is_refused(tmp_path):
     coco(tmp_path / "train", {"1.jpg": ["person"]}, ("person", "0"))
-    with pytest.raises(DatasetError, match=r"whose classes name no food \(0, person\)"):
+    with pytest.raises(DatasetError, match=r"its classes are no foods \(0, person\)"):
         sources.labeled_folder(tmp_path)
     (tmp_path / "train" / "_annotations.coco.json").write_text('{"images": [], "annotations": [], "categories": []}')
-    with pytest.raises(DatasetError, match="splits are none"):
+    with pytest.raises(DatasetError, match="it holds no classes"):
         sources.labeled_folder(tmp_path)
     (tmp_path / "train" / "_annotations.coco.json").write_text('{"images": [7], "annotations": 7, "categories": [{}]}')
     with pytest.raises(DatasetError, match="no complete export"):

@@ -422,6 +422,23 @@ def test_the_one_object_of_an_answer_is_taken(wrapped, ask, folder, endpoint):
         assert row["image_title"] == label_of(url_of(folder / name)).image_title
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_tokens", "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."),
+        ("temperature", "'temperature' does not support 0 with this model. Only the default (1) value is supported."),
+        ("response_format", "'response_format.type' must be 'json_object' or 'text'"),
+    ],
+)
+def test_a_parameter_that_an_endpoint_refuses_is_left_out(name, message, ask, endpoint, capsys):
+    refusal = Reply(json.dumps({"error": {"message": message}}), 400)
+    endpoint.behave = lambda request: refusal if name in request.body else right(request)
+    assert ask(concurrency=1).labeled == 6
+    assert len(endpoint.requests) == 7  # refused once
+    assert ("max_completion_tokens" in endpoint.requests[-1].body) == (name == "max_tokens")
+    assert f"refuses `{name}`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("finish", "labeled"), [("stop", 6), ("length", 0)])
 def test_an_answer_taken_for_thoughts_counts_when_it_is_finished(finish, labeled, ask, endpoint):
     def behave(request):

@@ -82,11 +82,11 @@ def box_rows(tree: Tree, boxes: Boxes) -> list[Sample | Reject]:
     """Return a row per image. Raises DatasetError when no class is a food."""
     foods = {name for name in boxes.classes if not (names_no_class(name) or is_object(name))}
     if not foods:
-        files, classes = listing(map(tree.name, boxes.files)), listing(sorted(boxes.classes)) or "none"
-        message = (
-            f"is an export of an annotation tool ({files}) whose classes name no food ({classes}); splits are none"
+        found = f"its classes are no foods ({listing(sorted(boxes.classes))})" if boxes.classes else "it holds no classes"
+        raise DatasetError(
+            f"{tree.root} is an export of an annotation tool ({listing(map(tree.name, boxes.files))}), and {found}. "
+            "Its subfolders are no classes. Export it again with the names of the foods"
         )
-        raise DatasetError(f"{tree.root} {message}: export it again with the names of the foods")
     if others := boxes.classes - foods:
         print(f"{tree.root}: classes that name no food ({len(others)}): {listing(sorted(others))}", file=sys.stderr)
     rows: list[Sample | Reject] = list(boxes.rejects)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from foodextract.schema import FoodRecord, json_schema
 # occur because vLLM's grammar allows endless white space (https://github.com/vllm-project/vllm/issues/38696).
 TEMPERATURES = (0.0, 0.5)
 MAX_TEXT = 20_000  # characters kept of a response
+OPTIONAL = ("max_tokens", "response_format", "temperature")  # every answer is checked against the schema in any case
 TAG = r"(?:think|thought|reason)\w*>"  # around thoughts; gpt-oss has <|message|> before each part, the answer last
 
 Outcome = dict[str, Any]
@@ -90,6 +92,7 @@ class Endpoint:
         self.answered, self.failures = False, 0  # ever; in a row
         self.labeled, self.rejected = False, 0  # ever; before the first label
         self.patience = max(10, 2 * teacher.concurrency)
+        self.left_out: set[str] = set()  # parameters that this endpoint refuses
 
     async def label(self, path: Path) -> Outcome:
         """Ask for the label of one image file.
@@ -113,9 +116,8 @@ class Endpoint:
     async def _ask(self, url: str) -> Outcome:
         outcome: Outcome = {}
         usage = {"prompt_tokens": 0, "completion_tokens": 0}
-        create = self.client.chat.completions.with_raw_response.create
         for temperature in TEMPERATURES:
-            response = await create(**question(self.teacher, url, temperature))
+            response = await self._create(question(self.teacher, url, temperature))
             try:  # parsed here, because the client accepts any JSON as a completion
                 body = json.loads(response.text)
                 choice, counts = body["choices"][0], body.get("usage") or {}
@@ -135,6 +137,22 @@ class Endpoint:
                 reason = f"{error}" if finish == "stop" else f"finish_reason {finish}: {error}"
                 outcome = {"status": "rejected", "reason": _bounded(reason), "raw": _bounded(str(text)), **answer}
         return outcome
+
+    async def _create(self, body: dict[str, Any]) -> Any:
+        """Send a request, without the parameters that the endpoint refuses by name."""
+        while True:
+            sent = {name: value for name, value in body.items() if name not in self.left_out}
+            if "max_tokens" in self.left_out:  # the name that newer models of OpenAI ask for
+                sent["max_completion_tokens"] = body["max_tokens"]
+            try:
+                return await self.client.chat.completions.with_raw_response.create(**sent)
+            except openai.BadRequestError as error:
+                refused = next((name for name in OPTIONAL if name in sent and name in error.response.text), None)
+                if refused is None:
+                    raise
+                if refused not in self.left_out:
+                    print(f"{self.teacher.endpoint} refuses `{refused}`: asked without it", file=sys.stderr)
+                self.left_out.add(refused)
 
     def check(self, outcome: Outcome) -> None:
         """Count failures in a row. Raises TeacherError with the remedy when further requests make no sense.
