@@ -39,6 +39,12 @@ $(VENV)/checkov/.installed: deploy/requirements-checkov.txt $(VENV)/.installed
 	@$(BIN)/uv pip install --quiet --python $(VENV)/checkov/bin/python -r $<
 	@touch $@
 
+$(VENV)/ray/.installed: deploy/ray/requirements.txt requirements.txt $(VENV)/.installed
+	@echo "installing Ray into $(VENV)/ray (once) …"
+	@{ $(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)/ray && \
+		$(BIN)/uv pip install --quiet --python $(VENV)/ray/bin/python -r $< -c requirements.txt && touch $@; } \
+		|| echo "Ray cannot be installed: the tests that start it are skipped"
+
 # The Hub that things are published to is one on this machine, which ends with the notebook.
 demo: install  ## The whole story on the offline profile: draw, train in two stages, measure, publish, extract.
 	@mkdir -p $(OUT)/notebooks
@@ -67,7 +73,7 @@ experiments: install  ## The four archived recipes on the offline profile, each 
 test: lint  ## Lint, then the fast tests: units, one notebook from top to bottom, one pass through the demo in a browser.
 	$(PYTEST) -m "not slow and not docs"
 
-test-slow: install $(VENV)/checkov/.installed  ## The tests that `make test` leaves out: whole notebooks, killed processes, containers, the browser.
+test-slow: install $(VENV)/checkov/.installed $(VENV)/ray/.installed  ## The tests that `make test` leaves out: whole notebooks, killed processes, containers, the browser.
 	$(PYTEST) -m slow
 
 docs-check: install  ## Committed figures, pages and notebooks: they show what is in results/, and links lead somewhere.

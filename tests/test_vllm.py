@@ -6,12 +6,9 @@ import base64
 import json
 import os
 import runpy
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -32,7 +29,7 @@ from foodextract.models import loading
 from foodextract.schema import FoodRecord
 
 VLLM = Path(__file__).parents[1] / "deploy" / "vllm"
-client, label_many = (runpy.run_path(str(VLLM / name)) for name in ("client.py", "label_many.py"))
+client = runpy.run_path(str(VLLM / "client.py"))
 RECORD = FoodRecord(is_food=1, image_title="beer", food_items=[], drink_items=["beer"])
 
 
@@ -86,7 +83,7 @@ def test_command_leaves_room_for_the_longest_prompt_and_answer(exported, tuned):
     assert int(options["--max-model-len"]) == longest + MAX_NEW_TOKENS
     assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
     assert (exported / options["--chat-template"]).exists()
-    assert client["ANSWER_TOKENS"] == label_many["ANSWER_TOKENS"] == MAX_NEW_TOKENS
+    assert client["ANSWER_TOKENS"] == MAX_NEW_TOKENS
 
 
 def test_model_of_another_dialect_is_refused(tmp_path, monkeypatch):
@@ -241,119 +238,3 @@ def test_client_sends_an_openai_request(endpoint, image, capsys):
     assert printed.out == ""
     assert "not JSON" in printed.err
     assert "nowhere.png" in printed.err
-
-
-# --- labeling millions, resumably
-
-
-@pytest.fixture
-def many(tmp_path):
-    """Nine images in two folders, one of them broken."""
-    folder = tmp_path / "images"
-    (folder / "b").mkdir(parents=True)
-    for number in range(9):
-        path = folder / ("b" if number % 2 else "") / f"{number}.png"
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
-    (folder / "b" / "5.png").write_bytes(b"broken")
-    return folder
-
-
-def answered(folder):
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-
-
-def titled(conversations):
-    assert all(conversation[0] == {"role": "system", "content": prompts.SYSTEM} for conversation in conversations)
-    return [RECORD.to_json()] * len(conversations)
-
-
-def test_engine_failure_on_one_image_does_not_affect_others(many, tmp_path):
-    [row] = label_many["shards"](many, tmp_path, 9)
-    images = []
-
-    def fragile(conversations):
-        images.append(len(conversations))
-        if len(images) in (1, 4):  # on all together, then on the third alone
-            raise RuntimeError("no memory")
-        return titled(conversations)
-
-    assert label_many["answer_shard"](row, many, tmp_path, fragile) == {"shard": 0, "answered": 7, "failed": 2}
-    assert images == [8] + [1] * 8
-    errors = {line["file"]: line["error"] for line in answered(tmp_path) if "error" in line}
-    assert set(errors) == {row["files"][2], "b/5.png"}
-    assert errors[row["files"][2]] == "the engine failed: no memory"
-
-
-def test_dead_engine_ends_the_job_without_a_finished_shard(many, tmp_path):
-    def gone(conversations):
-        raise ConnectionError("engine is dead")
-
-    [row] = label_many["shards"](many, tmp_path, 9)
-    with pytest.raises(ConnectionError):
-        label_many["answer_shard"](row, many, tmp_path, gone)
-    assert answered(tmp_path) == []
-
-
-def test_job_passes_absolute_paths_and_sums_counts(many, tmp_path, monkeypatch):
-    elsewhere, given = tmp_path / "worker", []
-    elsewhere.mkdir()
-
-    class Rows(list):
-        def map(self, worker, fn_constructor_args, **options):
-            given.append(options)
-            monkeypatch.chdir(elsewhere)  # as a worker has a folder of its own
-            one = worker(*fn_constructor_args)
-            return Rows(one(row) for row in self)
-
-        def iter_rows(self):
-            return iter(self)
-
-    data = SimpleNamespace(from_items=lambda rows, override_num_blocks: Rows(rows))
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=data))
-    monkeypatch.chdir(tmp_path)
-    done = label_many["label"](Path("images"), Path("answers"), lambda: titled, 2, 3, 0.5)
-    assert done == {"answered": 8, "failed": 1}
-    assert given == [{"concurrency": 3, "num_gpus": 0.5}]
-    assert len(answered(tmp_path / "answers")) == 9
-    assert label_many["label"](many, tmp_path / "answers", lambda: titled, 2, 3, 0.5) == {"answered": 0, "failed": 0}
-
-
-def test_interrupted_job_writes_one_line_per_image(many, tmp_path):
-    answers, done = tmp_path / "answers", []
-    assert [row["shard"] for row in label_many["shards"](many, answers, 2)] == [0, 1, 2, 3, 4]
-    for shard in (3, 1):
-        [row] = [row for row in label_many["shards"](many, answers, 2) if row["shard"] == shard]
-        done.append(label_many["answer_shard"](row, many, answers, titled))
-    Image.new("RGB", (8, 8)).save(many / "000-new.png")  # comes too late, and does not move the cuts
-    with pytest.raises(KeyboardInterrupt):
-        label_many["answer_shard"](
-            label_many["shards"](many, answers, 2)[0], many, answers, lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-    todo = label_many["shards"](many, answers, 500)  # the size is that of the first run
-    assert [row["shard"] for row in todo] == [0, 2, 4]
-    done += [label_many["answer_shard"](row, many, answers, titled) for row in todo]
-    assert label_many["shards"](many, answers, 2) == []
-    lines = answered(answers)
-    assert sorted(line["file"] for line in lines) == sorted(
-        path.relative_to(many).as_posix() for path in many.rglob("[0-9].png")
-    )
-    assert [line["file"] for line in lines if "error" in line] == ["b/5.png"]
-    assert all({**RECORD.model_dump(), "file": line["file"]} == line for line in lines if "error" not in line)
-    assert sum(row["answered"] for row in done) == 8
-    assert sum(row["failed"] for row in done) == 1
-
-
-def test_killed_worker_leaves_no_partial_shard(many, tmp_path):
-    answers = tmp_path / "answers"
-    code = f"""
-import os, runpy, signal
-many = runpy.run_path({str(VLLM / "label_many.py")!r})
-from pathlib import Path
-images, answers = Path({str(many)!r}), Path({str(answers)!r})
-row = many["shards"](images, answers, 4)[0]
-Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-many["answer_shard"](row, images, answers, lambda asked: ["x"] * len(asked))
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert answered(answers) == []
-    assert [row["shard"] for row in label_many["shards"](many, answers, 4)] == [0, 1, 2]

@@ -190,6 +190,16 @@ def dialects(rows: Sequence[Row]) -> str:
     return metric_table(rows, {name: ALL_NAMES[name] for name in EFFECTS})
 
 
+def batch_job(rows: Sequence[Row]) -> str:
+    """Throughput and memory of deploy/ray, each with its lowest and highest run where there are several."""
+    lines = []
+    for row in rows:
+        among = "" if row.low is None else f" ({row.low:.3g}–{row.high:.3g})"
+        lines.append([row.subject, f"{row.value:.3g}{among} {row.unit}", row.n])
+    source = f"`{rows[0].command}`, {rows[0].device}, commit {rows[0].commit}."
+    return f"{markdown_table(['what', 'median (lowest–highest)', 'runs'], lines)}\n\n{source}"
+
+
 def _change(row: Row) -> str:
     value, low, high = (number(row, v, "+") for v in (row.value, row.low, row.high))
     return f"{value}{' points' if is_percentage(row) else ''} ({low} to {high})"

@@ -136,6 +136,7 @@ PAGES: dict[str, dict[str, Render]] = {
         "train_step": _benchmark("train_report", "text"),
         "extract": _benchmark("extract_report", "text"),
         "dialects": _rendered("dialects.json", f"{PYTHON} benchmarks/dialects.py", page_tables.dialects),
+        "batch job": _rendered("ray_data.json", ".venv/ray/bin/python benchmarks/ray_data.py", page_tables.batch_job),
         "serving": _benchmark("serve_report", "serving"),
         "space": _benchmark("serve_report", "space"),
     },

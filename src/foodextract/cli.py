@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated, Any, Literal, NoReturn
@@ -181,15 +180,14 @@ def _rows(extractor: Any, files: list[str], batch_size: int, confidence: bool, b
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    from foodextract.schema import as_row
+
     with logging_redirect_tqdm([logging.getLogger("foodextract")]):  # log lines go above the bar
         results = extractor.extract_many_with_confidence(files, batch_size)
         results = tqdm(results, total=len(files), unit="image", file=sys.stderr, disable=not bar)
         for file, result in zip(files, results, strict=True):
-            if isinstance(result, Exception):
-                yield {"file": file, "error": str(result)}
-            else:
-                record, sureness = result
-                yield {"file": file, **record.model_dump(), **({"confidence": asdict(sureness)} if confidence else {})}
+            record, sureness = (result, None) if isinstance(result, Exception) else result
+            yield as_row(file, record, sureness if confidence else None)
 
 
 @app.command()

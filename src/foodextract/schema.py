@@ -8,6 +8,7 @@ import ast
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import chain
 from typing import Annotated, Any, Self
 
@@ -147,3 +148,10 @@ def _parsed(text: str) -> Iterator[dict[str, Any]]:
 def _distinct(items: object) -> list[str]:
     texts = (str(item).strip()[:MAX_ITEM] for item in (items if isinstance(items, list) else []))
     return list(dict.fromkeys(text for text in texts if text))[:MAX_ITEMS]
+
+
+def as_row(file: str, result: FoodRecord | Exception, confidence: Any = None) -> dict[str, Any]:
+    """Return the row of an image in an output file: its record or its error, and its `Confidence` if there is one."""
+    if isinstance(result, Exception):
+        return {"file": file, "error": str(result)}
+    return {"file": file, **result.model_dump(), **({"confidence": asdict(confidence)} if confidence else {})}

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import openai
 
 from foodextract import prompts
-from foodextract.images import ImageError, open_image
+from foodextract.images import ImageError, ImageSource, open_image
 from foodextract.schema import FoodRecord, json_schema
 
 # An answer that breaks the schema is requested again at the second temperature; at 0 it would be the same. Such answers
@@ -47,9 +47,9 @@ class Teacher:
     )
 
 
-def as_data_url(data: bytes, max_edge: int) -> str:
-    """Convert an image file to an upright RGB JPEG in a data URL, never enlarged. Raises ImageError."""
-    image, jpeg = open_image(data), io.BytesIO()
+def as_data_url(source: ImageSource, max_edge: int) -> str:
+    """Convert an image to an upright RGB JPEG in a data URL, never enlarged. Raises ImageError."""
+    image, jpeg = open_image(source), io.BytesIO()
     image.thumbnail((max_edge, max_edge))
     image.save(jpeg, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
