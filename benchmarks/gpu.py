@@ -19,6 +19,7 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers import PreTrainedModel
 
 import train_step
 from extract import ANSWER, Dictation, Subject
@@ -52,12 +53,17 @@ def generate_with_static_cache(extractor: Extractor, tokens: int, files: Sequenc
     )
 
 
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy for hooks of its own, with the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def subjects(size: str, device: torch.device, processor_from: Path) -> dict[str, Ask]:
     """The ways to answer a batch of encoded images, by name."""
     model, processor = build(size, processor_from)
     dtype = loading.choose_precision(device, training=False).weights
     model = model.to(device, dtype).requires_grad_(False)
-    dictation, dictated = Dictation(processor.tokenizer), copy.deepcopy(model)
+    dictation, dictated = Dictation(processor.tokenizer), twin(model)
     dictation.to(dictated)
     plain = copy.deepcopy(processor)
     loading.set_image_budget(plain, 1)

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from foodextract.models import loading
+
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "photo_base"))
+import average
 import photos
 
 import photo_subsets
@@ -80,3 +84,14 @@ def test_parts_are_whole_groups_and_hold_one_another(folder):
     assert {photo.path for photo in small} < {photo.path for photo in large}
     assert all(count == 2 for count in Counter(photo.group for photo in small).values())
     assert photo_subsets.whole_groups(found, len(found)) == photo_subsets.whole_groups(found, 1000)
+
+
+def test_the_mean_of_two_models_moves_tied_weights_once(tmp_path):
+    first, second = loading.TINY_BASE, loading.TINY_TUNED
+    average.main(first, second, tmp_path, share=0.25)
+    found, *both = (dict(loading.load_model(folder).named_parameters()) for folder in (tmp_path, first, second))
+    for name, tensor in found.items():
+        wanted = 0.75 * both[0][name].float() + 0.25 * both[1][name].float()
+        assert torch.allclose(tensor.float(), wanted, rtol=0.01, atol=1e-4), name  # bf16 on the disk
+    with pytest.raises(ValueError, match="different shapes"):
+        average.average(first, loading.PHOTO, 0.5)
