@@ -226,6 +226,7 @@ def save(model: SmolVLMForConditionalGeneration, processor: SmolVLMProcessor, fo
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    processor.tokenizer.init_kwargs["local_files_only"] = False  # True if it was read with HF_HUB_OFFLINE
     processor.save_pretrained(folder)
     tied = {"lm_head.weight"}
     state = {
