@@ -28,6 +28,7 @@ from foodextract.evaluation.results import Row, device_name, make_row, read_resu
 from foodextract.images import open_image
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
+from foodextract.models.precision import choose_precision
 from foodextract.reporting.tables import markdown_table
 from foodextract.training.throughput import peak_memory, reset_peak_memory, wait_for
 from true_size import as_photograph, build, interval, ratio
@@ -61,7 +62,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 def subjects(size: str, device: torch.device, processor_from: Path) -> dict[str, Ask]:
     """The ways to answer a batch of encoded images, by name."""
     model, processor = build(size, processor_from)
-    dtype = loading.choose_precision(device, training=False).weights
+    dtype = choose_precision(device, training=False).weights
     model = model.to(device, dtype).requires_grad_(False)
     dictation, dictated = Dictation(processor.tokenizer), twin(model)
     dictation.to(dictated)

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from foodextract.data.scenes import Split, draw_scene, plan_scene
 from foodextract.images import open_image
 from foodextract.inference.blip import TARGET, to_class
-from foodextract.models.loading import ModelError, choose_precision
+from foodextract.models.loading import ModelError
+from foodextract.models.precision import choose_precision
 from foodextract.training.collate import IGNORED, augmentation
 from foodextract.training.freezing import freeze
 

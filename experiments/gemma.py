@@ -28,7 +28,8 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from foodextract.models.loading import TINY_BASE, ModelError, choose_precision
+from foodextract.models.loading import TINY_BASE, ModelError
+from foodextract.models.precision import choose_precision
 from recipes import TINY
 
 LARGEST_FP16 = 65_504.0

@@ -158,7 +158,7 @@ def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
 def test_the_page_and_the_tool_say_what_answers(demo):
     app, predict = demo
     data = TrainingData.find(predict.MODEL)
-    size = predict.TUNED.model.num_parameters() / 1e6
+    size = predict.TUNED.model.size / 1e6
     assert f"The photo model, {size:.0f} M parameters, {data.describe()}." == predict.about()
     assert predict.about() in app.DESCRIPTION
     texts = [block.value for block in app.demo.blocks.values() if isinstance(block, gr.Markdown)]

@@ -21,7 +21,7 @@ from foodextract.evaluation import evaluate
 from foodextract.evaluation.results import make_row, read_results
 from foodextract.inference import blip as captioner
 from foodextract.inference.extractor import Extractor
-from foodextract.models import loading
+from foodextract.models import loading, precision
 from foodextract.models.loading import ModelError
 from foodextract.names import HUB_DATASET
 from foodextract.training.collate import IGNORED, Collator, audit
@@ -201,7 +201,7 @@ def test_gemma_learns_through_adapters_is_not_trained_twice_and_stops_at_nan(row
 
 
 def test_gemma_refuses_a_gpu_that_has_only_fp16(monkeypatch):
-    only_fp16 = loading.Precision(torch.float32, torch.float16, "")
+    only_fp16 = precision.Precision(torch.float32, torch.float16, "")
     monkeypatch.setattr(gemma, "choose_precision", lambda *_, **__: only_fp16)
     with pytest.raises(ModelError, match="overflows fp16"):
         gemma.load(recipes.TINY, CPU)

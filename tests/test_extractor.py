@@ -18,7 +18,7 @@ from foodextract.inference.decoding import Decoder
 from foodextract.inference.extractor import PREPARED, Extractor
 from foodextract.models import loading
 from foodextract.models.loading import TINY_BASE, ModelError
-from foodextract.models.quantization import TokenByToken, quantize
+from foodextract.models.quantization import TokenByToken, convert, quantize
 from foodextract.schema import AnswerError, FoodRecord
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +145,24 @@ def test_int8_answers_like_fp32(images, tuned):
         >= len(images) - 2
     )
     assert list(quantized.extract_many(images, len(images))) == alone
+
+
+@pytest.mark.parametrize(("many", "one"), [("bf16", "int8"), ("int8", "fp32"), ("fp32", "bf16")])
+def test_the_phase_decides_the_format_and_an_answer_does_not_depend_on_its_batch(many, one, images, monkeypatch):
+    model = loading.load_model(loading.TINY_TUNED, torch.device("cpu"))
+    embeddings = model.get_input_embeddings().weight
+    convert(model, many, one)
+    assert embeddings.dtype is torch.float32  # although the head shares them
+    mixed, used = Extractor(model, loading.load_processor(loading.TINY_TUNED)), []
+    layer = model.get_submodule("model.text_model.layers.0.mlp.up_proj")
+    for name, part in layer.named_children():
+        part.register_forward_hook(lambda _, args, __, name=name: used.append((name, args[0].shape[1])))
+    alone = [mixed.extract(image) for image in images]
+    first, *steps = [name for name, _ in used[used.index(max(used, key=lambda pair: pair[1])) :]]
+    assert first == "many"
+    assert steps.count("one") > len(images)
+    assert all(name == "many" for name, tokens in used if tokens > 60)  # a prompt with an image
+    assert list(mixed.extract_many(images, len(images))) == alone
 
 
 @torch.inference_mode()

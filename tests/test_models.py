@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 
-from foodextract.models import loading
+from foodextract.models import loading, precision, quantization
 from foodextract.models.loading import ModelError
+from foodextract.models.precision import choose_precision
 
 BUNDLED = {  # bytes at most; the base reads the photo model's vision tower
     loading.TINY_BASE: 12_000_000,
@@ -54,41 +55,88 @@ def test_image_budget_survives_saving(tmp_path, rows):
 
 def test_precision_keeps_master_weights_in_fp32(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert loading.choose_precision(cpu, training=True).weights is torch.float32
+    assert choose_precision(cpu, training=True).weights is torch.float32
     for capability, autocast in (((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((7, 5), torch.float16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        chosen = loading.choose_precision(gpu, training=True)
+        chosen = choose_precision(gpu, training=True)
         assert (chosen.weights, chosen.autocast) == (torch.float32, autocast)
-        assert loading.choose_precision(gpu, training=False).weights is autocast
+        assert choose_precision(gpu, training=False).weights is autocast
 
 
-def test_cpu_with_amx_trains_large_models_in_bf16(monkeypatch):
+AMX = {"many": {"fp32": 5.6, "bf16": 1.0, "int8": 2.8}, "one": {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}}
+AVX512 = {"many": {"fp32": 3.0, "bf16": 2.0, "int8": 1.0}, "one": {"fp32": 2.0, "bf16": 1.9, "int8": 1.0}}
+AVX2 = {"many": {"fp32": 2.0, "int8": 1.0}, "one": {"fp32": 1.0, "int8": 0.9}}  # bf16 is emulated, int8 gains little
+
+
+@pytest.mark.parametrize(
+    ("seconds", "parameters", "many", "one", "trains"),
+    [
+        (AMX, 507_482_304, "bf16", "int8", "bf16"),
+        (AMX, 26_000_000, "bf16", "bf16", "bf16"),
+        (AVX512, 507_482_304, "int8", "int8", "bf16"),
+        (AVX512, 26_000_000, "bf16", "fp32", "bf16"),
+        (AVX2, 507_482_304, "int8", "fp32", "fp32"),
+        (AVX2, 26_000_000, "fp32", "fp32", "fp32"),
+    ],
+)
+def test_the_precision_of_a_cpu_is_what_was_measured(seconds, parameters, many, one, trains):
+    """By made-up times."""
     cpu = torch.device("cpu")
-    for units, training, parameters, autocast in (
-        ({"amx_bf16": True}, True, 256_484_928, torch.bfloat16),  # SmolVLM2-256M
-        ({"amx_bf16": True}, True, 2_886_560, None),  # the tiny one
-        ({"amx_bf16": True}, False, 256_484_928, None),  # answering, in int8
-        ({"amx_bf16": False}, True, 256_484_928, None),
-        ({"neon": True}, True, 256_484_928, None),  # a processor of another kind
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
-        chosen = loading.choose_precision(cpu, training, parameters)
-        assert (chosen.weights, chosen.autocast) == (torch.float32, autocast)
-        assert ("bf16 autocast" in chosen.reason) == (autocast is not None)
-        assert chosen.int8 == (not training)
+    answering, training = (choose_precision(cpu, kind, parameters, lambda: seconds) for kind in (False, True))
+    assert (answering.many, answering.one, answering.weights) == (many, one, torch.float32)
+    assert answering.reason.startswith(f"{many} for images and prompts, {one} for decoding (speed here")
+    assert training.weights is torch.float32
+    assert training.autocast == (torch.bfloat16 if trains == "bf16" else None)
 
 
-def test_cpu_runs_large_models_in_int8(monkeypatch):
-    def kinds(**settings):
-        return {
-            type(module).__module__.split(".")[1]
-            for module in loading.load_model(loading.TINY_BASE, **settings).modules()
-        }
+def test_small_models_are_exact_and_nothing_is_measured():
+    for training in (False, True):
+        chosen = choose_precision(torch.device("cpu"), training, 2_886_560, pytest.fail)
+        assert (chosen.many, chosen.one, chosen.autocast) == ("fp32", "fp32", None)
 
-    assert "ao" not in kinds()
-    monkeypatch.setattr(loading, "INT8_PAYS", 1_000_000)
-    assert "ao" in kinds()
-    assert "ao" not in kinds(training=True) | kinds(precision="fp32") | kinds(precision="bf16")
+
+def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kinds, calls = {torch.nn.Linear: 1.0, quantization.Bf16: 9.0, quantization.TokenByToken: 0.5}, []
+    monkeypatch.setattr(precision, "_seconds", lambda layer, tokens: calls.append(tokens) or kinds[type(layer)])
+    precision._measured.cache_clear()
+    found = precision.measured((8, 16), (16, 8))
+    assert found == {phase: {"fp32": 1.0, "int8": 0.5} for phase in ("many", "one")}
+    assert {tokens.shape for tokens in calls} == {(4, 8), (96, 8), (4, 16), (1, 16)}
+    calls.clear()
+    precision._measured.cache_clear()
+    assert precision.measured((8, 16), (16, 8)) == found
+    assert not calls  # another process reads the file
+    precision._measured.cache_clear()
+    next(tmp_path.glob("*/*.json")).write_text('{"damaged')
+    assert precision.measured((8, 16), (16, 8)) == found
+    precision._measured.cache_clear()
+
+
+def test_layers_are_converted_by_phase(monkeypatch):
+    def layers(**settings):
+        model = loading.load_model(loading.TINY_BASE, **settings)
+        return {name: type(module) for name, module in model.named_modules()}, model
+
+    text, vision = "model.text_model.layers.0.mlp.up_proj", "model.vision_model.encoder.layers.0.mlp.fc1"
+    plain, model = layers()
+    assert {plain[text], plain[vision], plain["lm_head"]} == {torch.nn.Linear}
+    assert model.precision.startswith("fp32: a model of this size")
+    monkeypatch.setattr(precision, "MEASURED", 1_000_000)
+    monkeypatch.setattr(precision, "INT8_PAYS", 1_000_000)
+    monkeypatch.setattr(precision, "measured", lambda many, one: AMX)
+    split, model = layers()
+    assert split[text] is quantization.ByPhase
+    assert [type(part) for part in model.get_submodule(text).children()] == [
+        quantization.Bf16,
+        quantization.TokenByToken,
+    ]
+    assert (split[vision], split["lm_head"]) == (quantization.Bf16, quantization.TokenByToken)
+    assert model.size == 2_886_560
+    assert model.dtype is torch.float32
+    assert quantization.Bf16 not in layers(training=True)[0].values()
+    assert quantization.Bf16 not in layers(precision="fp32")[0].values()
+    assert quantization.TokenByToken in layers(precision="int8")[0].values()
 
 
 def test_other_models_are_refused(tmp_path):

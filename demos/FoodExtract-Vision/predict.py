@@ -245,8 +245,8 @@ def error_as_html(error: gr.Error) -> str:
 def about() -> str:
     """Say what answers: name, size, and what it was trained on, as Markdown."""
     name = "photo model" if Path(MODEL) == PHOTO else f"model `{Path(MODEL).name}`"
-    count = getattr(getattr(TUNED, "model", None), "num_parameters", None)  # an exported model does not say
-    size = f", {count() / 1e6:.0f} M parameters" if count else ""
+    count = getattr(getattr(TUNED, "model", None), "size", None)  # an exported model does not say
+    size = f", {count / 1e6:.0f} M parameters" if count else ""
     known = ""
     if data := TrainingData.find(MODEL):
         known = f", {data.describe()}"

@@ -26,7 +26,7 @@ Model = Annotated[str | None, typer.Option(help=_MODEL)]
 ServedModel = Annotated[str | None, typer.Option(envvar="FOODEXTRACT_MODEL", help=_MODEL)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … Default: the best available one.")]
 Precision = Annotated[
-    str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU. Default: what suits the device.")
+    str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU. Default: what is fast on the device.")
 ]
 Tiles = Annotated[
     int | None,
@@ -150,14 +150,16 @@ def _may_share_terminal(stream: Any) -> bool:
 
 
 def _described(source: str | Path, extractor: Any) -> str:
-    """What answers: name, size, and what it was trained on where the model states that."""
+    """What answers: name, size, what it was trained on where the model states that, and in which precision."""
     from foodextract.models.training_data import TrainingData
 
     name = Path(source).name if Path(source).is_dir() else str(source)
-    count = getattr(getattr(extractor, "model", None), "num_parameters", None)  # an exported model does not say
-    size = f", {count() / 1e6:.0f} M parameters" if count else ""
+    model = getattr(extractor, "model", None)
+    size = f", {model.size / 1e6:.0f} M parameters" if hasattr(model, "size") else ""  # an exported model does not say
     data = TrainingData.find(source)
-    return f"model: {name}{size}" + (f"; {data.describe()} (list: `foodextract names`)" if data else "")
+    knows = f"; {data.describe()} (list: `foodextract names`)" if data else ""
+    precision = getattr(model, "precision", "")
+    return f"model: {name}{size}{knows}" + (f"\nprecision: {precision}" if precision else "")
 
 
 @app.command("names")

@@ -18,7 +18,8 @@ from transformers import BatchFeature, BlipForConditionalGeneration, BlipProcess
 from foodextract.data.label_rules.vocabulary import field_of
 from foodextract.images import ImageSource, open_image
 from foodextract.inference.extractor import Extractor
-from foodextract.models.loading import PRECISIONS, ModelError, choose_device, choose_precision, load_weights
+from foodextract.models.loading import PRECISIONS, ModelError, choose_device, load_weights
+from foodextract.models.precision import choose_precision
 from foodextract.schema import AnswerError, FoodRecord
 
 TARGET = "a photo of delicious {}"  # the caption to train on

@@ -25,6 +25,8 @@ from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from foodextract.models.quantization import decoding
+
 
 class GrammarError(ValueError):
     """A grammar that llguidance refuses."""
@@ -128,9 +130,11 @@ class Decoder:
             inputs[name] = torch.cat([inputs[name], torch.zeros_like(block)], -1)
         cache = None if token_types else self._cached_prefix(ids, mask)
         ids = ids if cache is None else ids[:, len(self.prefix) :]
+        started = False
         while rows:
-            output = self._forward(ids, mask, cache, **inputs)
-            inputs, cache = {}, output.past_key_values  # images are in the cache now
+            with decoding(started):
+                output = self._forward(ids, mask, cache, **inputs)
+            inputs, cache, started = {}, output.past_key_values, True  # images are in the cache now
             for number, count in enumerate(self._advance(rows, output.logits[:, -1].float(), guide)):
                 if count:  # tokens taken back
                     mask[number, mask[number].nonzero()[-count:]] = 0

@@ -4,14 +4,15 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from foodextract.models.quantization import quantize
+from foodextract.models.precision import FP32, choose_precision, seconds_of
+from foodextract.models.quantization import convert
 from foodextract.models.startup import SkipInitialization
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -20,10 +21,6 @@ PHOTO, PHOTO_BASE = BUNDLED / "photo", BUNDLED / "photo-base"
 OUTPUTS = Path("outputs")
 FINISHED = "training.json"  # a training writes it last, so its presence marks a complete model
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}  # to load
-# Parameters from which bf16 training pays on a CPU with AMX: chosen between the tiny model (2.9 M) and the SmolVLMs
-# (256 M and more), not measured.
-AMX_PAYS = 30_000_000
-INT8_PAYS = 200_000_000  # parameters; measured at 256 M and 507 M, see results/extract_cpu.json
 # What torch.compile, DistributedDataParallel, FSDP, DeepSpeed and PEFT put into the names of the weights they wrap.
 WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|module|base_model\.model|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
@@ -35,16 +32,6 @@ class ModelError(ValueError):
     """A model that cannot be loaded or used. The message names it and the remedy."""
 
 
-@dataclass(frozen=True)
-class Precision:
-    """Types of weights and arithmetic. `autocast` is None where both agree. `int8` means `quantization.quantize`."""
-
-    weights: torch.dtype
-    autocast: torch.dtype | None
-    reason: str
-    int8: bool = False
-
-
 def choose_device(wanted: str | None = None) -> torch.device:
     """Return the wanted device, or the first GPU, Apple's GPU or the CPU. Raises ModelError if it is not available."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -54,30 +41,6 @@ def choose_device(wanted: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {wanted!r} is not available here ({error}): leave it out to use {best!r}") from error
     return device
-
-
-def choose_precision(device: torch.device, training: bool, parameters: int = 0) -> Precision:
-    """Choose types by device, and on a CPU also by model size.
-
-    Training keeps fp32 master weights everywhere. At stage 2's rate of 2e-6 an update is far smaller than the spacing
-    of bf16 numbers: in an AdamW simulation only 3.9 % of bf16 weights moved.
-    """
-    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
-    if device.type == "cpu":
-        if not training and parameters >= INT8_PAYS:
-            return Precision(
-                fp32, None, "int8: less than half the time of fp32, nearly always the same answers", int8=True
-            )
-        if training and parameters >= AMX_PAYS and torch.cpu.get_capabilities().get("amx_bf16"):
-            return Precision(fp32, bf16, "fp32 weights, bf16 autocast: this CPU multiplies bf16 matrices much faster")
-        return Precision(fp32, None, "fp32: at this size a CPU gains little from 16 bits, and loses exactness")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        if training:
-            return Precision(fp32, fp16, "fp32 weights, fp16 autocast with loss scaling: this GPU has no bf16 units")
-        return Precision(fp16, None, "fp16: this GPU has no bf16 units")
-    if training:
-        return Precision(fp32, bf16, "fp32 weights, bf16 autocast: 2e-6 steps would round to nothing in bf16 weights")
-    return Precision(bf16, None, "bf16: half the memory traffic, and no fp16 overflow")
 
 
 def load_processor(model_id: str | os.PathLike[str], tiles: int | None = None) -> ProcessorMixin:
@@ -135,7 +98,10 @@ def load_model(
     training: bool = False,
     precision: str | None = None,
 ) -> PreTrainedModel:
-    """Load SmolVLM weights on `device`, in one of `PRECISIONS` or as `choose_precision` says. Raises ModelError."""
+    """Load SmolVLM weights on `device`, in one of `PRECISIONS` or as `choose_precision` says. Raises ModelError.
+
+    `model.precision` says in words what was chosen and why, `model.size` is the number of its parameters.
+    """
     device = device or choose_device()
     if precision not in (None, *PRECISIONS):
         raise ModelError(f"precision {precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
@@ -148,8 +114,15 @@ def load_model(
         dtype = PRECISIONS[precision] if precision else choose_precision(device, training).weights
         with nullcontext() if training else SkipInitialization():
             model = load_weights(AutoModelForImageTextToText, model_id, dtype=dtype, attn_implementation="sdpa")
-    if precision == "int8" or (precision is None and choose_precision(device, training, model.num_parameters()).int8):
-        quantize(model)
+    size, reason = model.num_parameters(), f"{precision}, as asked for"
+    if precision == "int8":
+        convert(model, precision, precision)
+    elif precision is None:
+        chosen = choose_precision(device, training, size, partial(seconds_of, model))
+        reason = chosen.reason
+        if (chosen.many, chosen.one) != (FP32, FP32):
+            convert(model, chosen.many, chosen.one)
+    model.precision, model.size = reason, size
     return model.to(device).train(training)
 
 

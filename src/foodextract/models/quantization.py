@@ -1,9 +1,16 @@
-"""Int8 linear layers for a CPU, with results that do not depend on the rest of the batch."""
+"""Linear layers for a CPU in bf16 and int8, by phase: prompts and images, or decoding."""
 
+import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from transformers import PreTrainedModel
+
+FORMATS = ("fp32", "bf16", "int8")  # from exact to less so
+DECODING = ContextVar("decoding", default=False)  # whether this thread reads tokens that the model has written
 
 
 class TokenByToken(torch.nn.Module):
@@ -33,20 +40,82 @@ class TokenByToken(torch.nn.Module):
         return (y if self.bias is None else y.add_(self.bias)).unflatten(0, x.shape[:-1])
 
 
-def quantize(model: PreTrainedModel) -> None:
-    """Make every linear layer of an fp32 model int8, in place.
+class Bf16(torch.nn.Module):
+    """A linear layer in bf16 between fp32 ones."""
 
-    Weights are rounded per output channel, activations per token at run time.
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        weight, bias = linear.weight.detach().bfloat16(), linear.bias  # copies: embeddings may share a head's weight
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else torch.nn.Parameter(bias.detach().bfloat16(), requires_grad=False)
 
-    torch deprecates its dynamic quantization in favor of torchao, but torchao's kernels need `torch.compile` and have
-    no fast path for the single token of a decoding step. The pinned torch has both; check again when the pin moves.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) float32 → (…, outputs) float32."""
+        return torch.nn.functional.linear(x.bfloat16(), self.weight, self.bias).float()
+
+
+class ByPhase(torch.nn.Module):
+    """A linear layer in two formats: one for the tokens of images and prompts, one for decoding.
+
+    The phase decides, not the number of tokens: the answer to an image is the same alone and in a batch.
     """
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear:
-            model.set_submodule(name, TokenByToken(module))
+
+    def __init__(self, many: torch.nn.Module, one: torch.nn.Module) -> None:
+        super().__init__()
+        self.many, self.one = many, one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) float32 → (…, outputs) float32."""
+        return self.one(x) if DECODING.get() else self.many(x)
+
+
+@contextmanager
+def decoding(started: bool) -> Iterator[None]:
+    """State the phase of what this thread runs."""
+    token = DECODING.set(started)
+    try:
+        yield
+    finally:
+        DECODING.reset(token)
+
+
+def in_format(linear: torch.nn.Linear, name: str) -> torch.nn.Module:
+    """Return an fp32 layer in one of FORMATS. The layer is used up.
+
+    In int8, weights are rounded per output channel, activations per token at run time. torch deprecates its dynamic
+    quantization in favor of torchao, but torchao's kernels need `torch.compile` and have no fast path for the single
+    token of a decoding step. The pinned torch has both; check again when the pin moves.
+    """
+    linear.requires_grad_(False)
+    if name != "int8":
+        return Bf16(linear) if name == "bf16" else linear
+    layer = TokenByToken(linear)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         per_channel = torch.ao.quantization.per_channel_dynamic_qconfig
-        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear: per_channel}, inplace=True)
+        torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear: per_channel}, inplace=True)
+    return layer
+
+
+def convert(model: PreTrainedModel, many: str, one: str) -> None:
+    """Convert the linear layers of an fp32 SmolVLM in place, to one of FORMATS for each phase.
+
+    The vision tower and the connector run before decoding only, and the head for one token of each image.
+    """
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not torch.nn.Linear:
+            continue
+        if name == "lm_head" or many == one:
+            converted = in_format(layer, one)
+        elif name.startswith("model.text_model."):
+            converted = ByPhase(in_format(copy.deepcopy(layer), many), in_format(layer, one))
+        else:
+            converted = in_format(layer, many)
+        model.set_submodule(name, converted)
+
+
+def quantize(model: PreTrainedModel) -> None:
+    """Make every linear layer of an fp32 model int8, in place."""
+    convert(model, "int8", "int8")

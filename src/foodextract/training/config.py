@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from foodextract.models.loading import BUNDLED, ModelError, Precision, choose_device, choose_precision
+from foodextract.models.loading import BUNDLED, ModelError, choose_device
+from foodextract.models.precision import Precision, choose_precision
 
 if TYPE_CHECKING:
     from peft import LoraConfig

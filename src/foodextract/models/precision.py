@@ -1,0 +1,163 @@
+"""Number formats of weights and arithmetic, chosen by device, size of the model, and what the processor is fast at."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from foodextract.models.quantization import FORMATS, in_format
+
+FP32, BF16, INT8 = FORMATS
+# Parameters from which a CPU's formats are measured. Below, all take about the same time, and fp32 is exact.
+MEASURED = 20_000_000
+INT8_PAYS = 200_000_000  # parameters; below, decoding reads too few weights to wait for them
+TRAINED_SHAPE = (768, 3072)  # inputs and outputs of the layer that decides about training: of SmolVLM's vision tower
+ROWS = {"many": 96, "one": 1}  # tokens at a time: of an image or a prompt, and of a decoding step
+REPEATS = 3
+GAIN = 1.3  # a less exact format must be this many times as fast
+HOPELESS = 4  # a format that takes this many times as long as fp32 for a few rows is emulated
+
+Seconds = Mapping[str, Mapping[str, float]]  # by the keys of ROWS, then by format
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Types of weights and arithmetic. `autocast` is None where both agree.
+
+    `many` and `one` are the formats of an answering model's linear layers on a CPU: for the tokens of images and
+    prompts, and for decoding, which reads all weights for one token.
+    """
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    reason: str
+    many: str = FP32
+    one: str = FP32
+
+
+def choose_precision(
+    device: torch.device, training: bool, parameters: int = 0, seconds: Callable[[], Seconds] | None = None
+) -> Precision:
+    """Choose types by device, and on a CPU by the size of the model and by measured `seconds` (default: `measured`).
+
+    Training keeps fp32 master weights everywhere. At stage 2's rate of 2e-6 an update is far smaller than the spacing
+    of bf16 numbers: in an AdamW simulation only 3.9 % of bf16 weights moved.
+    """
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    if device.type == "cpu":
+        if parameters < MEASURED:
+            return Precision(fp32, None, "fp32: a model of this size gains little from less, and loses exactness")
+        taken = (seconds or measured)()
+        speed = ", ".join(f"{name} {taken['many'][FP32] / spent:.1f}" for name, spent in taken["many"].items())
+        speed = f"speed here with many tokens: {speed}"
+        if training:
+            if fastest(taken["many"], (FP32, BF16)) == BF16:
+                return Precision(fp32, bf16, f"fp32 weights, bf16 autocast ({speed})")
+            return Precision(fp32, None, f"fp32 ({speed})")
+        formats = FORMATS if parameters >= INT8_PAYS else FORMATS[:2]
+        many, one = (fastest(taken[phase], formats) for phase in ROWS)
+        each = ", ".join(f"{name} {taken['one'][FP32] / spent:.1f}" for name, spent in taken["one"].items())
+        reason = f"{many} for images and prompts, {one} for decoding ({speed}; with one: {each})"
+        return Precision(fp32, None, reason, many, one)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        if training:
+            return Precision(fp32, fp16, "fp32 weights, fp16 autocast with loss scaling: this GPU has no bf16 units")
+        return Precision(fp16, None, "fp16: this GPU has no bf16 units")
+    if training:
+        return Precision(fp32, bf16, "fp32 weights, bf16 autocast: 2e-6 steps would round to nothing in bf16 weights")
+    return Precision(bf16, None, "bf16: half the memory traffic, and no fp16 overflow")
+
+
+def fastest(seconds: Mapping[str, float], formats: tuple[str, ...] = FORMATS) -> str:
+    """The fastest format, or a more exact one that is not GAIN times as slow. `formats` go from exact to less so."""
+    best = formats[0]
+    for name in formats[1:]:
+        if name in seconds and seconds[name] * GAIN <= seconds[best]:
+            best = name
+    return best
+
+
+def seconds_of(model: PreTrainedModel) -> Seconds:
+    """`measured` for the widest layers of a SmolVLM's vision tower and language model."""
+    parts: Any = model.model
+
+    def widest(part: torch.nn.Module) -> tuple[int, int]:
+        layers = (layer for layer in part.modules() if isinstance(layer, torch.nn.Linear))
+        return max(((layer.in_features, layer.out_features) for layer in layers), key=lambda shape: shape[0] * shape[1])
+
+    return measured(widest(parts.vision_model), widest(parts.text_model))
+
+
+def measured(many: tuple[int, int] = TRAINED_SHAPE, one: tuple[int, int] = TRAINED_SHAPE) -> Seconds:
+    """Time linear layers of these shapes (inputs, outputs) in all formats, in a tenth of a second.
+
+    Processor time of one thread: other work on the machine hardly changes it. The times are kept for this processor and
+    version of torch, in the user's cache folder.
+    """
+    processor = torch.cpu.get_capabilities().get("cpu_name") or _processor_name()
+    key = f"{processor}, torch {torch.__version__}, {many}, {one}"
+    return _measured(key, many, one)
+
+
+@lru_cache
+def _measured(key: str, many: tuple[int, int], one: tuple[int, int]) -> Seconds:
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foodextract" / "precision.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        found = {phase: {name: float(known[key][phase][name]) for name in known[key][phase]} for phase in ROWS}
+        if all(FP32 in times for times in found.values()):
+            return found
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        known = {}
+    found = {phase: _times(shape, ROWS[phase]) for phase, shape in {"many": many, "one": one}.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps((known if isinstance(known, dict) else {}) | {key: found}), encoding="utf-8")
+        part.replace(path)
+    except OSError:  # measured again next time
+        pass
+    return found
+
+
+@torch.inference_mode()
+def _times(shape: tuple[int, int], rows: int) -> dict[str, float]:
+    """Seconds of one layer in every format that the processor does not emulate."""
+    found: dict[str, float] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    few, tokens = torch.randn(4, shape[0]), torch.randn(rows, shape[0])
+    limit = float("inf")
+    for name in FORMATS:
+        layer = in_format(torch.nn.Linear(*shape), name)
+        layer(few)
+        spent = min(_seconds(layer, few) for _ in range(2))
+        if name == FP32:
+            limit = HOPELESS * spent
+        elif spent > limit:
+            continue
+        layer(tokens)
+        found[name] = min(_seconds(layer, tokens) for _ in range(REPEATS))
+    torch.set_num_threads(threads)
+    return found
+
+
+def _seconds(layer: torch.nn.Module, tokens: torch.Tensor) -> float:
+    began = time.thread_time()
+    layer(tokens)
+    return time.thread_time() - began
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "this processor"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "this processor")
