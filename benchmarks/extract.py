@@ -28,15 +28,16 @@ import typer
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, pipeline
 
-from extract_report import OURS, PHASES, SEED, save_plot
+from extract_report import DEFAULT, PHASES, SEED, save_plot
 from foodextract import prompts
 from foodextract.data.scenes import draw_scenes
-from foodextract.evaluation.results import Row, make_row, write_results
+from foodextract.evaluation.results import Row, device_name, make_row, read_results, write_results
 from foodextract.images import open_image
 from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
 from foodextract.inference.onnx import GraphModel
 from foodextract.models import loading
-from foodextract.models.quantization import quantize
+from foodextract.models.precision import choose_precision, seconds_of
+from foodextract.models.quantization import convert
 from foodextract.schema import FoodRecord
 from true_size import as_photograph, bf16_is_slow, build, interval, ratio
 
@@ -212,24 +213,36 @@ def batch_rows(
     return [*rows, add("batch_image_speedup", **interval(whole[batches[-1]], ratio, whole[batches[0]]))]
 
 
+def title(many: str, one: str, default: tuple[str, str]) -> str:
+    """The subject of our way in these formats."""
+    formats = many if many == one else f"{many}, decoding {one}"
+    return f"ours {formats}{DEFAULT if (many, one) == default else ''}"
+
+
 def measure(size: str, images: list[bytes], batches: list[int], processor_from: Path, command: str) -> list[Row]:
     """All figures of one size."""
     bf16, processor = build(size, processor_from)
-    fp32 = copy.deepcopy(bf16).float()
-    int8 = copy.deepcopy(fp32)
-    quantize(int8)
+    fp32, cpu = copy.deepcopy(bf16).float(), torch.device("cpu")
+    chosen = choose_precision(cpu, training=False, parameters=fp32.num_parameters(), seconds=partial(seconds_of, fp32))
+    print(f"{size}: {chosen.reason}", flush=True)
+    default, phased = (chosen.many, chosen.one), {}
+    for formats in dict.fromkeys([("int8", "int8"), ("bf16", "int8"), default]):
+        if formats != ("fp32", "fp32"):
+            convert(model := copy.deepcopy(fp32), *formats)
+            phased[formats] = model
     dictation = Dictation(processor.tokenizer)
-    plain, name = (fp32, "fp32") if bf16_is_slow(torch.device("cpu")) else (bf16, "bf16")
-    for model in {plain, fp32, int8}:
+    plain, name = (fp32, "fp32") if bf16_is_slow(cpu) else (bf16, "bf16")
+    for model in {plain, fp32, *phased.values()}:
         dictation.to(model)
-    ours = f"ours {name}: grammar, forced tokens"
+    exact = plain is fp32 and default == ("fp32", "fp32")
+    ours = f"ours {name}: grammar, forced tokens{DEFAULT if exact else ''}"
     subjects = {
         f"{SEED}, {name}": Subject(plain, processor, dictation, tiles=17, constrained=False, piped=True),
         "one tile": Subject(plain, processor, dictation, constrained=False, piped=True),
         "one tile, our loop": Subject(plain, processor, dictation, constrained=False),
         ours: Subject(plain, processor, dictation),
-        **({"ours fp32": Subject(fp32, processor, dictation)} if plain is bf16 else {}),
-        OURS: Subject(int8, processor, dictation),
+        **({title("fp32", "fp32", default): Subject(fp32, processor, dictation)} if plain is bf16 else {}),
+        **{title(*formats, default): Subject(model, processor, dictation) for formats, model in phased.items()},
     }
     row = partial(make_row, "extract_cpu", command=command)
     spent = alternately(subjects, images)
@@ -239,7 +252,7 @@ def measure(size: str, images: list[bytes], batches: list[int], processor_from: 
         row(f"{size}, forced tokens alone", "decode_speedup", unit="x", n=len(free), **interval(free, ratio, forced))
     )
     rows.append(row(f"{size}, answer", "answer_tokens", len(dictation.tokens), unit="tokens", n=1))
-    for name in (ours, OURS):
+    for name in dict.fromkeys([ours, *(name for name in subjects if name.endswith(DEFAULT))]):
         rows += batch_rows(f"{size}, {name.split(':')[0]}", subjects[name], images, batches, row)
     return rows
 
@@ -258,10 +271,11 @@ def main(
     torch.set_num_threads(threads)
     files = [as_photograph(scene) for scene in draw_scenes(11, "test", images)]
     command = f"python benchmarks/extract.py --images {images} --threads {threads}"
-    rows = []
+    rows: list[Row] = []
+    kept = [row for row in read_results(results) if row.device != device_name()] if results.is_file() else []
     for one in size or ["500m", "256m"]:
         rows += measure(one, files, batch or [1, 2, 4, 8], processor, command)
-        write_results(results, rows)
+        write_results(results, [*rows, *kept])  # rows of other processors stay
         gc.collect()
     save_plot(results)
 

@@ -16,7 +16,8 @@ from foodextract.reporting.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("open", "preprocess", "vision", "prefill", "tokens")
-SEED, OURS = "seed: pipeline, 17 tiles", "ours int8"  # the seed's subject goes on with its number format
+# The seed's subject goes on with its number format. Ours ends with DEFAULT if it is what this processor gets.
+SEED, DEFAULT = "seed: pipeline, 17 tiles", " (default)"
 COLORS = ("#b0b0b0", "#f2b134", "#4c78a8", "#72b7b2", "#e45756")
 NAMES = {
     "schema_valid_rate": "answers that are records",
@@ -34,6 +35,11 @@ def by_size(rows: list[Row]) -> dict[str, Figures]:
         size, subject = row.subject.split(", ", 1)
         sizes.setdefault(size, {}).setdefault(subject, {})[row.metric] = row
     return sizes
+
+
+def by_device(rows: list[Row]) -> list[list[Row]]:
+    """Rows by processor, those of the last measurement first."""
+    return [[row for row in rows if row.device == device] for device in dict.fromkeys(row.device for row in rows)]
 
 
 def costs(rows: list[Row], speedup: str, title: str) -> str:
@@ -136,7 +142,8 @@ def headline(rows: list[Row]) -> str:
     """Say what an image costs here and in the seed project, by model size."""
     parts = []
     for size, subjects in by_size(rows).items():
-        seed, ours = (next(of for name, of in subjects.items() if name.startswith(start)) for start in (SEED, OURS))
+        seed = next(of for name, of in subjects.items() if name.startswith(SEED))
+        ours = next(of for name, of in subjects.items() if name.endswith(DEFAULT))
         seconds, before = (of["cpu_seconds_per_image"].value for of in (ours, seed))
         times = _interval(ours["speedup_vs_seed"])
         at = f"at the size of SmolVLM2-{size.upper()}"
@@ -147,7 +154,9 @@ def headline(rows: list[Row]) -> str:
 
 def _cost_parts(rows: list[Row]) -> list[str]:
     image = _image("extract_cpu", "CPU-seconds per image by phase, and tokens per CPU-second by batch size")
-    return [headline(rows), image, costs(rows, "speedup_vs_seed", "seed ÷ this"), batches(rows)]
+    first, *others = by_device(rows)
+    tables = [f"On {mine[0].device}:\n\n{costs(mine, 'speedup_vs_seed', 'seed ÷ this')}" for mine in others]
+    return [headline(first), image, costs(first, "speedup_vs_seed", "seed ÷ this"), batches(first), *tables]
 
 
 def _onnx_parts(rows: list[Row]) -> list[str]:
@@ -184,7 +193,7 @@ def text(root: Path) -> str:
 
 def save_plot(results: Path) -> None:
     """Draw the plot of `extract.py` beside its results."""
-    figure = plot(read_results(results))
+    figure = plot(by_device(read_results(results))[0])
     figure.savefig(results.with_suffix(".png"), dpi=110)
     plt.close(figure)
 

@@ -1,5 +1,7 @@
 """The benchmarks of extraction run and measure what they claim to."""
 
+import dataclasses
+
 import pytest
 
 import extract
@@ -7,7 +9,7 @@ import extract_onnx
 import extract_report
 import memory
 import valid
-from foodextract.evaluation.results import read_results
+from foodextract.evaluation.results import read_results, write_results
 from foodextract.models.loading import TINY_BASE, TINY_TUNED
 
 
@@ -21,7 +23,10 @@ def test_every_optimization_is_measured(tmp_path):
     extract.main(["tiny"], images=1, batch=[1, 2], threads=1, processor=TINY_TUNED, results=results)
     of = figures(results)
     [seed] = {subject for subject, _ in of if extract_report.SEED in subject}
-    for name in (seed.removeprefix("tiny, "), extract_report.OURS, "one tile", "one tile, our loop"):
+    [default] = {subject.removeprefix("tiny, ") for subject, _ in of if subject.endswith(extract_report.DEFAULT)}
+    assert "fp32" in default  # at this size
+    ways = ("ours int8", "ours bf16, decoding int8", "one tile", "one tile, our loop")
+    for name in (seed.removeprefix("tiny, "), default, *ways):
         whole = of[f"tiny, {name}", "cpu_seconds_per_image"].value
         phases = [of[f"tiny, {name}", f"{phase}_cpu_seconds"].value for phase in extract_report.PHASES]
         assert all(seconds > 0 for seconds in phases)
@@ -30,7 +35,13 @@ def test_every_optimization_is_measured(tmp_path):
     assert of["tiny, forced tokens alone", "decode_speedup"].value > 1
     assert results.with_suffix(".png").stat().st_size > 10_000
     rows = list(of.values())
-    assert extract_report.costs(rows, "speedup_vs_seed", "seed ÷ this").count("\n") == 6 + ("bf16" in seed)
+    assert extract_report.costs(rows, "speedup_vs_seed", "seed ÷ this").count("\n") == 7 + ("bf16" in seed)
+    elsewhere = [dataclasses.replace(row, device="Another CPU") for row in rows]
+    write_results(results, elsewhere)
+    extract.main(["tiny"], images=1, batch=[1, 2], threads=1, processor=TINY_TUNED, results=results)
+    first, second = extract_report.by_device(read_results(results))
+    assert second == elsewhere
+    assert [row.subject for row in first] == [row.subject for row in rows]
     assert "times the tokens per CPU-second" in extract_report.batches(rows)
 
 
