@@ -164,12 +164,38 @@ def _onnx_parts(rows: list[Row]) -> list[str]:
     return [rates(rows), costs(timed, "speedup_vs_torch", "torch fp32 ÷ this")]
 
 
+def _photo_precision_parts(rows: list[Row]) -> list[str]:
+    parts = []
+    for mine in by_device(rows):
+        of = {(row.subject, row.metric): row for row in mine}
+        lines = [
+            [
+                row.subject,
+                f"{row.value:.3f} ({row.low:.3f}–{row.high:.3f})",
+                *(_percent(of[f"{row.subject} and fp32", metric]) for metric in list(NAMES)[1:]),
+                row.n,
+            ]
+            for row in mine
+            if row.metric == "cpu_seconds_per_image"
+        ]
+        head = ["precision", "CPU-s per photograph", "answers as in fp32", "`is_food` as in fp32", "n"]
+        [alone] = (row for row in mine if row.subject.endswith("alone and in 32"))
+        same = f"Answers that are the same alone and in a batch of 32: {_percent(alone)} of {alone.n}."
+        parts += [f"On {mine[0].device}, one thread:", markdown_table(head, lines), same]
+    return parts
+
+
+def _percent(row: Row) -> str:
+    return f"{100 * row.value:.1f} % ({100 * row.low:.1f}–{100 * row.high:.1f})"
+
+
 def _memory_parts(rows: list[Row]) -> list[str]:
     return [_image("extract_memory", "Memory by images answered"), memory(rows)]
 
 
 PARTS: dict[str, tuple[str, str, Callable[[list[Row]], list[str]]]] = {  # results file → title, script, what it shows
     "extract_cpu": ("Cost per image", "extract.py", _cost_parts),
+    "photo_precision": ("Precision of the photo model", "photo_precision.py PHOTOS", _photo_precision_parts),
     "extract_onnx": ("ONNX Runtime", "extract_onnx.py", _onnx_parts),
     "extract_valid": ("Validity for any image and any weights", "valid.py", lambda rows: [rates(rows)]),
     "extract_memory": ("Memory", "memory.py", _memory_parts),

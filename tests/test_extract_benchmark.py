@@ -1,13 +1,17 @@
 """The benchmarks of extraction run and measure what they claim to."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import extract
 import extract_onnx
 import extract_report
 import memory
+import photo_precision
 import valid
 from foodextract.evaluation.results import read_results, write_results
 from foodextract.models.loading import TINY_BASE, TINY_TUNED
@@ -64,3 +68,22 @@ def test_validity_and_memory_are_measured(tmp_path, capsys):
     memory.main(100, 8, tmp_path / "memory.json")
     assert (tmp_path / "memory.png").stat().st_size > 5_000
     assert "100 images of many sizes" in extract_report.memory(read_results(tmp_path / "memory.json"))
+
+
+@pytest.mark.slow
+def test_precisions_of_the_photo_model_are_compared(tmp_path):
+    """On noise in the place of photographs, with the tiny model."""
+    rng, lines = np.random.default_rng(0), []
+    for number in range(120):
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((99, 90)).save(tmp_path / f"{number}.png")
+        row = {"file": f"{number}.png", "source": "noise", "licence": "MIT", "licence_class": "permissive"}
+        row |= {"is_food": 0, "food_items": [], "drink_items": [], "label_scope": "primary", "group": f"{number}"}
+        lines.append(json.dumps(row))
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    photo_precision.main(tmp_path, count=3, model=TINY_TUNED, out=tmp_path / "photo_precision.json")
+    of = figures(tmp_path / "photo_precision.json")
+    assert of["ours fp32 (default) and fp32", "same_answer_rate"].value == 1
+    assert of["ours int8 and fp32", "same_is_food_rate"].n == 3
+    assert of["ours fp32 (default): alone and in 32", "same_answer_rate"].value == 1
+    [_, table, _] = extract_report._photo_precision_parts(list(of.values()))
+    assert table.count("\n") == 5
