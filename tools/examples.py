@@ -20,14 +20,18 @@ EXAMPLES = ROOT / "demos" / "FoodExtract-Vision" / "examples"
 SHOWN = ("pizza", "pancakes", "cookies", "eggs_benedict", "coffee", "cat")
 
 
+def _percent(share: float) -> str:
+    return "> 99%" if share >= 0.995 else f"{share:.0%}"
+
+
 def caption(record: FoodRecord, confidence: Confidence) -> list[tuple[str, str]]:
     """One line for `is_food` and one for each item, each with its confidence."""
     verdict = "food or drink" if record.is_food else "neither food nor drink"
-    lines = [(f"{verdict}, {confidence.is_food:.0%}", GRAY)]
+    lines = [(f"{verdict}, {_percent(confidence.is_food)}", GRAY)]
     for field in FIELDS:
         kind = field.removesuffix("_items")
         pairs = zip(getattr(record, field), getattr(confidence, field), strict=True)
-        lines += [(f"{kind}: {item}, {sure:.0%}", "black") for item, sure in pairs]
+        lines += [(f"{kind}: {item}, {_percent(sure)}", "black") for item, sure in pairs]
     return lines
 
 
