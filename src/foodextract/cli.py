@@ -154,7 +154,7 @@ def _described(source: str | Path, extractor: Any) -> str:
     from foodextract.models.training_data import TrainingData
 
     name = Path(source).name if Path(source).is_dir() else str(source)
-    model = getattr(extractor, "model", None)
+    model: Any = getattr(extractor, "model", None)
     size = f", {model.size / 1e6:.0f} M parameters" if hasattr(model, "size") else ""  # an exported model does not say
     data = TrainingData.find(source)
     knows = f"; {data.describe()} (list: `foodextract names`)" if data else ""

@@ -82,11 +82,10 @@ def box_rows(tree: Tree, boxes: Boxes) -> list[Sample | Reject]:
     """Return a row per image. Raises DatasetError when no class is a food."""
     foods = {name for name in boxes.classes if not (names_no_class(name) or is_object(name))}
     if not foods:
-        found = (
-            f"its classes are no foods ({listing(sorted(boxes.classes))})" if boxes.classes else "it holds no classes"
-        )
+        classes = listing(sorted(boxes.classes))
+        reason = f"its classes are no foods ({classes})" if classes else "it holds no classes"
         raise DatasetError(
-            f"{tree.root} is an export of an annotation tool ({listing(map(tree.name, boxes.files))}), and {found}. "
+            f"{tree.root} is an export of an annotation tool ({listing(map(tree.name, boxes.files))}), and {reason}. "
             "Its subfolders are no classes. Export it again with the names of the foods"
         )
     if others := boxes.classes - foods:
