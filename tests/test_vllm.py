@@ -172,6 +172,9 @@ def test_schema_allows_only_canonical_spacing():
         assert not allows(json.dumps(record.model_dump(), indent=1))
         Draft202012Validator(schema.guided_schema()).validate(record.model_dump())
     assert not allows('{"is_food": 2, "image_title": "", "food_items": [], "drink_items": []}')
+    for text, allowed in (("m&m's, 7-up (cold)", True), ("drink_items []}", False), ("a: b", False), ("", False)):
+        assert allows(json.dumps(RECORD.model_dump() | {"food_items": [text]})) == allowed
+    assert not allows(json.dumps(RECORD.model_dump() | {"image_title": "drink_items []}"}))
 
 
 @pytest.fixture

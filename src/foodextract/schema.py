@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 # Bounds stop small models from looping. All Hub rows and all photographs measured so far fit.
 MAX_TITLE, MAX_ITEM, MAX_ITEMS = 100, 50, 20
 FIELDS = ("food_items", "drink_items")  # the lists of a record
+# Of a character class: what titles and items of a constrained answer do not hold. A confused model may write keys there.
+UNSPOKEN = r'"\\\[\]{}:_\x00-\x1f\x7f'
 EXHAUSTIVE = "exhaustive"  # the scope of a label that names everything; with any other scope the image may show more
 
 Flag = Annotated[int, Field(ge=0, le=1, json_schema_extra={"enum": [0, 1]})]  # strict: true is not 1
@@ -125,8 +127,15 @@ def json_schema() -> dict[str, Any]:
 
 
 def guided_schema() -> dict[str, Any]:
-    """`json_schema` with canonical separators, for llguidance; other engines ignore `x-guidance`."""
-    return json_schema() | {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+    """`json_schema` with canonical separators and without UNSPOKEN characters, for llguidance.
+
+    Other engines ignore `x-guidance`.
+    """
+    schema, pattern = json_schema(), {"pattern": f"^[^{UNSPOKEN}]*$"}
+    schema["properties"]["image_title"] |= pattern
+    for name in FIELDS:
+        schema["properties"][name]["items"] |= pattern
+    return schema | {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
 
 def _objects_in(text: str) -> Iterator[dict[str, Any]]:

@@ -11,15 +11,14 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecord
+from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, UNSPOKEN, FoodRecord
 
 MAX_LEAD = 120  # characters before the opening brace: a fence, or "Here is the JSON: "
 MAX_HEAD = 64  # characters from the opening brace to the second key
 MAX_SPACE = 32  # characters of white space between two tokens
 
-# One character of a title or an item, as a regular expression for both Python and llguidance. JSON's own punctuation,
-# the underscores of the keys, and control characters are none, escaped or not; no label of ours has them.
-_FORBIDDEN = r'"\\\[\]{}:_\x00-\x1f\x7f'
+# One character of a title or an item, as a regular expression for both Python and llguidance. UNSPOKEN ones are none,
+# escaped or not; no label of ours has them.
 # Written by `json.dumps`: printable ASCII, \uXXXX in lower case, or two of them above U+FFFF.
 _CANONICAL = (
     r"[ !#-9;-Z^`a-z|~]|\\u(00[89a-f][0-9a-f]|0[1-9a-f][0-9a-f]{2}"
@@ -27,13 +26,13 @@ _CANONICAL = (
 )
 # In any JSON; surrogates come in pairs.
 _JSON = (
-    rf"[^{_FORBIDDEN}]|\\(\/|u(00[89a-fA-F][0-9a-fA-F]|0[1-9a-fA-F][0-9a-fA-F]{{2}}"
+    rf"[^{UNSPOKEN}]|\\(\/|u(00[89a-fA-F][0-9a-fA-F]|0[1-9a-fA-F][0-9a-fA-F]{{2}}"
     r"|([1-9a-cefA-CEF][0-9a-fA-F]|[dD][0-7])[0-9a-fA-F]{2}"
     r"|[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))"
 )
 # Written by `repr` between single or double quotation marks.
 _ESCAPE = r"\\('|x[89a-f][0-9a-f]|u(0[1-9a-f]|[1-9a-cef][0-9a-f]|d[0-7])[0-9a-f]{2}|U00(0[1-9a-f]|10)[0-9a-f]{4})"
-_SINGLE, _DOUBLE = (rf"[^{_FORBIDDEN}{quote}]|{_ESCAPE}" for quote in ("'", ""))
+_SINGLE, _DOUBLE = (rf"[^{UNSPOKEN}{quote}]|{_ESCAPE}" for quote in ("'", ""))
 
 _SPACE = r"[ \t\r\n]"
 _STRINGS = {"'": r"'(?:[^'\\]|\\.)*'", '"': r'"(?:[^"\\]|\\.)*"'}
