@@ -81,9 +81,11 @@ def photo_model(root: Path) -> str:
     if data is None:
         return f"Not measured yet: `{PYTHON} experiments/photo_base/bundle.py` does it."
     text = f"The photo model was {data.describe()}."
-    path = root / "results" / PHOTOGRAPHS[0]
-    costs = [row for row in read_results(path) if row.metric == "cpu_seconds"] if path.exists() else []
-    return text + (f" An image takes it {costs[0].value:.2f} CPU-seconds ({costs[0].device})." if costs else "")
+    path = root / "results" / "photo_precision.json"
+    rows = read_results(path) if path.exists() else []
+    costs = [row for row in rows if row.metric == "cpu_seconds_per_image" and row.subject.endswith("(default)")]
+    each = " or ".join(f"{row.value:.2f} CPU-seconds ({row.device})" for row in costs)
+    return text + (f" An image takes it {each}." if costs else "")
 
 
 def _rendered(file: str, command: str, render: Callable[[list[Row]], str]) -> Render:
