@@ -9,6 +9,7 @@ import pytest
 import train_report
 import train_step
 from foodextract.evaluation.results import read_results
+from foodextract.models import precision
 from train_recipes import STAGES, ladder
 
 
@@ -73,8 +74,8 @@ def test_where_bf16_is_slow_the_seed_is_not_measured_in_it():
 
 def test_what_bf16_would_add_is_asked_where_a_cpu_trains_in_fp32(monkeypatch):
     cpu = train_step.torch.device("cpu")
-    for amx, last in ((True, "ours"), (False, "ours with bf16 autocast")):
-        monkeypatch.setattr(train_step.torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
+    for bf16, last in ((1, "ours"), (2, "ours with bf16 autocast")):
+        monkeypatch.setattr(precision, "measured", lambda bf16=bf16: {"many": {"fp32": 2, "bf16": bf16}})
         assert ladder(STAGES["stage1"], cpu, 500_000_000)[-1].name == last
 
 
