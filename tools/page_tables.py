@@ -69,6 +69,15 @@ def photographs_in_full(rows: Sequence[Row]) -> str:
     return "\n\n".join([*tables, f"Best known names: {listed(best)}.", f"Worst: {listed(worst)}."])
 
 
+def photo_tower(rows: Sequence[Row]) -> str:
+    """How near the photo model's vision tower is to DINOv2."""
+    patches, cls = ({row.metric: row for row in rows}[name] for name in ("patch_cosine", "cls_cosine"))
+    return (
+        f"The tower's patch features have a cosine of {patches.value:.3f} to DINOv2's own, its CLS token one of "
+        f"{cls.value:.3f} ({patches.n} photographs)."
+    )
+
+
 def photo_subsets(rows: Sequence[Row]) -> str:
     """What a nearest photograph and a linear probe learn from parts of the photographs, one line a part."""
     found = {(row.subject, row.metric): row for row in rows}

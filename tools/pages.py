@@ -115,9 +115,13 @@ BASELINES = "baselines.json", f"{PYTHON} benchmarks/baselines.py"
 PHOTOGRAPHS = "photographs.json", f"{PYTHON} benchmarks/photographs.py FOLDER"
 PHOTO_SUBSETS = "photo_subsets.json", f"{PYTHON} benchmarks/photo_subsets.py FOLDER"
 PHOTO_SCENES = "other_scenes.py --tuned src/foodextract/models/bundled/photo --out results/photo_scenes.json"
+PHOTO_TOWER = "experiments/photo_base/make_tower.py OUT IMAGES --measure MODEL"
 PAGES: dict[str, dict[str, Render]] = {
     "README.md": {"photo model": photo_model, "photographs": _rendered(*PHOTOGRAPHS, page_tables.photographs)},
-    "experiments/photo_base/README.md": {"photo sources": photo_sources},
+    "experiments/photo_base/README.md": {
+        "photo sources": photo_sources,
+        "photo tower": _rendered("photo_tower.json", f"{PYTHON} {PHOTO_TOWER}", page_tables.photo_tower),
+    },
     "experiments/README.md": {
         "experiments": _rendered("experiments.json", "make experiments", page_tables.outcome_table),
         "why": _rendered(*ABLATION, page_tables.effect_sentences),

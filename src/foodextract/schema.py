@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 # Bounds stop small models from looping. All Hub rows and all photographs measured so far fit.
 MAX_TITLE, MAX_ITEM, MAX_ITEMS = 100, 50, 20
 FIELDS = ("food_items", "drink_items")  # the lists of a record
-# Of a character class: what titles and items of a constrained answer do not hold. A confused model may write keys there.
+# A character class: what titles and items of a constrained answer do not hold. A confused model may write keys there.
 UNSPOKEN = r'"\\\[\]{}:_\x00-\x1f\x7f'
 EXHAUSTIVE = "exhaustive"  # the scope of a label that names everything; with any other scope the image may show more
 

@@ -22,6 +22,7 @@ TRAINED_SHAPE = (768, 3072)  # inputs and outputs of the layer that decides abou
 ROWS = {"many": 96, "one": 1}  # tokens at a time: of an image or a prompt, and of a decoding step
 REPEATS = 3
 GAIN = 1.3  # a less exact format must be this many times as fast
+UNITS = ("amx", "avx", "sve", "bf16", "neon")  # of a processor whose name may stand for several generations
 HOPELESS = 4  # a format that takes this many times as long as fp32 for a few rows is emulated
 
 Seconds = Mapping[str, Mapping[str, float]]  # by the keys of ROWS, then by format
@@ -101,8 +102,8 @@ def measured(many: tuple[int, int] = TRAINED_SHAPE, one: tuple[int, int] = TRAIN
     Processor time of one thread: other work on the machine hardly changes it. The times are kept for this processor and
     version of torch, in the user's cache folder.
     """
-    processor = torch.cpu.get_capabilities().get("cpu_name") or _processor_name()
-    key = f"{processor}, torch {torch.__version__}, {many}, {one}"
+    units = ", ".join(name for name, has in torch.cpu.get_capabilities().items() if has and name.startswith(UNITS))
+    key = f"{_processor_name()} ({units}), torch {torch.__version__}, {many}, {one}"
     return _measured(key, many, one)
 
 
