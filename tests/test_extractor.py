@@ -18,7 +18,7 @@ from foodextract.inference.decoding import Decoder
 from foodextract.inference.extractor import PREPARED, Extractor
 from foodextract.models import loading
 from foodextract.models.loading import TINY_BASE, ModelError
-from foodextract.models.quantization import TokenByToken, convert, quantize
+from foodextract.models.quantization import Int8, TokenByToken, convert, quantize
 from foodextract.schema import AnswerError, FoodRecord
 
 ROOT = Path(__file__).parents[1]
@@ -134,11 +134,13 @@ def test_is_food_confidence_is_a_probability_among_both_values(tuned, images):
     assert log(confidence.is_food) == pytest.approx(float(both[record.is_food]), abs=1e-4)
 
 
-def test_int8_answers_like_fp32(images, tuned):
+@pytest.mark.parametrize(("vnni", "kind"), [(True, Int8), (False, TokenByToken)])
+def test_int8_answers_like_fp32(vnni, kind, images, tuned, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": vnni})
     quantized = Extractor.from_pretrained(loading.TINY_TUNED, "cpu", precision="int8")
-    layers = [module for module in quantized.model.modules() if isinstance(module, TokenByToken)]
+    layers = [module for module in quantized.model.modules() if isinstance(module, kind)]
     assert len(layers) == sum(isinstance(module, torch.nn.Linear) for module in tuned.model.modules())
-    assert all(type(layer.linear).__module__.startswith("torch.ao") for layer in layers)
+    assert vnni or all(type(layer.linear).__module__.startswith("torch.ao") for layer in layers)
     alone = [quantized.extract(image) for image in images]
     assert (
         sum(record.is_food == tuned.extract(image).is_food for record, image in zip(alone, images, strict=True))
@@ -165,8 +167,10 @@ def test_the_phase_decides_the_format_and_an_answer_does_not_depend_on_its_batch
     assert list(mixed.extract_many(images, len(images))) == alone
 
 
+@pytest.mark.parametrize("vnni", [True, False])
 @torch.inference_mode()
-def test_int8_rounding_does_not_depend_on_other_tokens():
+def test_int8_rounding_does_not_depend_on_other_tokens(vnni, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": vnni})
     torch.manual_seed(0)
     for bias in (True, False):
         exact = torch.nn.Linear(96, 40, bias)

@@ -97,7 +97,10 @@ def test_small_models_are_exact_and_nothing_is_measured():
 
 def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kinds, calls = {torch.nn.Linear: 1.0, quantization.Bf16: 9.0, quantization.TokenByToken: 0.5}, []
+    kinds, calls = (
+        {torch.nn.Linear: 1.0, quantization.Bf16: 9.0, quantization.Int8: 0.5, quantization.TokenByToken: 0.5},
+        [],
+    )
     monkeypatch.setattr(precision, "_seconds", lambda layer, tokens: calls.append(tokens) or kinds[type(layer)])
     precision._measured.cache_clear()
     found = precision.measured((8, 16), (16, 8))
@@ -113,7 +116,12 @@ def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, mo
     precision._measured.cache_clear()
 
 
-def test_layers_are_converted_by_phase(monkeypatch):
+@pytest.mark.parametrize(
+    ("units", "int8"), [({"avx512_vnni": True}, quantization.Int8), ({"avx2": True}, quantization.TokenByToken)]
+)
+def test_layers_are_converted_by_phase(units, int8, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+
     def layers(**settings):
         model = loading.load_model(loading.TINY_BASE, **settings)
         return {name: type(module) for name, module in model.named_modules()}, model
@@ -127,16 +135,13 @@ def test_layers_are_converted_by_phase(monkeypatch):
     monkeypatch.setattr(precision, "measured", lambda many, one: AMX)
     split, model = layers()
     assert split[text] is quantization.ByPhase
-    assert [type(part) for part in model.get_submodule(text).children()] == [
-        quantization.Bf16,
-        quantization.TokenByToken,
-    ]
-    assert (split[vision], split["lm_head"]) == (quantization.Bf16, quantization.TokenByToken)
+    assert [type(part) for part in model.get_submodule(text).children()] == [quantization.Bf16, int8]
+    assert (split[vision], split["lm_head"]) == (quantization.Bf16, int8)
     assert model.size == 2_886_560
     assert model.dtype is torch.float32
     assert quantization.Bf16 not in layers(training=True)[0].values()
     assert quantization.Bf16 not in layers(precision="fp32")[0].values()
-    assert quantization.TokenByToken in layers(precision="int8")[0].values()
+    assert int8 in layers(precision="int8")[0].values()
 
 
 def test_other_models_are_refused(tmp_path):

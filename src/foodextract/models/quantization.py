@@ -10,15 +10,46 @@ import torch
 from transformers import PreTrainedModel
 
 FORMATS = ("fp32", "bf16", "int8")  # from exact to less so
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # units that multiply int8
+LARGEST, TINY = 127, torch.finfo(torch.float32).tiny
 DECODING = ContextVar("decoding", default=False)  # whether this thread reads tokens that the model has written
 
 
-class TokenByToken(torch.nn.Module):
-    """Scale each token to the range -1 to 1 before a linear layer, and scale its output back.
+class Int8(torch.nn.Module):
+    """A linear layer with int8 weights, scaled by output channel, and int8 activations, scaled by token.
 
-    torch's dynamic quantization rounds by the range of its whole input, so a token's rounding would depend on its
-    neighbors. An extra row fixes that range at -1 to 1. Each token is then rounded by its own largest value, as in
-    LLM.int8 (https://arxiv.org/abs/2208.07339).
+    Each token is rounded by its own largest value, as in LLM.int8 (https://arxiv.org/abs/2208.07339), so its output
+    does not depend on its neighbors. `torch._int_mm`, which torchao uses, has no public name.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1).div(LARGEST).clamp_min_(TINY)
+        rounded = (linear.weight.detach() / scale[:, None]).round().to(torch.int8)
+        self.register_buffer("weight", rounded.t(), persistent=False)  # (inputs, outputs), channel by channel
+        self.register_buffer("scale", scale, persistent=False)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) float32 → (…, outputs) float32."""
+        tokens = x.flatten(0, -2)
+        size = tokens.abs().amax(-1, keepdim=True).div_(LARGEST).clamp_min_(TINY)
+        y = torch._int_mm((tokens / size).round_().to(torch.int8), self.weight) * self.scale
+        y = y.mul_(size) if self.bias is None else torch.addcmul(self.bias, y, size, out=y)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class TokenByToken(torch.nn.Module):
+    """The same for processors without VNNI, by torch's dynamic quantization, whose kernels are faster there.
+
+    They round by the range of their whole input. Each token is scaled to the range -1 to 1 before, and its output back;
+    an extra row fixes the range of the input.
+
+    torch deprecates them in favor of torchao, but torchao's kernels need `torch.compile` and have no fast path for the
+    single token of a decoding step. The pinned torch has both; check again when the pin moves.
     """
 
     rails: torch.Tensor
@@ -28,11 +59,16 @@ class TokenByToken(torch.nn.Module):
         self.bias, linear.bias = linear.bias, None  # type: ignore[assignment]
         self.linear = linear
         self.register_buffer("rails", torch.tensor([[-1.0, 1.0] + [0.0] * (linear.in_features - 2)]), persistent=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            per_channel = torch.ao.quantization.per_channel_dynamic_qconfig
+            torch.ao.quantization.quantize_dynamic(self, {torch.nn.Linear: per_channel}, inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, inputs) float32 → (…, outputs) float32."""
         tokens = x.flatten(0, -2)
-        size = tokens.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
+        size = tokens.abs().amax(-1, keepdim=True).clamp_min_(TINY)
         scaled = tokens.new_empty(len(tokens) + 1, tokens.shape[1])
         torch.div(tokens, size, out=scaled[:-1])
         scaled[-1:] = self.rails
@@ -80,22 +116,12 @@ def decoding(started: bool) -> Iterator[None]:
 
 
 def in_format(linear: torch.nn.Linear, name: str) -> torch.nn.Module:
-    """Return an fp32 layer in one of FORMATS. The layer is used up.
-
-    In int8, weights are rounded per output channel, activations per token at run time. torch deprecates its dynamic
-    quantization in favor of torchao, but torchao's kernels need `torch.compile` and have no fast path for the single
-    token of a decoding step. The pinned torch has both; check again when the pin moves.
-    """
+    """Return an fp32 layer in one of FORMATS. The layer is used up."""
     linear.requires_grad_(False)
-    if name != "int8":
-        return Bf16(linear) if name == "bf16" else linear
-    layer = TokenByToken(linear)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        per_channel = torch.ao.quantization.per_channel_dynamic_qconfig
-        torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear: per_channel}, inplace=True)
-    return layer
+    if name == "int8":
+        units = torch.cpu.get_capabilities()
+        return Int8(linear) if any(units.get(unit) for unit in VNNI) else TokenByToken(linear)
+    return Bf16(linear) if name == "bf16" else linear
 
 
 def convert(model: PreTrainedModel, many: str, one: str) -> None:
