@@ -73,7 +73,9 @@ def start(python, folder, *arguments):
     (folder / "sitecustomize.py").write_text(CRASHES)
     command = [python, RAY / "label_many.py", *arguments, "--model", loading.TINY_TUNED, "--workers", "2"]
     paths = f"{folder}{os.pathsep}{ROOT / 'src'}"
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    # By default Ray's workers give way to all else, such as the tests beside this one.
+    settings = {"OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_worker_niceness": "0"}
+    environment = {**os.environ, **settings, "PYTHONPATH": paths}
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(list(map(str, command)), env=environment, cwd=folder, stdout=log, stderr=log)
 
