@@ -129,7 +129,7 @@ def test_layers_are_converted_by_phase(units, int8, monkeypatch):
     text, vision = "model.text_model.layers.0.mlp.up_proj", "model.vision_model.encoder.layers.0.mlp.fc1"
     plain, model = layers()
     assert {plain[text], plain[vision], plain["lm_head"]} == {torch.nn.Linear}
-    assert model.precision.startswith("fp32: a model of this size")
+    assert model.precision.startswith("fp32: at this size")
     monkeypatch.setattr(precision, "MEASURED", 1_000_000)
     monkeypatch.setattr(precision, "INT8_PAYS", 1_000_000)
     monkeypatch.setattr(precision, "measured", lambda many, one: AMX)

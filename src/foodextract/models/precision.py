@@ -54,7 +54,7 @@ def choose_precision(
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     if device.type == "cpu":
         if parameters < MEASURED:
-            return Precision(fp32, None, "fp32: a model of this size gains little from less, and loses exactness")
+            return Precision(fp32, None, "fp32: at this size a CPU gains little from 16 bits, and loses exactness")
         taken = (seconds or measured)()
         speed = ", ".join(f"{name} {taken['many'][FP32] / spent:.1f}" for name, spent in taken["many"].items())
         speed = f"speed here with many tokens: {speed}"
