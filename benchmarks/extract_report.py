@@ -170,7 +170,7 @@ def _photo_precision_parts(rows: list[Row]) -> list[str]:
         of = {(row.subject, row.metric): row for row in mine}
         lines = [
             [
-                row.subject,
+                row.subject.removeprefix("ours "),
                 f"{row.value:.3f} ({row.low:.3f}–{row.high:.3f})",
                 *(_percent(of[f"{row.subject} and fp32", metric]) for metric in list(NAMES)[1:]),
                 row.n,
