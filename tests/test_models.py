@@ -103,7 +103,10 @@ def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, mo
     )
     monkeypatch.setattr(precision, "_seconds", lambda layer, tokens: calls.append(tokens) or kinds[type(layer)])
     precision._measured.cache_clear()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     found = precision.measured((8, 16), (16, 8))
+    assert torch.equal(torch.get_rng_state(), state)  # else the first training here would differ from the second
+    assert torch.get_num_threads() == threads
     assert found == {phase: {"fp32": 1.0, "int8": 0.5} for phase in ("many", "one")}
     assert {tokens.shape for tokens in calls} == {(4, 8), (96, 8), (4, 16), (1, 16)}
     calls.clear()

@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -97,7 +98,7 @@ def seconds_of(model: PreTrainedModel) -> Seconds:
 
 
 def measured(many: tuple[int, int] = TRAINED_SHAPE, one: tuple[int, int] = TRAINED_SHAPE) -> Seconds:
-    """Time linear layers of these shapes (inputs, outputs) in all formats, in a tenth of a second.
+    """Time linear layers of these shapes (inputs, outputs) in all formats, which takes up to 0.2 s.
 
     Processor time of one thread: other work on the machine hardly changes it. The times are kept for this processor and
     version of torch, in the user's cache folder.
@@ -128,12 +129,22 @@ def _measured(key: str, many: tuple[int, int], one: tuple[int, int]) -> Seconds:
     return found
 
 
-@torch.inference_mode()
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Measure on one thread, and leave the number of threads and the random numbers as they were."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_undisturbed()
 def _times(shape: tuple[int, int], rows: int) -> dict[str, float]:
     """Seconds of one layer in every format that the processor does not emulate."""
     found: dict[str, float] = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     few, tokens = torch.randn(4, shape[0]), torch.randn(rows, shape[0])
     limit = float("inf")
     for name in FORMATS:
@@ -146,7 +157,6 @@ def _times(shape: tuple[int, int], rows: int) -> dict[str, float]:
             continue
         layer(tokens)
         found[name] = min(_seconds(layer, tokens) for _ in range(REPEATS))
-    torch.set_num_threads(threads)
     return found
 
 
