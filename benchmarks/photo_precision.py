@@ -2,7 +2,7 @@
 
     python benchmarks/photo_precision.py FOLDER    # a folder with a manifest, see experiments/photo_base/photos.py
 
-writes results/photo_precision.json. Held-out photographs are answered one at a time, in all precisions in turn, by one
+writes results/photo_precision.json. Held-out photographs are processed one at a time, in all precisions in turn, by one
 thread; `(default)` marks the one that this processor gets. Then the default answers them in batches of 32. Rows of other
 processors stay.
 """
@@ -21,7 +21,6 @@ from tqdm import tqdm
 from extract import title
 from foodextract.evaluation import evaluate
 from foodextract.evaluation.results import device_name, make_row, read_results, write_results
-from foodextract.images import open_image
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.precision import choose_precision, seconds_of
@@ -65,15 +64,15 @@ def main(
                 spent[formats].append(time.process_time() - began)
                 answers[formats].append(record)
     rows = []
-    row = partial(make_row, "photo_precision", command=f"python benchmarks/photo_precision.py FOLDER --count {count}")
+    make = partial(make_row, "photo_precision", command=f"python benchmarks/photo_precision.py FOLDER --count {count}")
     for formats in extractors:
         subject = title(*formats, default)
-        rows.append(row(subject, "cpu_seconds_per_image", unit="s", n=len(paths), **interval(spent[formats])))
+        rows.append(make(subject, "cpu_seconds_per_image", unit="s", n=len(paths), **interval(spent[formats])))
         for metric, of in {"same_answer_rate": lambda record: record, "same_is_food_rate": lambda r: r.is_food}.items():
             pairs = zip(answers[formats], answers[EXACT], strict=True)
             same = evaluate.rate(metric, [of(mine) == of(theirs) for mine, theirs in pairs])
             rows += evaluate.to_rows("photo_precision", f"{subject} and fp32", [same], rows[0].command)
-    together = extractors[default].extract_many([open_image(path) for path in paths], 32)
+    together = extractors[default].extract_many(paths, 32)
     same = evaluate.rate("same_answer_rate", [a == b for a, b in zip(together, answers[default], strict=True)])
     rows += evaluate.to_rows("photo_precision", f"{title(*default, default)}: alone and in 32", [same], rows[0].command)
     kept = [row for row in read_results(out) if row.device != device_name()] if out.is_file() else []

@@ -89,6 +89,12 @@ def test_the_precision_of_a_cpu_is_what_was_measured(seconds, parameters, many, 
     assert training.autocast == (torch.bfloat16 if trains == "bf16" else None)
 
 
+def test_the_most_exact_of_similarly_fast_formats_is_taken():
+    assert precision.fastest({"fp32": 1.3, "bf16": 1.1, "int8": 0.9}) == "bf16"
+    assert precision.fastest({"fp32": 1.1, "bf16": 1.2, "int8": 0.9}) == "fp32"
+    assert precision.fastest({"fp32": 1.0}) == "fp32"
+
+
 def test_small_models_are_exact_and_nothing_is_measured():
     for training in (False, True):
         chosen = choose_precision(torch.device("cpu"), training, 2_886_560, pytest.fail)
@@ -101,7 +107,9 @@ def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, mo
         {torch.nn.Linear: 1.0, quantization.Bf16: 9.0, quantization.Int8: 0.5, quantization.TokenByToken: 0.5},
         [],
     )
-    monkeypatch.setattr(precision, "_seconds", lambda layer, tokens: calls.append(tokens) or kinds[type(layer)])
+    monkeypatch.setattr(
+        precision, "_seconds", lambda layer, tokens, cold=False: calls.append(tokens) or kinds[type(layer)]
+    )
     precision._measured.cache_clear()
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     found = precision.measured((8, 16), (16, 8))
@@ -113,6 +121,11 @@ def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, mo
     precision._measured.cache_clear()
     assert precision.measured((8, 16), (16, 8)) == found
     assert not calls  # another process reads the file
+    precision.measured((8, 32), (32, 8))
+    precision._measured.cache_clear()
+    calls.clear()
+    assert precision.measured((8, 16), (16, 8)) == found
+    assert not calls  # times of other shapes do not displace it
     precision._measured.cache_clear()
     next(tmp_path.glob("*/*.json")).write_text('{"damaged')
     assert precision.measured((8, 16), (16, 8)) == found
@@ -133,8 +146,8 @@ def test_layers_are_converted_by_phase(units, int8, monkeypatch):
     plain, model = layers()
     assert {plain[text], plain[vision], plain["lm_head"]} == {torch.nn.Linear}
     assert model.precision.startswith("fp32: at this size")
-    monkeypatch.setattr(precision, "MEASURED", 1_000_000)
-    monkeypatch.setattr(precision, "INT8_PAYS", 1_000_000)
+    monkeypatch.setattr(precision, "MIN_MEASURED_PARAMETERS", 1_000_000)
+    monkeypatch.setattr(precision, "MIN_INT8_PARAMETERS", 1_000_000)
     monkeypatch.setattr(precision, "measured", lambda many, one: AMX)
     split, model = layers()
     assert split[text] is quantization.ByPhase

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from foodextract.models.loading import load_model, load_processor
 from foodextract.models.training_data import TrainingData
 
-SHARE = 0.4  # of the long one: the largest tenth with which the pizza, the pancakes and the cookies of README are named
+SHARE = 0.4  # of the long one: the largest tenth at which README's pizza, pancakes and cookies are all named correctly
 
 
 def average(short: Path, long: Path, share: float) -> PreTrainedModel:
-    """Return the model (1 - share) * short + share * long, in fp32. Raises ValueError where their tensors differ."""
+    """Return the model (1 - share) * short + share * long, in fp32. Raises ValueError if their parameters differ."""
     model, other = (load_model(folder, torch.device("cpu"), training=True) for folder in (short, long))
     mine, theirs = dict(model.named_parameters()), dict(other.named_parameters())  # tied ones once
     if {name: one.shape for name, one in mine.items()} != {name: one.shape for name, one in theirs.items()}:
@@ -36,7 +36,7 @@ def average(short: Path, long: Path, share: float) -> PreTrainedModel:
 def main(
     short: Annotated[Path, typer.Argument(help="Folder of the first model; its processor is kept.")],
     long: Annotated[Path, typer.Argument(help="Folder of the second.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the mean.")],
+    out: Annotated[Path, typer.Argument(help="Output folder.")],
     share: Annotated[float, typer.Option(min=0, max=1, help="Weight of the second model.")] = SHARE,
 ) -> None:
     """Average two models."""

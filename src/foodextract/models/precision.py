@@ -16,14 +16,17 @@ from transformers import PreTrainedModel
 from foodextract.models.quantization import FORMATS, in_format
 
 FP32, BF16, INT8 = FORMATS
-# Parameters from which a CPU's formats are measured. Below, all take about the same time, and fp32 is exact.
-MEASURED = 20_000_000
-INT8_PAYS = 200_000_000  # parameters; below, decoding reads too few weights to wait for them
-TRAINED_SHAPE = (768, 3072)  # inputs and outputs of the layer that decides about training: of SmolVLM's vision tower
+# Smaller models run in fp32 without measuring: the formats differ little in speed there, and fp32 is exact.
+MIN_MEASURED_PARAMETERS = 20_000_000
+MIN_INT8_PARAMETERS = 200_000_000  # below, decoding is not limited by reading weights
+TRAINED_SHAPE = (768, 3072)  # layer timed to choose the format of training: an MLP layer of SmolVLM's vision tower
+COLD = 500_000  # weights of a layer from which its model does not fit into the processor's caches
 ROWS = {"many": 96, "one": 1}  # tokens at a time: of an image or a prompt, and of a decoding step
 REPEATS = 3
-GAIN = 1.3  # a less exact format must be this many times as fast
-UNITS = ("amx", "avx", "sve", "bf16", "neon")  # of a processor whose name may stand for several generations
+CACHES = 2**26  # bytes that displace what the caches hold
+GAIN = 1.3  # a more exact format is taken unless it is this many times as slow
+# Part of the key of kept times, because one processor name can cover several generations.
+UNITS = ("amx", "avx", "sve", "bf16", "neon", "i8mm")
 HOPELESS = 4  # a format that takes this many times as long as fp32 for a few rows is emulated
 
 Seconds = Mapping[str, Mapping[str, float]]  # by the keys of ROWS, then by format
@@ -54,7 +57,7 @@ def choose_precision(
     """
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     if device.type == "cpu":
-        if parameters < MEASURED:
+        if parameters < MIN_MEASURED_PARAMETERS:
             return Precision(fp32, None, "fp32: at this size a CPU gains little from 16 bits, and loses exactness")
         taken = (seconds or measured)()
         speed = ", ".join(f"{name} {taken['many'][FP32] / spent:.1f}" for name, spent in taken["many"].items())
@@ -63,7 +66,7 @@ def choose_precision(
             if fastest(taken["many"], (FP32, BF16)) == BF16:
                 return Precision(fp32, bf16, f"fp32 weights, bf16 autocast ({speed})")
             return Precision(fp32, None, f"fp32 ({speed})")
-        formats = FORMATS if parameters >= INT8_PAYS else FORMATS[:2]
+        formats = FORMATS if parameters >= MIN_INT8_PARAMETERS else FORMATS[:2]
         many, one = (fastest(taken[phase], formats) for phase in ROWS)
         each = ", ".join(f"{name} {taken['one'][FP32] / spent:.1f}" for name, spent in taken["one"].items())
         reason = f"{many} for images and prompts, {one} for decoding ({speed}; with one: {each})"
@@ -78,12 +81,13 @@ def choose_precision(
 
 
 def fastest(seconds: Mapping[str, float], formats: tuple[str, ...] = FORMATS) -> str:
-    """The fastest format, or a more exact one that is not GAIN times as slow. `formats` go from exact to less so."""
-    best = formats[0]
-    for name in formats[1:]:
-        if name in seconds and seconds[name] * GAIN <= seconds[best]:
-            best = name
-    return best
+    """The most exact format that is less than GAIN times as slow as the fastest.
+
+    `formats` are ordered from most to least exact.
+    """
+    known = [name for name in formats if name in seconds]
+    limit = GAIN * min(seconds[name] for name in known)
+    return next(name for name in known if seconds[name] < limit)
 
 
 def seconds_of(model: PreTrainedModel) -> Seconds:
@@ -98,7 +102,7 @@ def seconds_of(model: PreTrainedModel) -> Seconds:
 
 
 def measured(many: tuple[int, int] = TRAINED_SHAPE, one: tuple[int, int] = TRAINED_SHAPE) -> Seconds:
-    """Time linear layers of these shapes (inputs, outputs) in all formats, which takes up to 0.2 s.
+    """Time linear layers of these shapes (inputs, outputs) in all formats, typically in 0.1 s.
 
     Processor time of one thread: other work on the machine hardly changes it. The times are kept for this processor and
     version of torch, in the user's cache folder.
@@ -112,17 +116,20 @@ def measured(many: tuple[int, int] = TRAINED_SHAPE, one: tuple[int, int] = TRAIN
 def _measured(key: str, many: tuple[int, int], one: tuple[int, int]) -> Seconds:
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foodextract" / "precision.json"
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        found = {phase: {name: float(known[key][phase][name]) for name in known[key][phase]} for phase in ROWS}
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    try:
+        found = {phase: {name: float(spent) for name, spent in known[key][phase].items()} for phase in ROWS}
         if all(FP32 in times for times in found.values()):
             return found
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        known = {}
+    except (ValueError, TypeError, LookupError, AttributeError):
+        pass
     found = {phase: _times(shape, ROWS[phase]) for phase, shape in {"many": many, "one": one}.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps((known if isinstance(known, dict) else {}) | {key: found}), encoding="utf-8")
+        part.write_text(json.dumps(known | {key: found}), encoding="utf-8")
         part.replace(path)
     except OSError:  # measured again next time
         pass
@@ -146,6 +153,7 @@ def _times(shape: tuple[int, int], rows: int) -> dict[str, float]:
     """Seconds of one layer in every format that the processor does not emulate."""
     found: dict[str, float] = {}
     few, tokens = torch.randn(4, shape[0]), torch.randn(rows, shape[0])
+    cold = rows == 1 and shape[0] * shape[1] >= COLD
     limit = float("inf")
     for name in FORMATS:
         layer = in_format(torch.nn.Linear(*shape), name)
@@ -156,14 +164,17 @@ def _times(shape: tuple[int, int], rows: int) -> dict[str, float]:
         elif spent > limit:
             continue
         layer(tokens)
-        found[name] = min(_seconds(layer, tokens) for _ in range(REPEATS))
+        found[name] = min(_seconds(layer, tokens, cold) for _ in range(REPEATS))
     return found
 
 
-def _seconds(layer: torch.nn.Module, tokens: torch.Tensor) -> float:
+def _seconds(layer: torch.nn.Module, tokens: torch.Tensor, cold: bool = False) -> float:
+    """Processor time of one call. `cold`: the layer's weights are not in the caches, as in a step of a large model."""
+    if cold:
+        torch.zeros(CACHES, dtype=torch.uint8).add_(1)
     began = time.thread_time()
     layer(tokens)
-    return time.thread_time() - began
+    return max(time.thread_time() - began, 1e-9)  # some clocks are coarse
 
 
 def _processor_name() -> str:

@@ -18,8 +18,9 @@ DECODING = ContextVar("decoding", default=False)  # whether this thread reads to
 class Int8(torch.nn.Module):
     """A linear layer with int8 weights, scaled by output channel, and int8 activations, scaled by token.
 
-    Each token is rounded by its own largest value, as in LLM.int8 (https://arxiv.org/abs/2208.07339), so its output
-    does not depend on its neighbors. `torch._int_mm`, which torchao uses, has no public name.
+    Each token is rounded by its own largest value, as in LLM.int8 without its outliers
+    (https://arxiv.org/abs/2208.07339), so its output does not depend on its neighbors. `torch._int_mm` is private, but
+    torchao relies on it and there is no public equivalent.
     """
 
     weight: torch.Tensor
@@ -43,10 +44,10 @@ class Int8(torch.nn.Module):
 
 
 class TokenByToken(torch.nn.Module):
-    """The same for processors without VNNI, by torch's dynamic quantization, whose kernels are faster there.
+    """Like `Int8`, but for processors without VNNI, where torch's dynamic quantization is faster.
 
-    They round by the range of their whole input. Each token is scaled to the range -1 to 1 before, and its output back;
-    an extra row fixes the range of the input.
+    It uses 7 bits for activations on x86, so it is less exact, and it rounds by the range of its whole input. So each
+    token is scaled to the range -1 to 1, an extra row fixes that range, and the output is scaled back.
 
     torch deprecates them in favor of torchao, but torchao's kernels need `torch.compile` and have no fast path for the
     single token of a decoding step. The pinned torch has both; check again when the pin moves.
@@ -107,7 +108,7 @@ class ByPhase(torch.nn.Module):
 
 @contextmanager
 def decoding(started: bool) -> Iterator[None]:
-    """State the phase of what this thread runs."""
+    """Set the phase for layers that run inside this context, in this thread."""
     token = DECODING.set(started)
     try:
         yield
@@ -116,7 +117,7 @@ def decoding(started: bool) -> Iterator[None]:
 
 
 def in_format(linear: torch.nn.Linear, name: str) -> torch.nn.Module:
-    """Return an fp32 layer in one of FORMATS. The layer is used up."""
+    """Return an fp32 layer in one of FORMATS. Do not use `linear` afterwards: it may have been changed."""
     linear.requires_grad_(False)
     if name == "int8":
         units = torch.cpu.get_capabilities()
@@ -127,7 +128,8 @@ def in_format(linear: torch.nn.Linear, name: str) -> torch.nn.Module:
 def convert(model: PreTrainedModel, many: str, one: str) -> None:
     """Convert the linear layers of an fp32 SmolVLM in place, to one of FORMATS for each phase.
 
-    The vision tower and the connector run before decoding only, and the head for one token of each image.
+    The vision tower and the connector run only before decoding, so they use `many`. The head handles one token per
+    image at a time, so it uses `one`.
     """
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
