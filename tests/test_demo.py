@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import csv
 import dataclasses
 import io
@@ -41,11 +42,12 @@ SPACE = ROOT / "demos" / "FoodExtract-Vision"
 
 
 @pytest.fixture(scope="module")
-def demo():
-    """The page's modules, loaded as `python app.py` finds them."""
+def demo(tmp_path_factory):
+    """The page's modules, loaded as `python app.py` finds them, where no model in outputs/ is newer than the bundled."""
     sys.path.insert(0, str(SPACE))
-    import app
-    import predict
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        import app
+        import predict
 
     yield app, predict
     sys.path.remove(str(SPACE))
@@ -57,9 +59,9 @@ def image(tmp_path):
     return str(tmp_path / "a.png")
 
 
-def test_the_space_answers_like_the_command_line(demo, tuned, image):
+def test_the_space_answers_like_the_command_line(demo, tuned, image, tmp_path):
     app, predict = demo
-    assert Path(predict.MODEL) == loading.newest_tuned()
+    assert Path(predict.MODEL) == loading.newest_tuned(tmp_path)
     if Path(predict.MODEL) == loading.TINY_TUNED:
         assert FoodRecord.parse(app.extract(image)) == tuned.extract(image)
     html, text = app.show(image)

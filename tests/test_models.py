@@ -107,9 +107,7 @@ def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, mo
         {torch.nn.Linear: 1.0, quantization.Bf16: 9.0, quantization.Int8: 0.5, quantization.TokenByToken: 0.5},
         [],
     )
-    monkeypatch.setattr(
-        precision, "_seconds", lambda layer, tokens, cold=False: calls.append(tokens) or kinds[type(layer)]
-    )
+    monkeypatch.setattr(precision, "_seconds", lambda layers, tokens: calls.append(tokens) or kinds[type(layers[0])])
     precision._measured.cache_clear()
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     found = precision.measured((8, 16), (16, 8))
