@@ -70,14 +70,21 @@ def bomb():
 
 
 def start(python, folder, *arguments):
+    """Start the job, again if the machine is too busy for the 30 s in which Ray must come up."""
     (folder / "sitecustomize.py").write_text(CRASHES)
     command = [python, RAY / "label_many.py", *arguments, "--model", loading.TINY_TUNED, "--workers", "2"]
     paths = f"{folder}{os.pathsep}{ROOT / 'src'}"
     # By default Ray's workers give way to all else, such as the tests beside this one.
     settings = {"OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_worker_niceness": "0"}
     environment = {**os.environ, **settings, "PYTHONPATH": paths}
-    with (folder / "log.txt").open("a") as log:
-        return subprocess.Popen(list(map(str, command)), env=environment, cwd=folder, stdout=log, stderr=log)
+    for _ in range(3):
+        with (folder / "log.txt").open("w") as log:
+            job = subprocess.Popen(list(map(str, command)), env=environment, cwd=folder, stdout=log, stderr=log)
+        while job.poll() is None and "Started a local Ray instance" not in (folder / "log.txt").read_text():
+            time.sleep(0.2)
+        if job.poll() is None or "timed out during startup" not in (folder / "log.txt").read_text():
+            break
+    return job
 
 
 def finish(job, folder):
