@@ -210,15 +210,20 @@ def hold_back(tab, address):
     return next_one
 
 
-@pytest.mark.slow
-def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
-    """While the browser holds the second question back, then after its answer."""
+def second_question(opened, drawing):
+    """Let the page answer, ask again, and hold the question back. Returns the button and the request."""
     drop(opened, drawing[1])
     answer_on_screen(opened)
     button, question = opened.get_by_role("button", name="What is in it?"), hold_back(opened, "**/queue/join*")
     expect(button).to_be_enabled(timeout=WAIT)
     button.click()
-    held = question()
+    return button, question()
+
+
+@pytest.mark.slow
+def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
+    """While the browser holds the second question back, then after its answer."""
+    button, held = second_question(opened, drawing)
     expect(opened.get_by_text("Looking …")).to_be_visible(timeout=WAIT)
     expect(opened.locator(".answer")).to_have_count(0)
     expect(opened.locator(".cm-content", has_text="is_food")).to_have_count(0)
@@ -230,12 +235,7 @@ def test_an_old_answer_is_cleared_and_the_button_waits(opened, drawing, tuned):
 
 @pytest.mark.slow
 def test_the_button_waits_no_longer_after_a_refusal(opened, drawing):
-    drop(opened, drawing[1])
-    answer_on_screen(opened)
-    button, question = opened.get_by_role("button", name="What is in it?"), hold_back(opened, "**/queue/join*")
-    expect(button).to_be_enabled(timeout=WAIT)
-    button.click()
-    held = question()
+    button, held = second_question(opened, drawing)
     expect(button).to_be_disabled(timeout=WAIT)
     held.fulfill(status=503, json={"detail": "Queue is full."})
     expect(button).to_be_enabled(timeout=WAIT)
