@@ -1,4 +1,4 @@
-"""Measure memory and throughput of building a data set of 100,000 small images, with and without a SIGKILL.
+"""Measure memory and throughput of building a dataset of 100,000 small images, with and without a SIGKILL.
 
     python benchmarks/build_dataset.py  # five minutes on 2 cores; writes results/dataset_build.json and curves
 
@@ -8,7 +8,6 @@ write the same files, byte for byte.
 
 import hashlib
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
 import typer
 from PIL import Image
 
@@ -70,14 +70,9 @@ class Watched:
 
     def look(self) -> bool:
         """Record time, memory in GiB and images done. Return False once the process has ended."""
-        try:
-            memory = (
-                int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
-            )
-        except (FileNotFoundError, ProcessLookupError, IndexError):
-            memory = 0.0
         if self.process.poll() is not None:
             return False
+        memory = psutil.Process(self.process.pid).memory_info().rss / 2**30
         self.curve.append((time.perf_counter() - self.start, memory, self.done()))
         return True
 
@@ -126,9 +121,7 @@ def main(
     ):
         seconds, memory, done = zip(*watched.curve, strict=True)
         bottom.plot([second + shift for second in seconds], memory, label=name)
-        read = [
-            number / 1000 if number else float("nan") for number in done
-        ]  # the ledger is gone once the data set is whole
+        read = [number / 1000 or float("nan") for number in done]  # the ledger is gone once the dataset is whole
         top.plot([second + shift for second in seconds], read, label=name)
     top.set(ylabel="thousand images read", title=f"building {images:,} images, two builds at a time")
     bottom.set(xlabel="seconds", ylabel="resident memory, GiB", ylim=(0, None))

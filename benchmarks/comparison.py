@@ -16,9 +16,7 @@ from foodextract.evaluation.results import Row, make_row
 from foodextract.evaluation.scoring import Reader
 from foodextract.schema import FoodRecord
 
-PERMUTATIONS = (
-    9999  # the smallest p is 2 / (PERMUTATIONS + 1), unless there are few enough images to try all permutations
-)
+PERMUTATIONS = 9999  # the smallest p is 2 / (PERMUTATIONS + 1), unless few enough images allow all permutations
 COMPARED = (
     "strict_json_rate", "is_food_accuracy", "is_food_mcc", "item_f1_micro", "item_f1_micro_soft", "item_f1_macro",
     "title_similarity", "hallucination_rate",

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from foodextract.data import scenes
 from foodextract.data.samples import Reject, Rows, Sample
 from foodextract.images import open_image
+from foodextract.schema import FIELDS
 
 COPY = "-copy.png"  # suffix of the name of a copy
 Raw = dict[str, Any]  # the four keys of a record
@@ -143,7 +144,7 @@ def _long_list(rng: np.random.Generator, raw: Raw, category: str) -> str | None:
 
 
 def _pick(rng: np.random.Generator, raw: Raw) -> tuple[str, str]:
-    field = str(rng.choice([field for field in ("food_items", "drink_items") if raw[field]]))
+    field = str(rng.choice([field for field in FIELDS if raw[field]]))
     return field, str(rng.choice(raw[field]))
 
 
@@ -186,7 +187,7 @@ def corrupted(
 
 
 def count_found(log: list[tuple[str, str]], folder: Path) -> list[tuple[str, int, int]]:
-    """Return kind, number and number found of the corruptions in `log`, for the data set built in `folder`.
+    """Return kind, number and number found of the corruptions in `log`, for the dataset built in `folder`.
 
     A label corruption is found by an issue of one of its rules. A copy is found in one group with its original, or when
     it is rejected as a duplicate.

@@ -2,9 +2,9 @@
 
     python benchmarks/dataset_quality.py  # writes results/dataset_quality.json
 
-The labels of two data sets are right by construction: drawn scenes (no class names, titles that list every item) and
+The labels of two datasets are right by construction: drawn scenes (no class names, titles that list every item) and
 food classes, composed here as a larger model would label photographs of them. Copies of their rows get faults of ten
-kinds, half of each in either data set where both can have it. A fault counts as found when a rule made for its kind
+kinds, half of each in either dataset where both can have it. A fault counts as found when a rule made for its kind
 names the corrupted item. Clean rows are checked with the same statistics, and any issue in them is a false alarm.
 No image is drawn.
 """

@@ -87,10 +87,8 @@ def main(
     if not (work / "dataset").exists():
         dataset.build(sources.scenes(seed=seed, train=train, test=test), work / "dataset")
     drawn = dataset.load(work / "dataset")
-    images, labels = (
-        list(drawn["test"]["image"]),
-        [dataset.record_of(row) for row in drawn["test"].remove_columns("image")],
-    )
+    images = list(drawn["test"]["image"])
+    labels = [dataset.record_of(row) for row in drawn["test"].remove_columns("image")]
     rows: list[Row] = []
     for name, model in (("json", json_model), ("repr", repr_model)):
         if model:

@@ -28,10 +28,10 @@ import typer
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, pipeline
 
-from extract_report import DEFAULT, PHASES, SEED, save_plot
+from extract_report import DEFAULT, PHASES, SEED, draw
 from foodextract import prompts
 from foodextract.data.scenes import draw_scenes
-from foodextract.evaluation.results import Row, device_name, make_row, read_results, write_results
+from foodextract.evaluation.results import Row, device_name, make_row
 from foodextract.images import open_image
 from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
 from foodextract.inference.onnx import GraphModel
@@ -39,6 +39,7 @@ from foodextract.models import loading
 from foodextract.models.precision import choose_precision, seconds_of
 from foodextract.models.quantization import convert
 from foodextract.schema import FoodRecord
+from reports import write_beside
 from true_size import as_photograph, bf16_is_slow, build, interval, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,14 +99,8 @@ class Clock:
 
     def phases(self) -> dict[str, float]:
         """Seconds by phase; what generation does between two forwards counts to the tokens."""
-        spent = self.spent
-        return {
-            "open": spent["open"],
-            "preprocess": spent["preprocess"],
-            "vision": spent["vision"],
-            "prefill": spent["prefill"],
-            "tokens": spent["generate"] - spent["vision"] - spent["prefill"],
-        }
+        tokens = self.spent["generate"] - self.spent["vision"] - self.spent["prefill"]
+        return {name: self.spent[name] for name in PHASES if name != "tokens"} | {"tokens": tokens}
 
 
 class Subject:
@@ -272,12 +267,11 @@ def main(
     files = [as_photograph(scene) for scene in draw_scenes(11, "test", images)]
     command = f"python benchmarks/extract.py --images {images} --threads {threads}"
     rows: list[Row] = []
-    kept = [row for row in read_results(results) if row.device != device_name()] if results.is_file() else []
     for one in size or ["500m", "256m"]:
         rows += measure(one, files, batch or [1, 2, 4, 8], processor, command)
-        write_results(results, [*rows, *kept])  # rows of other processors stay
+        write_beside(results, rows, lambda row: row.device != device_name())
         gc.collect()
-    save_plot(results)
+    draw(results)
 
 
 if __name__ == "__main__":

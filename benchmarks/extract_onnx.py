@@ -25,7 +25,7 @@ from foodextract.evaluation.results import Row, make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.inference.onnx import GraphModel, export_onnx, write_graphs
 from foodextract.models import loading
-from foodextract.models.quantization import quantize
+from foodextract.models.quantization import convert
 from foodextract.schema import FoodRecord
 from true_size import as_photograph, build
 
@@ -73,7 +73,7 @@ def latency(size: str, images: list[bytes], processor_from: Path, command: str) 
         write_graphs(fp32, Path(folder))
         gc.collect()
         int8 = copy.deepcopy(fp32)
-        quantize(int8)
+        convert(int8, "int8", "int8")
         ways = {"torch fp32": fp32, "torch bf16": bf16, "torch int8": int8}
         ways |= {f"ONNX {precision}": GraphModel(folder, precision=precision) for precision in ("fp32", "int8")}
         dictation = Dictation(processor.tokenizer)

@@ -1,5 +1,5 @@
-"""Tables and plots of what `extract.py`, `extract_onnx.py`, `valid.py` and `memory.py` measured; `tools/pages.py` shows
-them.
+"""Tables and plots of what `extract.py`, `extract_onnx.py`, `photo_precision.py`, `valid.py` and `memory.py` measured;
+`tools/pages.py` shows them.
 
 python benchmarks/extract_report.py         # draw the plot again from results/extract_cpu.json
 """
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from foodextract.evaluation.results import Row, read_results
 from foodextract.reporting.tables import markdown_table
+from reports import save_plot, with_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("open", "preprocess", "vision", "prefill", "tokens")
@@ -50,8 +51,8 @@ def costs(rows: list[Row], speedup: str, title: str) -> str:
         lines = [
             [
                 name,
-                _interval(of["cpu_seconds_per_image"]),
-                _interval(of[speedup]),
+                with_interval(of["cpu_seconds_per_image"]),
+                with_interval(of[speedup]),
                 *(f"{of[f'{phase}_cpu_seconds'].value:.3g}" for phase in PHASES),
                 of["cpu_seconds_per_image"].n,
             ]
@@ -67,16 +68,13 @@ def batches(rows: list[Row]) -> str:
     parts = []
     for size, subjects in by_size(rows).items():
         tokens, forced = subjects["answer"]["answer_tokens"], subjects["forced tokens alone"]["decode_speedup"]
-        part = (
-            f"{size.upper()}: forced tokens make decoding {_interval(forced)} times faster ({tokens.value:.0f} tokens)."
-        )
+        part = f"{size.upper()}: forced tokens make decoding {with_interval(forced)} times faster "
+        part += f"({tokens.value:.0f} tokens)."
         for name, of in subjects.items():
             if "batch_decode_speedup" in of:
                 decode, whole = of["batch_decode_speedup"], of["batch_image_speedup"]
-                part += (
-                    f" {name[0].upper()}{name[1:]}: {_interval(decode)} times the tokens per CPU-second of a single "
-                )
-                part += f"image, and {_interval(whole)} times the images."
+                part += f" {name[0].upper()}{name[1:]}: {with_interval(decode)} times the tokens per CPU-second "
+                part += f"of a single image, and {with_interval(whole)} times the images."
         parts.append(part)
     return "\n\n".join(parts)
 
@@ -120,11 +118,7 @@ def plot(rows: list[Row]) -> Figure:
 
 def rates(rows: list[Row]) -> str:
     """Return a table of shares with their intervals."""
-    lines = [
-        [row.subject, NAMES[row.metric], f"{100 * row.value:.2f} % ({100 * row.low:.2f}–{100 * row.high:.2f})", row.n]
-        for row in rows
-        if row.metric in NAMES
-    ]
+    lines = [[row.subject, NAMES[row.metric], _percent(row, digits=2), row.n] for row in rows if row.metric in NAMES]
     return markdown_table(["subject", "share", "95 % interval", "n"], lines)
 
 
@@ -145,7 +139,7 @@ def headline(rows: list[Row]) -> str:
         seed = next(of for name, of in subjects.items() if name.startswith(SEED))
         ours = next(of for name, of in subjects.items() if name.endswith(DEFAULT))
         seconds, before = (of["cpu_seconds_per_image"].value for of in (ours, seed))
-        times = _interval(ours["speedup_vs_seed"])
+        times = with_interval(ours["speedup_vs_seed"])
         at = f"at the size of SmolVLM2-{size.upper()}"
         parts.append(f"{seconds:.2g} CPU-seconds instead of {before:.3g} {at}, {times} times fewer")
     comparison = "The comparison is `transformers.pipeline` with 17 tiles, as in the original."
@@ -153,7 +147,7 @@ def headline(rows: list[Row]) -> str:
 
 
 def _cost_parts(rows: list[Row]) -> list[str]:
-    image = _image("extract_cpu", "CPU-seconds per image by phase, and tokens per CPU-second by batch size")
+    image = "![CPU-seconds per image by phase, and tokens per CPU-second by batch size](../results/extract_cpu.png)"
     first, *others = by_device(rows)
     tables = [f"On {mine[0].device}:\n\n{costs(mine, 'speedup_vs_seed', 'seed ÷ this')}" for mine in others]
     return [headline(first), image, costs(first, "speedup_vs_seed", "seed ÷ this"), batches(first), *tables]
@@ -171,7 +165,7 @@ def _photo_precision_parts(rows: list[Row]) -> list[str]:
         lines = [
             [
                 row.subject.removeprefix("ours "),
-                f"{row.value:.3f} ({row.low:.3f}–{row.high:.3f})",
+                with_interval(row, ".3f"),
                 *(_percent(of[f"{row.subject} and fp32", metric]) for metric in list(NAMES)[1:]),
                 row.n,
             ]
@@ -185,52 +179,39 @@ def _photo_precision_parts(rows: list[Row]) -> list[str]:
     return parts
 
 
-def _percent(row: Row) -> str:
-    return f"{100 * row.value:.1f} % ({100 * row.low:.1f}–{100 * row.high:.1f})"
+def _percent(row: Row, digits: int = 1) -> str:
+    value, low, high = (f"{100 * share:.{digits}f}" for share in (row.value, row.low, row.high))
+    return f"{value} % ({low}–{high})"
 
 
 def _memory_parts(rows: list[Row]) -> list[str]:
-    return [_image("extract_memory", "Memory by images answered"), memory(rows)]
+    return ["![Memory by images answered](../results/extract_memory.png)", memory(rows)]
 
 
-PARTS: dict[str, tuple[str, str, Callable[[list[Row]], list[str]]]] = {  # results file → title, script, what it shows
-    "extract_cpu": ("Cost per image", "extract.py", _cost_parts),
-    "photo_precision": ("Precision of the photo model", "photo_precision.py PHOTOS", _photo_precision_parts),
-    "extract_onnx": ("ONNX Runtime", "extract_onnx.py", _onnx_parts),
-    "extract_valid": ("Validity for any image and any weights", "valid.py", lambda rows: [rates(rows)]),
-    "extract_memory": ("Memory", "memory.py", _memory_parts),
+PARTS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {  # results file → title, what it shows
+    "extract_cpu": ("Cost per image", _cost_parts),
+    "photo_precision": ("Precision of the photo model", _photo_precision_parts),
+    "extract_onnx": ("ONNX Runtime", _onnx_parts),
+    "extract_valid": ("Validity for any image and any weights", lambda rows: [rates(rows)]),
+    "extract_memory": ("Memory", _memory_parts),
 }
 
 
 def text(root: Path) -> str:
     """Return the section of benchmarks/README.md."""
     parts = []
-    for name, (title, script, render) in PARTS.items():
-        file = root / "results" / f"{name}.json"
-        parts.append(f"### {title}")
-        if file.exists():
-            rows = read_results(file)
-            link = f"[`results/{file.name}`](../results/{file.name})"
-            parts += [*render(rows), f"Source: {link}, `{rows[0].command}`, commit {rows[0].commit}, {rows[0].device}."]
-        else:
-            parts.append(f"Not measured yet: `.venv/bin/python benchmarks/{script}` does it.")
+    for name, (title, render) in PARTS.items():
+        rows = read_results(root / "results" / f"{name}.json")
+        link = f"[`results/{name}.json`](../results/{name}.json)"
+        source = f"Source: {link}, `{rows[0].command}`, commit {rows[0].commit}, {rows[0].device}."
+        parts += [f"### {title}", *render(rows), source]
     return "\n\n".join(parts)
 
 
-def save_plot(results: Path) -> None:
-    """Draw the plot of `extract.py` beside its results."""
-    figure = plot(by_device(read_results(results))[0])
-    figure.savefig(results.with_suffix(".png"), dpi=110)
-    plt.close(figure)
-
-
-def _interval(row: Row) -> str:
-    return f"{row.value:.3g}" + (f" ({row.low:.3g}–{row.high:.3g})" if row.low is not None else "")
-
-
-def _image(stem: str, description: str) -> str:
-    return f"![{description}](../results/{stem}.png)"
+def draw(results: Path) -> None:
+    """Draw the plot of the last measurement beside its results."""
+    save_plot(plot(by_device(read_results(results))[0]), results)
 
 
 if __name__ == "__main__":
-    save_plot(ROOT / "results" / "extract_cpu.json")
+    draw(ROOT / "results" / "extract_cpu.json")

@@ -7,13 +7,12 @@ noted after every tenth answer. Flat means: the mean of the last tenth of the cu
 the second tenth.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import matplotlib.pyplot as plt
-import numpy as np
+import psutil
 import typer
 from tqdm import tqdm
 
@@ -21,13 +20,9 @@ from foodextract.evaluation.results import make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from odd_images import odd_images
+from served import growth
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def resident() -> float:
-    """This process's resident memory in GiB (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def main(
@@ -37,22 +32,22 @@ def main(
 ) -> None:
     """Measure, print, draw and write down."""
     answers = Extractor.from_pretrained(loading.TINY_TUNED, "cpu").extract_many(odd_images(images), batch_size)
-    curve = [
-        (done, resident()) for done, _ in enumerate(tqdm(answers, total=images, unit="image"), 1) if done % 10 == 0
-    ]
-    memory = np.array([gib for _, gib in curve])
-    tenth = len(memory) // 10
-    growth = memory[-tenth:].mean() / memory[tenth : 2 * tenth].mean() - 1
+    curve, process = [], psutil.Process()
+    for done, _ in enumerate(tqdm(answers, total=images, unit="image"), 1):
+        if done % 10 == 0:
+            curve.append((done, process.memory_info().rss / 2**30))
+    memory = [gib for _, gib in curve]
+    peak, grown = max(memory), growth(memory)
     row = partial(
         make_row, "extract_memory", "ours", n=images, command=f"python benchmarks/memory.py --images {images}"
     )
-    write_results(results, [row("peak_memory_gib", memory.max(), unit="GiB"), row("memory_growth_share", growth)])
+    write_results(results, [row("peak_memory_gib", peak, unit="GiB"), row("memory_growth_share", grown)])
     figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
     axis.plot(*zip(*curve, strict=True), color="#4c78a8")
     axis.set(xlabel="images answered", ylabel="resident memory, GiB", ylim=(0, None))
     axis.grid(alpha=0.3)
     figure.savefig(results.with_suffix(".png"), dpi=120)
-    print(f"peak {memory.max():.2f} GiB, growth {growth:+.1%}: {'flat' if growth <= 0.02 else 'NOT FLAT'}")
+    print(f"peak {peak:.2f} GiB, growth {grown:+.1%}: {'flat' if grown <= 0.02 else 'NOT FLAT'}")
 
 
 if __name__ == "__main__":

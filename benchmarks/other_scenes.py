@@ -39,7 +39,6 @@ def main(
     rows = []
     for subject, constrained in (("tuned", False), ("tuned constrained", True)):
         texts = evaluate.predict(partial(extractor.generate_texts, constrained=constrained), images, batch, subject)
-        command = " ".join(["python benchmarks/other_scenes.py", *sys.argv[1:]])
         rows += evaluate.to_rows("other_scenes", subject, evaluate.score(labels, texts), command)
     write_results(out, rows)
     print(tables.metric_table([row for row in rows if row.low is not None]))

@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from extract import title
 from foodextract.evaluation import evaluate
-from foodextract.evaluation.results import device_name, make_row, read_results, write_results
+from foodextract.evaluation.results import device_name, make_row
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.precision import choose_precision, seconds_of
 from foodextract.models.quantization import convert
+from reports import write_beside
 from true_size import interval
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments" / "photo_base"))
@@ -75,8 +76,7 @@ def main(
     together = extractors[default].extract_many(paths, 32)
     same = evaluate.rate("same_answer_rate", [a == b for a, b in zip(together, answers[default], strict=True)])
     rows += evaluate.to_rows("photo_precision", f"{title(*default, default)}: alone and in 32", [same], rows[0].command)
-    kept = [row for row in read_results(out) if row.device != device_name()] if out.is_file() else []
-    write_results(out, [*rows, *kept])
+    write_beside(out, rows, lambda row: row.device != device_name())
     for one in rows:
         print(f"{one.subject:>50} {one.metric} {one.value:.4g} ({one.low:.4g} to {one.high:.4g}), n = {one.n}")
 

@@ -21,8 +21,7 @@ from foodextract.evaluation.results import Row, make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.reporting.tables import metric_table
-from foodextract.schema import FoodRecord
-from photographs import KNOWN, ROOT, Features, Photo, learned_names, linear_probe, nearest, read_photos
+from photographs import KNOWN, ROOT, Features, Photo, labels_of, learned_names, linear_probe, nearest, read_photos
 
 SIZES = (1700, 5000)
 METRICS = ("is_food_accuracy", "hallucination_rate")
@@ -59,7 +58,7 @@ def main(
     known = {name for name, count in learned_names(photos).items() if count >= KNOWN}
     seen = Features(Extractor.from_pretrained(model, "cpu"), features)
     asked = seen.of(test)
-    labels, scopes = [FoodRecord(**photo.label) for photo in test], [photo.label_scope for photo in test]
+    labels, scopes = labels_of(test)
     rows: list[Row] = []
     for name, part in parts(train).items():
         trained = seen.of(part)

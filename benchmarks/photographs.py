@@ -3,9 +3,10 @@
     python benchmarks/photographs.py FOLDER    # a folder with a manifest, see experiments/photo_base/photos.py
 
 writes results/photographs.json: all metrics overall, and the main ones by source, by license class, by number of items
-and by name; and results/photographs.png: what `--min-confidence` does, and how far confidence can be believed. The split is by group (`photos.split_of`) and the same as in training. `known_item_recall` counts the names
-that at least 20 training photographs show. Baselines are the most frequent training record, the record of the nearest
-training photograph, and a linear probe on the features of the model's own vision tower; the features of the training
+and by name; and results/photographs.png: what `--min-confidence` does, and how far confidence can be believed. The
+split is by group (`photos.split_of`) and the same as in training. `known_item_recall` counts the names that at least 20
+training photographs show. Baselines are the most frequent training record, the record of the nearest training
+photograph, and a linear probe on the features of the model's own vision tower; the features of the training
 photographs, half an hour of work, are kept in a file, and so are all answers. Rerun to resume.
 
     python benchmarks/photographs.py FOLDER --calibrate --split validation    # fits calibration.json beside the weights
@@ -16,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
+import platt
 from baseline_models import Majority
 from baselines import breakdown, number_of_items
 from foodextract.evaluation import calibration, evaluate
@@ -125,9 +127,14 @@ def linear_probe(train: Sequence[Photo], features: np.ndarray, asked: np.ndarray
     return list(map(text, is_food, item))
 
 
+def labels_of(photos: Sequence[Photo]) -> tuple[list[FoodRecord], list[str]]:
+    """Labels and their scopes."""
+    return [FoodRecord(**photo.label) for photo in photos], [photo.label_scope for photo in photos]
+
+
 def scored(subject: str, photos: Sequence[Photo], texts: Sequence[str], known: set[str], command: str) -> list[Row]:
     """All metrics of one subject, and those BROKEN_DOWN by group and by name."""
-    labels, scopes = [FoodRecord(**photo.label) for photo in photos], [photo.label_scope for photo in photos]
+    labels, scopes = labels_of(photos)
     metrics = evaluate.score(labels, texts, scopes)
     if recall := evaluate.known_item_recall(labels, texts, known):
         metrics.append(recall)
@@ -188,10 +195,10 @@ def texts_of(
 
 def reliability_rows(subject: str, photos: Sequence[Photo], answers: Sequence[Answer], command: str) -> list[Row]:
     """Expected calibration error of `is_food` and of items."""
-    labels, scopes = [FoodRecord(**photo.label) for photo in photos], [photo.label_scope for photo in photos]
+    labels, scopes = labels_of(photos)
     decided = [record.is_food == label.is_food for label, (record, _) in zip(labels, answers, strict=True)]
     pairs = {"is_food": (decided, [confidence.is_food for _, confidence in answers])}
-    pairs["item"] = calibration.judged_items(labels, answers, scopes)
+    pairs["item"] = platt.judged_items(labels, answers, scopes)
     rows = []
     for name, (right, sure) in pairs.items():
         error = calibration.calibration_error(calibration.reliability(right, sure))
@@ -201,36 +208,34 @@ def reliability_rows(subject: str, photos: Sequence[Photo], answers: Sequence[An
 
 def threshold_rows(photos: Sequence[Photo], answers: Sequence[Answer], known: set[str], command: str) -> list[Row]:
     """Precision of named items and recall of known names by `--min-confidence`."""
-    labels, scopes = [FoodRecord(**photo.label) for photo in photos], [photo.label_scope for photo in photos]
+    labels, scopes = labels_of(photos)
     rows = []
     for least in THRESHOLDS:
         kept = [with_sure_items(record, confidence, least) for record, confidence in answers]
-        right, _ = calibration.judged_items(labels, kept, scopes)
-        metrics = [replace(evaluate.rate("", right), name="item_precision")] if right else []
+        right, _ = platt.judged_items(labels, kept, scopes)
+        metrics = [evaluate.rate("item_precision", right)] if right else []
         if recall := evaluate.known_item_recall(labels, [record.to_json() for record, _ in kept], known):
             metrics.append(recall)
         rows += evaluate.to_rows("photographs", f"photo | min confidence {least:g}", metrics, command)
     return rows
 
 
-def confidence_figure(
-    rows: Sequence[Row], photos: Sequence[Photo], answers: dict[str, Sequence[Answer]], thresholds: Sequence[float]
-) -> Figure:
+def confidence_figure(rows: Sequence[Row], photos: Sequence[Photo], answers: dict[str, Sequence[Answer]]) -> Figure:
     """Left: precision and recall by `--min-confidence`. Right: how many named items are right, by their confidence."""
-    labels, scopes = [FoodRecord(**photo.label) for photo in photos], [photo.label_scope for photo in photos]
+    labels, scopes = labels_of(photos)
     with plt.rc_context(figures.STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(figures.WIDTH, 3.4), layout="constrained")
         names = {"item_precision": "precision of named items", "known_item_recall": "recall of known names"}
         for color, (metric, name) in zip(figures.COLORS[2:], names.items(), strict=False):
             found = {row.subject: row for row in rows if row.metric == metric}
-            pairs = ((least, found.get(f"photo | min confidence {least:g}")) for least in thresholds)
+            pairs = ((least, found.get(f"photo | min confidence {least:g}")) for least in THRESHOLDS)
             line = [(least, row.value) for least, row in pairs if row]  # none where nothing is that sure
             left.plot(*zip(*line, strict=True), marker=".", color=color, label=name)
         left.set(xlabel="--min-confidence", ylabel="share", xlim=(-0.03, 1), ylim=(0, 1.03))
         left.grid(alpha=0.3)
         right.plot([0, 1], [0, 1], color=figures.GRAY, linestyle="--", linewidth=1)
         for color, (name, some) in zip(figures.COLORS[1:], answers.items(), strict=False):
-            bins = calibration.reliability(*calibration.judged_items(labels, some, scopes))
+            bins = calibration.reliability(*platt.judged_items(labels, some, scopes))
             label = f"{name}, ECE {calibration.calibration_error(bins):.3f}"
             right.plot([b.predicted for b in bins], [b.observed for b in bins], marker="o", color=color, label=label)
         right.set(xlabel="confidence of an item", ylabel="share that is right", xlim=(-0.03, 1.03), ylim=(0, 1.03))
@@ -264,8 +269,8 @@ def main(
     options = {"paths": paths, "batch": batch, "kept": features.with_name("answers")}
     raw = answered(ours, "photo constrained", **options)
     if calibrate:
-        labels, scopes = [FoodRecord(**photo.label) for photo in test], [photo.label_scope for photo in test]
-        found = calibration.fit(labels, raw, scopes)
+        labels, scopes = labels_of(test)
+        found = platt.fit(labels, raw, scopes)
         found.write(model)
         print(found)
         return
@@ -299,9 +304,7 @@ def main(
     rows += threshold_rows(test, sure, known, command)
     rows += cpu_seconds(ours, [open_image(path) for path in paths[:TIMED]], command)
     write_results(out, rows)
-    confidence_figure(rows, test, {"raw": raw, "calibrated": sure}, THRESHOLDS).savefig(
-        out.with_suffix(".png"), dpi=100
-    )
+    confidence_figure(rows, test, {"raw": raw, "calibrated": sure}).savefig(out.with_suffix(".png"), dpi=100)
     overall = [row for row in rows if " | " not in row.subject]
     print(tables.metric_table([row for row in overall if row.low is not None]))
     for row in rows:

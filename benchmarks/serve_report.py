@@ -1,39 +1,30 @@
 """Tables of what the serving benchmarks measured (results/serving.json and space.json); `tools/pages.py` shows them."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-from foodextract.evaluation.results import Row, read_results
+from foodextract.evaluation.results import Row
 from foodextract.reporting.tables import markdown_table
+from reports import with_interval
 
 Figures = dict[tuple[str, str], Row]  # by subject and metric
 
 
-def serving(root: Path) -> str:
-    """Return the section on the server: a part for each benchmark that has run."""
-    path = root / "results" / "serving.json"
-    rows = read_results(path) if path.exists() else []
+def serving(rows: list[Row]) -> str:
+    """Return the section on the server: a part for each benchmark."""
     parts = []
     for name, render in PARTS.items():
         own = [row for row in rows if row.benchmark == name]
-        if own:
-            parts += [render({(row.subject, row.metric): row for row in own}), _source(own[0])]
-        else:
-            parts.append(f"Not measured yet: `.venv/bin/python benchmarks/{name}.py` does it.")
+        parts += [render({(row.subject, row.metric): row for row in own}), _source(own[0])]
     return "\n\n".join(parts)
 
 
-def space(root: Path) -> str:
+def space(rows: list[Row]) -> str:
     """Return the section on the Space's page."""
-    path = root / "results" / "space.json"
-    if not path.exists():
-        return "Not measured yet: `.venv/bin/python benchmarks/space_page.py` does it."
-    rows = read_results(path)
     of = {row.subject: row for row in rows}
     users = of["ten at once"]
     lines = [
         ["from process start to the first answer", f"{of['start'].value:.1f}"],
-        [f"from requesting the page until it is usable, mean of {of['page'].n}", _with_interval(of["page"], 2)],
+        [f"from requesting the page until it is usable, mean of {of['page'].n}", with_interval(of["page"], ".2f")],
         ["the same, slowest", f"{of['page, slowest'].value:.2f}"],
         [
             f"{users.value:.0f} of {users.n} simultaneous users answered, the last after",
@@ -51,15 +42,15 @@ def _load(of: Figures) -> str:
     ours, flask = (of[name, "images_per_second"] for name in ("ours", "flask, one at a time"))
     faster = of["ours", "speedup_vs_flask"]
     throughput = (
-        f"**{_with_interval(faster, 2)} times the throughput** of the Flask server in {faster.n} alternating rounds: "
-        f"{_with_interval(ours, 1)} against {_with_interval(flask, 1)} images per second, "
+        f"**{with_interval(faster, '.2f')} times the throughput** of the Flask server in {faster.n} alternating "
+        f"rounds: {with_interval(ours, '.1f')} against {with_interval(flask, '.1f')} images per second, "
         f"{ours.n:,} and {flask.n:,} images."
     )
     lines = []
     for subject in dict.fromkeys(subject for subject, metric in of if metric == "lost_or_unexpected"):
         shares = [f"{100 * of[subject, f'status_{code}_share'].value:.1f} %" for code in (200, 429, 504)]
         lost = of[subject, "lost_or_unexpected"]
-        times = [_with_interval(of[subject, f"p{p}_seconds"], 2) for p in (50, 95, 99)]
+        times = [with_interval(of[subject, f"p{p}_seconds"], ".2f") for p in (50, 95, 99)]
         load = subject.removeprefix("ours, ").removesuffix(" load")
         lines.append([load, f"{lost.n:,}", *shares, f"{lost.value:.0f}", *times])
     header = ["load", "requests", "200", "429", "504", "lost or other status", "p50, s", "p95, s", "p99, s"]
@@ -97,11 +88,6 @@ def _start(of: Figures) -> str:
     lines = [[s, f"{of[s, 'seconds'].value:.1f}", f"{of[s, 'peak_memory_gib'].value:.2f}"] for s in sizes]
     most = f"size (maximum of {max(row.n for row in of.values())} starts)"
     return markdown_table([most, "start to ready, s", "peak memory until the first answer, GiB"], lines)
-
-
-def _with_interval(row: Row, digits: int) -> str:
-    bounds = f" ({row.low:.{digits}f}–{row.high:.{digits}f})" if row.low is not None else ""
-    return f"{row.value:.{digits}f}{bounds}"
 
 
 PARTS: dict[str, Callable[[Figures], str]] = {"serve_load": _load, "serve_faults": _faults, "serve_start": _start}

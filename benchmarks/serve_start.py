@@ -3,7 +3,7 @@
     python benchmarks/serve_start.py                                           # adds to results/serving.json
     python benchmarks/serve_start.py --size tiny --results /tmp/serving.json   # does it run?
 
-The large models have random weights (see `extract.py`), saved as bf16 and loaded with the server's defaults on a CPU.
+The large models have random weights (see `true_size.py`), saved as bf16 and loaded with the server's defaults on a CPU.
 The files are in the page cache, because they have just been written; a cold disk adds its own time.
 """
 
@@ -15,10 +15,10 @@ from typing import Annotated
 import httpx
 import typer
 
-from extract import build
 from foodextract.evaluation.results import Row, make_row
 from foodextract.models import loading
 from served import RESULTS, drawn_images, serving, write_part
+from true_size import build
 
 
 def measure(size: str, repeats: int, command: str) -> list[Row]:

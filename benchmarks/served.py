@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 
 from foodextract.data.scenes import draw_scenes
-from foodextract.evaluation.results import Row, read_results, write_results
+from foodextract.evaluation.results import Row
+from reports import write_beside
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "serving.json"
@@ -114,5 +115,4 @@ def growth(memory: list[float]) -> float:
 
 def write_part(path: Path, rows: list[Row]) -> None:
     """Replace the rows of one benchmark in a results file that several share."""
-    others = [row for row in (read_results(path) if path.exists() else []) if row.benchmark != rows[0].benchmark]
-    write_results(path, others + rows)
+    write_beside(path, rows, lambda row: row.benchmark != rows[0].benchmark)

@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from foodextract.data.scenes import draw_scenes
 from foodextract.evaluation.results import make_row, write_results
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
+from served import free_port
 from true_size import interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,9 +43,7 @@ TIMEOUT = 120_000  # milliseconds
 @contextmanager
 def space() -> Iterator[tuple[str, float]]:
     """Start the Space; yield its address and the seconds until it answered. Raises RuntimeError with its log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     model = {"FOODEXTRACT_MODEL": str(loading.TINY_TUNED), "HF_HUB_OFFLINE": "1"}
     env = {**os.environ, "GRADIO_SERVER_PORT": str(port), **model}
     command = [sys.executable, str(ROOT / "demos" / "FoodExtract-Vision" / "app.py")]

@@ -12,10 +12,8 @@ from foodextract.training.collate import IGNORED
 from foodextract.training.config import PROFILES, Stage, precision_of
 
 STAGES = {stage.name: stage for stage in (PROFILES["hub"].stage1, PROFILES["hub"].stage2)}
-SHARED, CACHED = (
-    "batches that share the system message",
-    "frozen vision computed once",
-)  # the last change, in stages 2 and 1
+SHARED = "batches that share the system message"  # the last change in stage 2
+CACHED = "frozen vision computed once"  # the last change in stage 1
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""What `train_step.py` measured: rows for results/, and tables and a plot made from them."""
+"""What `train_step.py` measured: rows for results/, and tables and a plot made from them.
+
+python benchmarks/train_report.py         # draw the plots again from results/train_*.json
+"""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +13,7 @@ from matplotlib.figure import Figure
 
 from foodextract.evaluation.results import Row, make_row, read_results
 from foodextract.reporting.tables import markdown_table
+from reports import save_plot, with_interval
 from train_recipes import CACHED, SHARED, STAGES
 from true_size import interval, ratio
 
@@ -99,8 +103,9 @@ def tables(rows: list[Row]) -> str:
         lines, previous = [], None
         for name, of in recipes.items():
             seconds = of["seconds_per_image"].value
-            line = [_name(stage, name), _seconds(of["data_seconds_per_image"]), _seconds(of["step_seconds_per_image"])]
-            line += [_times(of["speedup_vs_seed"]), f"{previous / seconds:.2f}" if previous else ""]
+            line = [_name(stage, name)]
+            line += [with_interval(of[f"{part}_seconds_per_image"]) for part in ("data", "step")]
+            line += [with_interval(of["speedup_vs_seed"], ".1f"), f"{previous / seconds:.2f}" if previous else ""]
             line += [f"{of['peak_memory_gib'].value:.1f}", f"{100 * of['mfu'].value:.0f} %", of["seconds_per_image"].n]
             lines.append(line)
             previous = seconds
@@ -156,14 +161,12 @@ def text(root: Path) -> str:
             f"Source: [`results/{path.name}`](../results/{path.name}), `{rows[0].command}`, commit {rows[0].commit}."
         )
         parts += [f"### {rows[0].device}", image, tables(rows), source]
-    return "\n\n".join(parts) or "Not measured yet: `.venv/bin/python benchmarks/train_step.py` does it."
+    return "\n\n".join(parts)
 
 
-def save_plot(results: Path) -> None:
-    """Draw the plot beside the results."""
-    figure = plot(read_results(results))
-    figure.savefig(results.with_suffix(".png"), dpi=110)
-    plt.close(figure)
+def draw(results: Path) -> None:
+    """Draw the plot beside its results."""
+    save_plot(plot(read_results(results)), results)
 
 
 def _name(stage: str, recipe: str) -> str:
@@ -173,9 +176,6 @@ def _name(stage: str, recipe: str) -> str:
     )
 
 
-def _seconds(row: Row) -> str:
-    return f"{row.value:.3g}" + (f" ({row.low:.3g}–{row.high:.3g})" if row.low is not None else "")
-
-
-def _times(row: Row) -> str:
-    return f"{row.value:.1f}" + (f" ({row.low:.1f}–{row.high:.1f})" if row.low is not None else "")
+if __name__ == "__main__":
+    for path in (Path(__file__).resolve().parents[1] / "results").glob("train_*.json"):
+        draw(path)

@@ -2,7 +2,6 @@
 
     python benchmarks/train_step.py                     # 256M and 500M on a CPU, an hour; writes results/train_cpu.json
     python benchmarks/train_step.py --device cuda       # writes results/train_gpu_<name>.json
-    python benchmarks/train_step.py --render            # table and plot once more, from what is in results/
     python benchmarks/train_step.py --size tiny --results /tmp/train.json       # does it run?
 
 The recipes are a ladder: every rung changes one thing of the rung below, so the factors multiply to the whole. Tiles
@@ -35,7 +34,7 @@ import numpy as np
 import torch
 import typer
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, SmolVLMConfig, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
 from trl import SFTConfig
 
 from foodextract.data.dataset import as_conversations
@@ -49,13 +48,12 @@ from foodextract.training.freezing import freeze
 from foodextract.training.throughput import Step, flops_per_image, matmul_rate, peak_memory, reset_peak_memory, wait_for
 from foodextract.training.trainer import FoodTrainer
 from train_recipes import STAGES, Recipe, SeedTrainer, ladder
-from train_report import Cell, save_plot, summarize
+from train_report import Cell, draw, summarize
 from true_size import as_photograph, bf16_is_slow, build
 
 ROOT = Path(__file__).resolve().parents[1]
 UPDATE = 32  # images an optimizer step, in the seed's recipe as in ours
 ROWS = 5  # batches that the data path is measured on, at least
-GUESS = 0.6  # of the fp32 matrix product's rate is reached, for the estimate of the time alone
 
 
 class Clock(TrainerCallback):
@@ -89,12 +87,9 @@ def measure(
     steps: int,
 ) -> Cell:
     """Train for some steps, and note what those behind the first `warm` cost."""
-    device, stage = (
-        torch.device(cell.device),
-        replace(
-            STAGES[cell.stage], per_device_train_batch_size=cell.batch, gradient_accumulation_steps=1, bf16=recipe.bf16
-        ),
-    )
+    device = torch.device(cell.device)
+    settings = {"per_device_train_batch_size": cell.batch, "gradient_accumulation_steps": 1, "bf16": recipe.bf16}
+    stage = replace(STAGES[cell.stage], **settings)
     processor = copy.deepcopy(processor)
     loading.set_image_budget(processor, recipe.tiles)
     with suppress(AttributeError, OSError):
@@ -171,15 +166,6 @@ def images(count: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
-def expected_tflop(cell: Cell, recipe: Recipe, config: SmolVLMConfig, steps: int) -> float:
-    """What a cell computes, roughly: the progress bar counts in it."""
-    vision = "cached" if recipe.cached else "frozen" if STAGES[cell.stage].freeze else "trained"
-    tokens = 190 + 64 * recipe.tiles
-    again = 4 / 3 if recipe.checkpointing else 1
-    head = 60 if recipe.answer_only else tokens
-    return steps * cell.batch * again * flops_per_image(config, Step(recipe.tiles, tokens, 0, 1, head, vision)) / 1e12
-
-
 def main(
     size: Annotated[list[str] | None, typer.Option(help="500m, 256m or tiny; may be given more than once.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
@@ -202,9 +188,6 @@ def main(
         Path | None, typer.Option(help="Where the figures go (default: results/train_<device>.json).")
     ] = None,
     ends: Annotated[bool, typer.Option("--ends", help="Only the seed's recipe and ours, nothing between.")] = False,
-    render_only: Annotated[
-        bool, typer.Option("--render", help="Only draw the plot again from the results file.")
-    ] = False,
 ) -> None:
     """Measure, print, draw and write down."""
     on, name = loading.choose_device(device), device_name()
@@ -212,15 +195,12 @@ def main(
     batches = (seed_batch or (1 if slow else 8), batch or (8 if slow else 32))
     if results is None:
         results = ROOT / "results" / ("train_cpu.json" if slow else f"train_gpu_{in_file_name(name)}.json")
-    if render_only:
-        save_plot(results)
-        return
     built = {one: build(one, processor) for one in size or ["256m", "500m"]}
     notes = results.with_suffix(".cells.jsonl")
     notes.parent.mkdir(parents=True, exist_ok=True)
     known = [Cell(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
     found = {cell.key: cell for cell in known}
-    plan = []  # cells with their recipe, steps to warm up and to measure, and what they compute
+    plan = []  # cells with their recipe, steps to warm up and to measure
     slow_bf16 = bf16_is_slow(on)
     for one, number, stage in product(built, range(repeats), STAGES.values()):
         for recipe in ladder(stage, on, built[one][0].num_parameters(), slow_bf16=slow_bf16):
@@ -230,32 +210,24 @@ def main(
             if not (long and number):
                 cell = Cell(one, stage.name, recipe.name, number, commit(), str(on), batches[recipe.batched])
                 warm, measured = (0, 1) if long else (1, steps)
-                work = expected_tflop(cell, recipe, built[one][0].config, warm + measured)
-                plan.append((cell, recipe, warm, measured, work))
+                plan.append((cell, recipe, warm, measured))
     left = [planned for planned in plan if planned[0].key not in found]
-    total = sum(planned[-1] for planned in left)
-    minutes = total * 1e12 / (GUESS * matmul_rate(on, torch.float32)) / 60
-    print(f"{len(left)} of {len(plan)} cells to measure on {name}, about {minutes:.0f} minutes", flush=True)
+    print(f"{len(left)} of {len(plan)} cells to measure on {name}", flush=True)
     split = images(max(ROWS, 1 + steps) * max(batches))
-    with tqdm(total=total, bar_format="{l_bar}{bar}| {n:.3g}/{total:.3g} TFLOP [{elapsed}<{remaining}]") as bar:
-        for cell, recipe, warm, measured, work in left:
-            bar.set_description(f"{cell.size} {cell.stage} {recipe.name}")
-            rows = split.select(range(max(ROWS, warm + measured) * cell.batch))
-            done = found[cell.key] = measure(cell, recipe, *built[cell.size], rows, warm, measured)
-            with notes.open("a") as file:
-                file.write(json.dumps(asdict(done)) + "\n")
-            gc.collect()
-            speed = (
-                f"data {np.mean(done.data):8.4f} s  step {np.mean(done.step):8.3f} s  {done.memory / 2**30:5.2f} GiB"
-            )
-            bar.write(f"{cell.size:5} {cell.stage} {recipe.name:37} {speed}")
-            bar.update(work)
+    for cell, recipe, warm, measured in (bar := tqdm(left, unit="cell")):
+        rows = split.select(range(max(ROWS, warm + measured) * cell.batch))
+        done = found[cell.key] = measure(cell, recipe, *built[cell.size], rows, warm, measured)
+        with notes.open("a") as file:
+            file.write(json.dumps(asdict(done)) + "\n")
+        gc.collect()
+        speed = f"data {np.mean(done.data):8.4f} s  step {np.mean(done.step):8.3f} s  {done.memory / 2**30:5.2f} GiB"
+        bar.write(f"{cell.size:5} {cell.stage} {recipe.name:37} {speed}")
     sizes = "".join(f" --size {one}" for one in size or [])
     command = f"python benchmarks/train_step.py{sizes} --device {device} --repeats {repeats} --steps {steps}"
     command += f" --batch {batches[1]} --seed-batch {batches[0]}" + " --ends" * ends
     write_results(results, summarize([found[planned[0].key] for planned in plan], results.stem, command))
     notes.unlink()
-    save_plot(results)
+    draw(results)
 
 
 if __name__ == "__main__":

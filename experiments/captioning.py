@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from foodextract.data.scenes import Split, draw_scene, plan_scene
 from foodextract.images import open_image
-from foodextract.inference.blip import TARGET, to_class
+from foodextract.inference.blip import TARGET, to_number
 from foodextract.models.loading import ModelError
 from foodextract.models.precision import choose_precision
 from foodextract.training.collate import IGNORED, augmentation
@@ -212,3 +212,9 @@ def caption(
             model.generate(**pixels, max_new_tokens=20, do_sample=False), skip_special_tokens=True
         )
     return [text.strip() for text in texts]
+
+
+def to_class(text: str, names: Sequence[str]) -> str | None:
+    """The class that a caption names, or None. `names` are in the order of their numbers."""
+    number = to_number(text, dict(enumerate(names)))
+    return None if number is None else names[number]

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from foodextract.evaluation.calibration import Bin, calibration_error, fit, judged_items, reliability
+from foodextract.evaluation.calibration import Bin, calibration_error, reliability
 from foodextract.inference.confidence import Calibration, Confidence, logit, with_fitting_title, with_sure_items
 from foodextract.schema import FoodRecord
+from platt import fit, judged_items
 
 
 def answer(is_food, **items):

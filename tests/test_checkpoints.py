@@ -88,6 +88,13 @@ def test_a_start_that_was_computed_again_does_not_cost_the_checkpoint_of_the_nex
     assert found == {"stage2": "checkpoint-5"}  # 5 steps an epoch
 
 
+def test_a_stage_of_few_steps_says_so(train, capsys):
+    train(STAGE1, "")
+    assert "stage1: 10 steps of 8 images may be too few to learn from" in capsys.readouterr().out
+    train(STAGE1, "asked", max_steps=1)
+    assert "too few" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_weights_that_were_changed_between_the_stages_are_another_start(train, tmp_path, capsys):
     model = fresh()

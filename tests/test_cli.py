@@ -55,6 +55,12 @@ def test_without_a_model_the_bundled_photo_model_answers():
         assert name or not answer["image_title"]
 
 
+def test_the_folder_a_command_runs_in_has_its_name(images, tmp_path, monkeypatch):
+    shutil.copytree(TINY_TUNED, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert "model: mine, 3 M parameters" in run("--model", ".", images / "0.png").stderr
+
+
 def test_a_model_for_drawings_says_so(images):
     assert "it has never seen a photograph" in run(images / "0.png").stderr
 

@@ -61,7 +61,7 @@ def image(tmp_path):
 
 def test_the_space_answers_like_the_command_line(demo, tuned, image, tmp_path):
     app, predict = demo
-    assert Path(predict.MODEL) == loading.newest_tuned(tmp_path)
+    assert Path(predict.MODEL) == loading.find_model(outputs=tmp_path)
     if Path(predict.MODEL) == loading.TINY_TUNED:
         assert FoodRecord.parse(app.extract(image)) == tuned.extract(image)
     html, text = app.show(image)
@@ -142,7 +142,7 @@ def test_confidence_is_shown_only_if_it_is_calibrated(demo, image, monkeypatch, 
 
 def test_a_model_that_knows_drawings_only_says_so(demo, monkeypatch):
     _, predict = demo
-    measured = predict.provenance.find(loading.TINY_TUNED)
+    measured = predict.provenance.Provenance.find(loading.TINY_TUNED)
     photographs = dataclasses.replace(measured, dataset="somebody/photographs")
     for model, evidence, known in (
         (loading.TINY_TUNED, measured, True),
@@ -332,7 +332,7 @@ def test_errors_are_the_same_on_zero_gpu(tmp_path, image):
 
 def test_the_page_shows_three_figures_and_the_typical_error(demo, monkeypatch):
     _, predict = demo
-    measured = predict.provenance.find(loading.TINY_TUNED)
+    measured = predict.provenance.Provenance.find(loading.TINY_TUNED)
     assert predict.provenance.base_of(measured) == str(loading.TINY_BASE)
     rows = {row.metric: row for row in measured.rows if row.subject == "stage2 constrained"}
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from foodextract.data import near_duplicates
-from foodextract.data.near_duplicates import FINGERPRINT_BYTES, NEAR, NEIGHBORS, fingerprint, group_near, near_pairs
+from foodextract.data.near_duplicates import FINGERPRINT_BYTES, NEIGHBORS, fingerprint, group_near
 from foodextract.data.scenes import draw_scenes, sprite
 
 
@@ -136,7 +136,7 @@ def test_groups_do_not_depend_on_order_nor_on_batches(scenes, textures, monkeypa
         assert {frozenset(order[new] for new in part) for part in parts(shuffled)} == parts(groups)
 
 
-def test_pairs_list_positions_and_distances(textures):
+def test_a_group_has_the_position_of_its_first_image(textures):
     images = [
         textures[0],
         textures[1],
@@ -144,19 +144,12 @@ def test_pairs_list_positions_and_distances(textures):
         textures[1],
         crop(textures[0], 0.05, 0.05, 0.05, 0.05),
     ]
-    fingerprints = [fingerprint(image) for image in images]
-    first, second, distance = near_pairs(fingerprints)
-    assert list(zip(first.tolist(), second.tolist(), strict=True)) == [(0, 2), (0, 4), (1, 3), (2, 4)]
-    assert distance[2] == 0 < distance[0] < distance[1] <= NEAR
-    assert group_near(fingerprints) == [0, 1, 0, 1, 0]
+    assert group_near([fingerprint(image) for image in images]) == [0, 1, 0, 1, 0]
 
 
 def test_a_chain_of_small_steps_does_not_join_its_ends(textures):
     steps = fade(textures[0], textures[1])
-    first, second, _ = near_pairs(steps)
-    assert {(at, at + 1) for at in range(40)} <= set(
-        zip(first.tolist(), second.tolist(), strict=True)
-    )  # every link of the chain is there
+    assert all(group_near(steps[at : at + 2]) == [0, 0] for at in range(40))  # every link of the chain is there
     groups = group_near(steps)
     assert len(set(groups)) < 20  # neighbors are together …
     assert max(len(part) for part in parts(groups)) < 20  # … but never half the chain
@@ -186,7 +179,8 @@ def test_many_blank_images_are_one_group_without_others(textures):
 def test_the_work_is_linear_in_the_number_of_images():
     """The index cannot tell random cells apart, nor blank ones: without a bound all pairs would be compared."""
     random_cells = np.random.default_rng(0).integers(0, 256, (16_000, FINGERPRINT_BYTES), dtype=np.uint8)
-    cells, *_ = near_duplicates._distinct([row.tobytes() for row in random_cells] + near_blank(4_000))
+    blank_cells = np.array([np.frombuffer(given, np.uint8) for given in near_blank(4_000)])
+    cells = np.concatenate([random_cells, blank_cells]).reshape(-1, 3, near_duplicates.GRID, near_duplicates.GRID)
     batches = [(len(one), len(other)) for one, other, _ in near_duplicates._candidates(cells)]
     compared = sum(one for one, _ in batches)
     assert len(cells) * NEIGHBORS < compared <= len(cells) * 2 * (NEIGHBORS + 1)
@@ -203,8 +197,6 @@ def test_fingerprints_are_small_and_of_one_size():
     assert fingerprint(texture(1)) == fingerprint(texture(1)) != fingerprint(texture(2))
 
 
-def test_empty_input_and_wrong_bytes():
-    assert group_near([]) == [*near_pairs([])[0]] == []
+def test_no_image_and_one_image():
+    assert group_near([]) == []
     assert group_near([bytes(FINGERPRINT_BYTES)]) == [0]
-    with pytest.raises(ValueError, match="fingerprint 1 has 3 bytes"):
-        group_near([bytes(FINGERPRINT_BYTES), b"abc"])

@@ -277,18 +277,19 @@ def test_bootstrap_interval_equals_scipy():
 
     how = {"paired": True, "n_resamples": 2000, "batch": 100, "method": "percentile", "rng": 1}
     interval = bootstrap(columns, micro, **how).confidence_interval
-    metric = evaluate.micro_f1("x", counts)
+    metric = by_name(labels, answers)["item_f1_micro"]
     assert (metric.low, metric.high) == pytest.approx(tuple(interval), abs=0.01)
-    assert metric.value == values(labels, answers)["item_f1_micro"]
+    assert metric.value == pytest.approx(micro(*columns, axis=0))
 
 
 def test_bootstrap_interval_has_its_nominal_coverage():
     """Of 100 samples from a population whose F1 is known, about 95 intervals contain it."""
     rng = np.random.default_rng(0)
-    hits = 0
+    hits, pie = 0, food("pie")
+    right, wrong = evaluate.score_answers([pie, pie], [pie.to_json(), food("egg").to_json()])
     for _ in range(100):
-        right = rng.random(150) < 0.8  # one item an image: named correctly, or another one invented in its place
-        metric = evaluate.micro_f1("x", [scoring.Counts(int(r), int(not r), int(not r)) for r in right])
+        table = evaluate.ScoreTable([right if is_right else wrong for is_right in rng.random(150) < 0.8])
+        metric = table.metric("item_f1_micro", METRICS["item_f1_micro"])
         hits += metric.low <= 0.8 <= metric.high
     assert 88 <= hits <= 100
 

@@ -18,7 +18,7 @@ from foodextract.inference.decoding import Decoder
 from foodextract.inference.extractor import PREPARED, Extractor
 from foodextract.models import loading
 from foodextract.models.loading import TINY_BASE, ModelError
-from foodextract.models.quantization import Int8, TokenByToken, convert, quantize
+from foodextract.models.quantization import Int8, TokenByToken, convert
 from foodextract.schema import AnswerError, FoodRecord
 
 ROOT = Path(__file__).parents[1]
@@ -175,7 +175,7 @@ def test_int8_rounding_does_not_depend_on_other_tokens(vnni, monkeypatch):
     for bias in (True, False):
         exact = torch.nn.Linear(96, 40, bias)
         rounded = torch.nn.Sequential(copy.deepcopy(exact))
-        quantize(rounded)
+        convert(rounded, "int8", "int8")
         x = torch.randn(2, 5, 96) * torch.logspace(-3, 3, 10).view(2, 5, 1)  # tokens of very different sizes
         x[1, 2] = 0
         together = rounded(x)

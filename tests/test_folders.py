@@ -8,6 +8,7 @@ import unicodedata
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -51,6 +52,10 @@ def write_csv(path, rows, delimiter=",", encoding="utf-8", items=";".join):
     writer.writerow(rows[0])
     writer.writerows([items(value) if isinstance(value, list) else value for value in row.values()] for row in rows)
     path.write_bytes(text.getvalue().encode(encoding))
+
+
+def write_parquet(path, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def read(folder):
@@ -99,15 +104,19 @@ def test_tables_in_split_folders_state_the_split(tmp_path, inner):
     assert {name.split("/")[0]: row.split for name, row in samples.items()} == {"train": "train", "val": "test"}
 
 
-def test_a_table_over_split_folders_and_tables_named_after_splits(tmp_path):
+def test_split_folders_below_a_table_state_the_split(tmp_path):
     names = ("train/1.png", "Dev/1.png")
-    (tmp_path / "a").mkdir()
-    write_lines(tmp_path / "a" / "metadata.jsonl", records(tmp_path / "a", names))
-    assert {name: row.split for name, row in read(tmp_path / "a")[0].items()} == {names[0]: "train", names[1]: "test"}
-    rows = records(tmp_path / "b" / "images")
-    write_csv(tmp_path / "b" / "train.csv", rows[:4])
-    write_csv(tmp_path / "b" / "val.csv", rows[4:])
-    assert [row.split for row in read(tmp_path / "b")[0].values()] == ["train"] * 4 + ["test"] * 2
+    write_lines(tmp_path / "metadata.jsonl", records(tmp_path, names))
+    assert {name: row.split for name, row in read(tmp_path)[0].items()} == {names[0]: "train", names[1]: "test"}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "ndjson", "parquet"])
+def test_tables_named_after_splits_state_the_split(tmp_path, suffix):
+    write = {"csv": write_csv, "ndjson": write_lines, "parquet": write_parquet}[suffix]
+    rows = records(tmp_path / "images")
+    write(tmp_path / f"train.{suffix}", rows[:4])
+    write(tmp_path / f"val.{suffix}", rows[4:])
+    assert [row.split for row in read(tmp_path)[0].values()] == ["train"] * 4 + ["test"] * 2
 
 
 @pytest.mark.parametrize("name", ["images", "train", "data", "JPEGImages", "0", "batch_1", "food", "IMG"])

@@ -556,7 +556,7 @@ def test_the_data_set_card_says_which_datasets_can_read_its_files(published):
 
 
 def test_evaluations_of_earlier_releases_can_be_read(tmp_path):
-    stated = json.loads((TINY_TUNED / provenance.EVALUATION).read_text())
+    stated = json.loads((TINY_TUNED / provenance.Provenance.FILE).read_text())
     stated.pop("held_out", None)
     (tmp_path / "evaluation.json").write_text(json.dumps(stated))
     assert provenance.Provenance.read(tmp_path / "evaluation.json").held_out == ""

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
 from foodextract.models import loading, precision, quantization
 from foodextract.models.loading import ModelError
 from foodextract.models.precision import choose_precision
+from foodextract.models.training_data import TrainingData
 
 BUNDLED = {  # bytes at most; the base reads the photo model's vision tower
     loading.TINY_BASE: 12_000_000,
@@ -108,7 +110,7 @@ def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, mo
         [],
     )
     monkeypatch.setattr(precision, "_seconds", lambda layers, tokens: calls.append(tokens) or kinds[type(layers[0])])
-    precision._measured.cache_clear()
+    precision.measured.cache_clear()
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     found = precision.measured((8, 16), (16, 8))
     assert torch.equal(torch.get_rng_state(), state)  # else the first training here would differ from the second
@@ -116,18 +118,18 @@ def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, mo
     assert found == {phase: {"fp32": 1.0, "int8": 0.5} for phase in ("many", "one")}
     assert {tokens.shape for tokens in calls} == {(4, 8), (96, 8), (4, 16), (1, 16)}
     calls.clear()
-    precision._measured.cache_clear()
+    precision.measured.cache_clear()
     assert precision.measured((8, 16), (16, 8)) == found
     assert not calls  # another process reads the file
     precision.measured((8, 32), (32, 8))
-    precision._measured.cache_clear()
+    precision.measured.cache_clear()
     calls.clear()
     assert precision.measured((8, 16), (16, 8)) == found
     assert not calls  # times of other shapes do not displace it
-    precision._measured.cache_clear()
+    precision.measured.cache_clear()
     next(tmp_path.glob("*/*.json")).write_text('{"damaged')
     assert precision.measured((8, 16), (16, 8)) == found
-    precision._measured.cache_clear()
+    precision.measured.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -261,8 +263,28 @@ def test_missing_device_is_named():
 
 
 def test_newest_finished_training_is_the_default(tmp_path):
-    assert loading.newest_tuned(tmp_path) == loading.PHOTO
+    assert loading.find_model(outputs=tmp_path) == loading.PHOTO
     (tmp_path / "run" / "stage2").mkdir(parents=True)
-    assert loading.newest_tuned(tmp_path) == loading.PHOTO
+    assert loading.find_model(outputs=tmp_path) == loading.PHOTO
     (tmp_path / "run" / "stage2" / loading.FINISHED).write_text("{}")
-    assert loading.newest_tuned(tmp_path) == tmp_path / "run" / "stage2"
+    assert loading.find_model(outputs=tmp_path) == tmp_path / "run" / "stage2"
+
+
+def test_a_model_that_has_seen_drawings_alone_is_never_the_default(tmp_path):
+    for name, drawings in (("photographs", 3), ("drawings", 10)):
+        (tmp_path / name / "stage2").mkdir(parents=True)
+        TrainingData(10, drawings, {}, {}).write(tmp_path / name / "stage2")
+        (tmp_path / name / "stage2" / loading.FINISHED).write_text("{}")
+        os.utime(tmp_path / name / "stage2" / loading.FINISHED, (drawings, drawings))  # the drawings' is newer
+    assert loading.find_model(outputs=tmp_path) == tmp_path / "photographs" / "stage2"
+    assert loading.find_model(tmp_path / "drawings" / "stage2") == str(tmp_path / "drawings" / "stage2")
+
+
+def test_bundled_models_go_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loading.find_model("photo") == loading.PHOTO
+    assert loading.find_model("tiny-tuned") == loading.TINY_TUNED
+    assert loading.find_model("owner/name") == "owner/name"
+    assert loading.find_model("../bundled") == "../bundled"
+    (tmp_path / "photo").mkdir()
+    assert loading.find_model("photo") == "photo"  # the user's own folder

@@ -43,7 +43,9 @@ def test_the_offline_story(tmp_path, monkeypatch):
     moved = {row.subject: row.value for row in rows if row.metric == "weights_moved_share"}
     assert moved["stage1 vision_model"] == 0
     assert moved["stage2 vision_model"] > 0.9
-    assert loading.newest_tuned(tmp_path / "outputs") == tmp_path / "outputs" / "offline" / "stage2"
+    assert (
+        loading.find_model(outputs=tmp_path / "outputs") == loading.PHOTO
+    )  # what has seen drawings alone is no default
 
 
 @pytest.mark.slow

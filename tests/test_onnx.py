@@ -1,6 +1,7 @@
 """A SmolVLM as ONNX graphs: the same logits, the same answers, and errors that say what is missing."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -11,15 +12,21 @@ from typer.testing import CliRunner
 from foodextract.__main__ import app
 from foodextract.data import scenes
 from foodextract.inference import onnx
+from foodextract.inference.confidence import Calibration
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
+from foodextract.models.training_data import TrainingData
+
+CALIBRATION = Calibration(item_slope=0.5, images=7)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("graphs") / "model"
-    result = CliRunner().invoke(app, ["export", "onnx", str(folder), "--model", str(loading.TINY_TUNED)])
+    source, folder = tmp_path_factory.mktemp("source") / "model", tmp_path_factory.mktemp("graphs") / "model"
+    shutil.copytree(loading.TINY_TUNED, source)
+    CALIBRATION.write(source)
+    result = CliRunner().invoke(app, ["export", "onnx", str(folder), "--model", str(source)])
     assert result.exit_code == 0, result.output
     assert "decoder_model_merged_quantized.onnx" in result.stdout
     return folder
@@ -84,6 +91,13 @@ def test_graphs_give_the_answers_of_the_model(exported, tuned, images):
     assert extractor.generate_texts(images) == tuned.generate_texts(images)
     assert list(extractor.extract_many(images, 5)) == list(tuned.extract_many(images, 5))
     assert extractor.extract(images[0]) == tuned.extract(images[0])
+
+
+def test_graphs_keep_what_is_stated_beside_the_weights(exported):
+    """Without the calibration, the export of the photo model would name food where the model itself is not sure."""
+    extractor = Extractor.from_pretrained(exported)
+    assert extractor.calibration == CALIBRATION
+    assert extractor.training_data == TrainingData.find(loading.TINY_TUNED)
 
 
 def test_int8_graphs_are_smaller_and_answer_alike(exported, tuned, images):

@@ -110,7 +110,7 @@ def test_only_files_allowed_by_name_are_planned(model_folder):
 
 
 def test_a_model_without_evaluation_is_refused(model_folder):
-    (model_folder / provenance.EVALUATION).unlink()
+    (model_folder / provenance.Provenance.FILE).unlink()
     with pytest.raises(PublishError, match=r"has no evaluation.json.*notebook 01"):
         publish.model_plan(model_folder)
 
@@ -624,7 +624,7 @@ def test_the_model_card_names_base_and_dataset(model_folder):
     found = replace(provenance.verified(model_folder), base_model="HuggingFaceTB/base", dataset="somebody/images")
     processor = json.loads((model_folder / "processor_config.json").read_text())
     processor["image_processor"] |= {"do_image_splitting": True, "size": {"longest_edge": 768}}
-    card = cards.model_card(found, cards.image_budget(processor), MODEL, {"F32": 1})
+    card = cards.model_card(found, cards.describe_budget(processor), MODEL, {"F32": 1})
     assert (card.data.base_model, card.data.datasets) == ("HuggingFaceTB/base", ["somebody/images"])
     assert "up to 17 tiles" in card.content
 

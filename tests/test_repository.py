@@ -178,8 +178,8 @@ def test_notebook_hygiene(path):
 def test_filling_a_marker_is_idempotent(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
-    assert pages.fill_in(page, "x", r"new \1")
-    assert page.read_text() == "a\n<!-- x -->\nnew \\1\n<!-- /x -->\nb\n"
-    assert not pages.fill_in(page, "x", r"new \1")
+    for _ in range(2):
+        pages.fill_in(page, "x", r"new \1")
+        assert page.read_text() == "a\n<!-- x -->\nnew \\1\n<!-- /x -->\nb\n"
     with pytest.raises(ValueError, match="no marker named y"):
         pages.fill_in(page, "y", "")

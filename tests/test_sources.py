@@ -132,7 +132,7 @@ def test_a_mix_knows_its_total(counts):
         [(Rows(numbered("a", counts[0]), counts[0]), 0.7), (Rows(numbered("b", counts[1]), counts[1]), 0.3)]
     )
     assert mixed.total == len(list(mixed))
-    assert sources.mix([(numbered("a", 3), 1)]).total is None  # a plain generator does not know
+    assert sources.mix([(numbered("a", 3), 1)]).total is None
 
 
 def test_not_food_folder(tmp_path):
@@ -203,14 +203,12 @@ def test_food101_has_names_and_never_numbers(online):
     [sample] = rows
     assert (sample.category, sample.label["food_items"]) == ("grilled salmon", ["grilled salmon"])
     assert sample.label_scope == "primary"
-    with pytest.raises(DatasetError, match="no split 'validation' with a column `label`"):
-        sources.food101("validation")
 
 
 @pytest.mark.parametrize("kind", ["hub", "food101"])
 def test_an_unreachable_hub_is_an_error(kind):
     with pytest.raises(DatasetError, match=r"cannot read '.*/.*' from the Hub .*check the name and the connection"):
-        next(sources.open_source(kind))
+        sources.open_source(kind)
 
 
 def test_unknown_sources_and_missing_folders_are_errors():
@@ -221,7 +219,7 @@ def test_unknown_sources_and_missing_folders_are_errors():
 
 
 def numbered(name, count):
-    return (Sample(f"{name}{number}", bytes, NOTHING, name, "") for number in range(count))
+    return Rows(Sample(f"{name}{number}", bytes, NOTHING, name, "") for number in range(count))
 
 
 def test_a_mix_keeps_its_shares_at_every_point():
@@ -234,7 +232,7 @@ def test_a_mix_keeps_its_shares_at_every_point():
 
 
 def test_rejects_pass_through_a_mix_and_wrong_shares_do_not():
-    rows = list(sources.mix([(iter([Reject("x", "y"), *numbered("a", 1)]), 1)]))
+    rows = list(sources.mix([(Rows([Reject("x", "y"), *numbered("a", 1)]), 1)]))
     assert [type(row) for row in rows] == [Reject, Sample]
     with pytest.raises(DatasetError, match="share above 0"):
         list(sources.mix([(numbered("a", 1), 0)]))

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from foodextract import prompts, schema
+from foodextract import prompts
 from foodextract.cli import app
 from foodextract.data import scenes, sources
 from foodextract.data.labeling import label_folder
@@ -229,7 +229,7 @@ def test_the_request_carries_schema_prompts_and_a_decodable_jpeg(ask, folder, en
         body = request.body
         assert body["response_format"]["type"] == "json_schema"
         assert body["response_format"]["json_schema"]["strict"] is True
-        assert body["response_format"]["json_schema"]["schema"] == schema.json_schema()
+        assert body["response_format"]["json_schema"]["schema"] == FoodRecord.model_json_schema()
         assert (body["model"], body["temperature"]) == ("big-model", 0)
         flat = [(m["role"], p["type"].removesuffix("_url"), p.get("text")) for m in body["messages"] for p in parts(m)]
         assert flat == [(m["role"], p["type"], p.get("text")) for m in prompts.conversation() for p in m["content"]]

@@ -1,6 +1,7 @@
 """The arithmetic of a training step, against sums by hand from SmolVLM2-500M's published configuration."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,10 +55,8 @@ def test_sharing_the_system_message_saves_its_tokens():
 def test_the_device_is_measured():
     cpu = torch.device("cpu")
     assert matmul_rate(cpu, torch.float32, size=64, seconds=0.01) > 1e6
-    rows = {
-        row.metric: row
-        for row in performance_rows("stage1", CONFIG, Step(1, 255, 0, 1, 60, "frozen"), 50, 10, 2, cpu, torch.float32)
-    }
+    model, step = SimpleNamespace(config=CONFIG, device=cpu), Step(1, 255, 0, 1, 60, "frozen")
+    rows = {row.metric: row for row in performance_rows("stage1", model, step, 100, 10, 2, torch.float32)}
     assert (rows["images_per_second"].value, rows["images_per_second"].n) == (10, 100)
     assert rows["tokens_per_second"].value == 2550
     assert rows["tflop_per_second"].value == pytest.approx(7.27, rel=0.01)

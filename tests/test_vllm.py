@@ -151,7 +151,8 @@ def test_export_check_detects_a_wrong_prompt(exported, tuned, image, monkeypatch
     assert check["differences"](asked, {"token_ids": tokens, "sampling_params": params}, tokens) == []
     wrong = {
         "token_ids": tokens[1:],
-        "sampling_params": params | {"temperature": 1.0, "structured_outputs": {"json": schema.json_schema()}},
+        "sampling_params": params
+        | {"temperature": 1.0, "structured_outputs": {"json": FoodRecord.model_json_schema()}},
     }
     assert len(check["differences"](asked, wrong, tokens)) == 3
 

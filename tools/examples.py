@@ -37,7 +37,7 @@ def caption(record: FoodRecord, confidence: Confidence) -> list[tuple[str, str]]
 
 def main(
     model: Annotated[Path, typer.Option(help="The model.")] = loading.PHOTO,
-    out: Annotated[Path, typer.Option(help="The picture.")] = ROOT / "results" / "examples.png",
+    out: Annotated[Path, typer.Option(help="The image to write.")] = ROOT / "results" / "examples.png",
 ) -> None:
     """Answer the example photographs."""
     extractor = Extractor.from_pretrained(model, "cpu")

@@ -22,7 +22,7 @@ CLASSES = {
     "template_rate": "captions in the trained form",
     "class_accuracy": "right class named",
 }  # of one that captions
-EFFECTS = ("strict_json_rate", "is_food_accuracy", "item_f1_micro", "item_f1_micro_lenient")
+EFFECTS = (*OUTCOMES, "item_f1_micro_lenient")
 MODES = ("free", "constrained")  # the subject `base` is free, `base constrained` is constrained
 
 PHOTO_METRICS = {

@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -25,19 +24,21 @@ from foodextract.models.training_data import TrainingData
 from foodextract.reporting.tables import NAMES, metric_table, stage_comparison
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import extract_report  # noqa: E402
+import serve_report  # noqa: E402
+import train_report  # noqa: E402
+
 BEFORE_AFTER = "offline"  # the marker in results/README.md and notebook 01 that shows results/offline.json
 HEADLINES = {metric: name for metric, name in NAMES.items() if metric != "schema_valid_rate"}
+PHOTO = "src/foodextract/models/bundled/photo"
 NAMED_SOURCE = 50  # training photographs from which a page names their source
 Render = Callable[[Path], str]
 
 
-def fill_in(path: str | Path, name: str, text: str) -> bool:
-    """Put `text` between `<!-- name -->` and `<!-- /name -->` of a Markdown file; return whether that changed it."""
-    path = Path(path)
-    old = path.read_text(encoding="utf-8")
-    new = _filled(old, name, text, path)
-    path.write_text(new, encoding="utf-8")
-    return new != old
+def fill_in(path: Path, name: str, text: str) -> None:
+    """Put `text` between `<!-- name -->` and `<!-- /name -->` of a Markdown file."""
+    path.write_text(_filled(path.read_text(encoding="utf-8"), name, text, path), encoding="utf-8")
 
 
 def _filled(page: str, name: str, text: str, path: Path) -> str:
@@ -50,20 +51,13 @@ def _filled(page: str, name: str, text: str, path: Path) -> str:
 
 def offline_table(root: Path) -> str:
     """The before/after table of the last `make demo`, in six rows."""
-    return _rendered("offline.json", "make demo", headlines)(root)
-
-
-def headlines(rows: list[Row]) -> str:
-    """The six rows of the before/after table."""
+    rows = read_results(root / "results" / "offline.json")
     return metric_table([row for row in rows if row.low is not None], HEADLINES)
 
 
 def photo_sources(root: Path) -> str:
     """The sources of the photo model's training photographs, by license class, in one line each."""
-    path = root / "src" / "foodextract" / "models" / "bundled" / "photo" / "sources.json"
-    if not path.exists():
-        return f"Not measured yet: `{PYTHON} experiments/photo_base/bundle.py` does it."
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = json.loads((root / PHOTO / "sources.json").read_text(encoding="utf-8"))
     lines = []
     for kind in dict.fromkeys(row["license_class"] for row in rows):
         mine = [row for row in rows if row["license_class"] == kind]
@@ -76,75 +70,46 @@ def photo_sources(root: Path) -> str:
 
 def photo_model(root: Path) -> str:
     """What the bundled photo model was trained on and what an image costs."""
-    folder = root / "src" / "foodextract" / "models" / "bundled" / "photo"
-    data = TrainingData.find(folder)
-    if data is None:
-        return f"Not measured yet: `{PYTHON} experiments/photo_base/bundle.py` does it."
-    text = f"The photo model was {data.describe()}."
-    path = root / "results" / "photo_precision.json"
-    rows = read_results(path) if path.exists() else []
+    rows = read_results(root / "results" / "photo_precision.json")
     costs = [row for row in rows if row.metric == "cpu_seconds_per_image" and row.subject.endswith("(default)")]
     each = " or ".join(f"{row.value:.2f} CPU-seconds ({row.device})" for row in costs)
-    return text + (f" An image takes it {each}." if costs else "")
+    return f"The photo model was {TrainingData.find(root / PHOTO).describe()}. An image takes it {each}."
 
 
-def _rendered(file: str, command: str, render: Callable[[list[Row]], str]) -> Render:
-    """Render a results file, or say how to measure it while it does not exist."""
-
-    def text(root: Path) -> str:
-        path = root / "results" / file
-        return render(read_results(path)) if path.exists() else f"Not measured yet: `{command}` does it."
-
-    return text
+def _rendered(file: str, render: Callable[[list[Row]], str]) -> Render:
+    """Return a function that renders a file in results/."""
+    return lambda root: render(read_results(root / "results" / file))
 
 
-def _benchmark(module: str, function: str) -> Render:
-    """What a report module in benchmarks/ renders; imported only when needed, since some of them import torch."""
-
-    def text(root: Path) -> str:
-        if (folder := str(ROOT / "benchmarks")) not in sys.path:
-            sys.path.append(folder)
-        return getattr(import_module(module), function)(root)
-
-    return text
-
-
-PYTHON = ".venv/bin/python"
-ABLATION = "ablation.json", f"{PYTHON} experiments/ablation.py"
-BASELINES = "baselines.json", f"{PYTHON} benchmarks/baselines.py"
-PHOTOGRAPHS = "photographs.json", f"{PYTHON} benchmarks/photographs.py FOLDER"
-PHOTO_SUBSETS = "photo_subsets.json", f"{PYTHON} benchmarks/photo_subsets.py FOLDER"
-PHOTO_SCENES = "other_scenes.py --tuned src/foodextract/models/bundled/photo --out results/photo_scenes.json"
-PHOTO_TOWER = "experiments/photo_base/make_tower.py OUT IMAGES --measure MODEL"
 PAGES: dict[str, dict[str, Render]] = {
-    "README.md": {"photo model": photo_model, "photographs": _rendered(*PHOTOGRAPHS, page_tables.photographs)},
+    "README.md": {"photo model": photo_model, "photographs": _rendered("photographs.json", page_tables.photographs)},
     "experiments/photo_base/README.md": {
         "photo sources": photo_sources,
-        "photo tower": _rendered("photo_tower.json", f"{PYTHON} {PHOTO_TOWER}", page_tables.photo_tower),
+        "photo tower": _rendered("photo_tower.json", page_tables.photo_tower),
     },
     "experiments/README.md": {
-        "experiments": _rendered("experiments.json", "make experiments", page_tables.outcome_table),
-        "why": _rendered(*ABLATION, page_tables.effect_sentences),
-        "ablation": _rendered(*ABLATION, page_tables.effect_table),
+        "experiments": _rendered("experiments.json", page_tables.outcome_table),
+        "why": _rendered("ablation.json", page_tables.effect_sentences),
+        "ablation": _rendered("ablation.json", page_tables.effect_table),
     },
     "results/README.md": {
         BEFORE_AFTER: offline_table,
-        "stages": _rendered("offline.json", "make demo", stage_comparison),
-        "photographs in full": _rendered(*PHOTOGRAPHS, page_tables.photographs_in_full),
-        "photo subsets": _rendered(*PHOTO_SUBSETS, page_tables.photo_subsets),
-        "photo scenes": _rendered("photo_scenes.json", f"{PYTHON} benchmarks/{PHOTO_SCENES}", metric_table),
-        "offline in full": _rendered("offline.json", "make demo", page_tables.offline_in_full),
-        "other scenes": _rendered("other_scenes.json", f"{PYTHON} benchmarks/other_scenes.py", metric_table),
-        "baselines": _rendered(*BASELINES, page_tables.baselines),
-        "baselines in full": _rendered(*BASELINES, page_tables.baselines_in_full),
+        "stages": _rendered("offline.json", stage_comparison),
+        "photographs in full": _rendered("photographs.json", page_tables.photographs_in_full),
+        "photo subsets": _rendered("photo_subsets.json", page_tables.photo_subsets),
+        "photo scenes": _rendered("photo_scenes.json", metric_table),
+        "offline in full": _rendered("offline.json", page_tables.offline_in_full),
+        "other scenes": _rendered("other_scenes.json", metric_table),
+        "baselines": _rendered("baselines.json", page_tables.baselines),
+        "baselines in full": _rendered("baselines.json", page_tables.baselines_in_full),
     },
     "benchmarks/README.md": {
-        "train_step": _benchmark("train_report", "text"),
-        "extract": _benchmark("extract_report", "text"),
-        "dialects": _rendered("dialects.json", f"{PYTHON} benchmarks/dialects.py", page_tables.dialects),
-        "batch job": _rendered("ray_data.json", ".venv/ray/bin/python benchmarks/ray_data.py", page_tables.batch_job),
-        "serving": _benchmark("serve_report", "serving"),
-        "space": _benchmark("serve_report", "space"),
+        "train_step": train_report.text,
+        "extract": extract_report.text,
+        "dialects": _rendered("dialects.json", page_tables.dialects),
+        "batch job": _rendered("ray_data.json", page_tables.batch_job),
+        "serving": _rendered("serving.json", serve_report.serving),
+        "space": _rendered("space.json", serve_report.space),
     },
 }
 

@@ -25,14 +25,14 @@ from foodextract.evaluation import provenance
 from foodextract.images import ImageError, open_image
 from foodextract.inference import output_files
 from foodextract.inference.extractor import Confidence, Extractor
-from foodextract.models.loading import BUNDLED, PHOTO, PHOTO_BASE, ModelError, newest_tuned
+from foodextract.models.loading import BUNDLED, PHOTO, PHOTO_BASE, ModelError, find_model
 from foodextract.models.training_data import TrainingData
-from foodextract.schema import AnswerError, FoodRecord
+from foodextract.schema import FIELDS, AnswerError, FoodRecord
 
 MAX_BYTES = 20 * 2**20  # of a file; checked before decoding, as is `images.MAX_PIXELS`
 MAX_IMAGES = 50  # in one batch, so that others wait no more than a minute or so
-MODEL = os.environ.get("FOODEXTRACT_MODEL") or str(newest_tuned())
-PROVENANCE = provenance.find(MODEL)
+MODEL = str(find_model(os.environ.get("FOODEXTRACT_MODEL") or None))
+PROVENANCE = provenance.Provenance.find(MODEL)
 BUNDLED_BASE = str(PHOTO_BASE) if Path(MODEL) == PHOTO else None
 BASE = os.environ.get("FOODEXTRACT_BASE") or provenance.base_of(PROVENANCE) or BUNDLED_BASE
 COLUMNS = ("food or drink", "title", "foods", "drinks")  # of the table of a batch, after image and file
@@ -194,13 +194,13 @@ def thumbnail(path: str) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" if data else ""
 
 
-def row_as_html(row: dict[str, Any], picture: str) -> str:
-    """Format an output row as a row of the table; on a phone, `data-label` names each cell."""
-    image = f'<img src="{picture}" alt="">' if picture else ""
+def row_as_html(row: dict[str, Any], source: str) -> str:
+    """Format an output row as a row of the table, with its thumbnail; on a phone, `data-label` names each cell."""
+    image = f'<img src="{source}" alt="">' if source else ""
     head = f'<tr><td class="thumbnail">{image}</td><th scope="row">{escape(row["file"])}</th>'
     if "error" in row:
         return f'{head}<td class="wrong" colspan="4">{escape(row["error"])}</td></tr>'
-    items = (", ".join(row[field]) for field in ("food_items", "drink_items"))
+    items = (", ".join(row[field]) for field in FIELDS)
     texts = (("no", "yes")[row["is_food"]], row["image_title"], *items)
     cells = (f'<td data-label="{name}">{escape(text)}</td>' for name, text in zip(COLUMNS, texts, strict=True))
     return f"{head}{''.join(cells)}</tr>"

@@ -310,7 +310,7 @@ def main(
     cpus: Annotated[float, typer.Option(min=0, help="CPUs per worker; with several, its threads.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs per worker; 0.5 puts two on one.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Tiles per forward pass of the extractor.")] = 8,
-    form: Annotated[Literal["parquet", "jsonl"], typer.Option("--format", help="Of the answers.")] = "parquet",
+    form: Annotated[Format, typer.Option("--format", help="Of the answers.")] = "parquet",
     rows_per_file: Annotated[int, typer.Option(min=1, help="The least, but for the last file.")] = 1000,
     column: Annotated[str, typer.Option(help="Parquet column of the images: bytes, or {bytes, path}.")] = "image",
     key: Annotated[

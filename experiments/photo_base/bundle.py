@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from average import SHARE
 from make_base import REST_SHARD, TOWER_SHARD, save
 from photos import is_derived, read_photos
 
@@ -30,7 +29,9 @@ from foodextract.models.training_data import TrainingData
 from foodextract.training.config import PROFILES
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG: dict[str, Any] = {"learning_rate": 3e-4, "num_train_epochs": 1.0}  # what README's second training states
+# What README's second and third training state.
+LONG: dict[str, Any] = {"learning_rate": 3e-4, "num_train_epochs": 1.0}
+FINISH: dict[str, Any] = {"learning_rate": 3e-4, "num_train_epochs": 2.0, "bf16": True}
 INDEX = "model.safetensors.index.json"
 
 
@@ -53,7 +54,7 @@ def share_tower(base: Path, tuned: Path) -> None:
 
 def main(
     photos: Annotated[Path, typer.Argument(help="Folder with `manifest.jsonl`.")],
-    out: Annotated[Path, typer.Argument(help="Folder with `base`, `stage2` and `dataset`.")],
+    out: Annotated[Path, typer.Argument(help="Folder with `base`, `stage2` and `finish-dataset`.")],
     baselines: Annotated[
         bool, typer.Option(help="Measure the baselines again, for another tower or other data.")
     ] = True,
@@ -62,7 +63,7 @@ def main(
     take(out / "stage2", PHOTO)
     take(out / "base", PHOTO_BASE)
     share_tower(PHOTO_BASE, PHOTO)
-    rows = load(out / "dataset")["train"].remove_columns("image")
+    rows = load(out / "finish-dataset")["train"].remove_columns("image")
     TrainingData.of(row for row in rows if not is_derived(row)).write(PHOTO)
     sources = Counter((photo.license_class, photo.source) for photo in read_photos(photos) if photo.split == "train")
     listed = [{"source": source, "license_class": kind, "images": n} for (kind, source), n in sources.most_common()]
@@ -71,14 +72,19 @@ def main(
         command = [sys.executable, "benchmarks/photographs.py", str(photos), *arguments]
         subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603
     profile = PROFILES["photo"]
-    long = replace(profile.stage2, name=f"stage2 long, {SHARE:g} of the mean", **LONG)
+    stages = [
+        profile.stage1,
+        profile.stage2,
+        replace(profile.stage2, name="stage2, long", **LONG),
+        replace(profile.stage1, name="finish", **FINISH),
+    ]
     subjects = {"photo": "stage2", "photo constrained": "stage2 constrained", "base": "base"}
     figures = [
         replace(row, subject=subjects[row.subject])
         for row in read_results(ROOT / "results" / "photographs.json")
         if row.subject in subjects
     ]
-    provenance.write(PHOTO, PHOTO_BASE, "photographs", [profile.stage1, long, profile.stage2], figures)
+    provenance.write(PHOTO, PHOTO_BASE, "photographs", stages, figures)
 
 
 if __name__ == "__main__":

@@ -243,11 +243,13 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder of the data set.")],
     collage_count: Annotated[int, typer.Option(help="Collages of two or three photographs.")] = 2000,
     scene_count: Annotated[int, typer.Option(help="Drawn scenes.")] = 3500,
+    changed_views: Annotated[bool, typer.Option("--views/--no-views", help="Changed views of the photographs.")] = True,
 ) -> None:
     """Build the data set of the photo model: photographs, collages and drawn scenes."""
     photos = read_photos(folder)
     drawn = scenes(SCENE_SEED, scene_count, 0)
-    parts = [list(samples(photos)), list(views(photos)), list(collages(photos, collage_count)), list(drawn)]
+    changed = views(photos) if changed_views else ()
+    parts = [list(samples(photos)), list(changed), list(collages(photos, collage_count)), list(drawn)]
     report = build(Rows(chain(*parts), total=sum(map(len, parts))), out, policy={"outlier": "flag", "pantry": "flag"})
     kept = {
         key: report[key] for key in ("read", "kept", "rejected", "train", "test", "near_duplicate_groups", "issues")

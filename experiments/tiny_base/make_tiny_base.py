@@ -68,7 +68,9 @@ from foodextract.data.scenes import (
     turned,
 )
 from foodextract.evaluation import evaluate
+from foodextract.evaluation.metrics import Formula, f1
 from foodextract.evaluation.results import Row, write_results
+from foodextract.evaluation.scoring import match_exact
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 2024  # another one than any data set's, so that the base has seen none of the scenes it is tuned or tested on
@@ -529,8 +531,10 @@ def measure(
         )
 
     def compared(name: str, question: str, field: str) -> evaluate.Metric:
-        sets = [(set(getattr(r, field)), named_in(text)) for r, text in zip(records, asked(question), strict=True)]
-        return evaluate.micro_f1(name, [evaluate.Counts(len(a & b), len(b - a), len(a - b)) for a, b in sets])
+        pairs = zip(records, asked(question), strict=True)
+        counts = [match_exact(getattr(record, field), named_in(text)) for record, text in pairs]
+        table = evaluate.ScoreTable([{"images": 1, **vars(count)} for count in counts])
+        return table.metric(name, Formula(f1, ("found", "invented", "missed")))
 
     yes = [text.startswith("Yes") for text in asked("Is there anything to eat or drink?")]
     extraction = reply(model, processor, pixels, prompts.conversation())

@@ -21,7 +21,7 @@ app = typer.Typer(name="foodextract", no_args_is_help=True, add_completion=False
 export = typer.Typer(no_args_is_help=True, help="Write a model for another engine.")
 app.add_typer(export, name="export")
 
-_MODEL = "Model folder or Hub id. Default: the latest model in outputs/, or the bundled photo model."
+_MODEL = "Folder, Hub id, or photo or tiny-tuned. Default: the latest in outputs/ trained on photographs, else photo."
 Model = Annotated[str | None, typer.Option(help=_MODEL)]
 ServedModel = Annotated[str | None, typer.Option(envvar="FOODEXTRACT_MODEL", help=_MODEL)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … Default: the best available one.")]
@@ -116,10 +116,10 @@ def extract(
     _note("loading …")
 
     from foodextract.inference.extractor import Extractor
-    from foodextract.models.loading import ModelError, newest_tuned
+    from foodextract.models.loading import ModelError, find_model
 
     with _stop_on(ModelError, MissingExtraError):
-        source = model or newest_tuned()
+        source = find_model(model)
         extractor = Extractor.from_pretrained(
             source, device, precision, constrained=not free, tiles=tiles, min_confidence=min_confidence
         )
@@ -153,22 +153,26 @@ def _described(source: str | Path, extractor: Any) -> str:
     """What answers: name, size, what it was trained on where the model states that, and in which precision."""
     from foodextract.models.training_data import TrainingData
 
-    name = Path(source).name if Path(source).is_dir() else str(source)
     model: Any = getattr(extractor, "model", None)
     size = f", {model.size / 1e6:.0f} M parameters" if hasattr(model, "size") else ""  # an exported model does not say
     data = TrainingData.find(source)
     knows = f"; {data.describe()} (list: `foodextract names`)" if data else ""
     precision = getattr(model, "precision", "")
-    return f"model: {name}{size}{knows}" + (f"\nprecision: {precision}" if precision else "")
+    return f"model: {_name(source)}{size}{knows}" + (f"\nprecision: {precision}" if precision else "")
+
+
+def _name(source: str | Path) -> str:
+    """A Hub id, or the last part of a local path."""
+    return Path(source).absolute().name if Path(source).is_dir() else str(source)
 
 
 @app.command("names")
 def names_command(model: Model = None) -> None:
     """List the foods and drinks that a model knows, one a line, with the number of its training images of each."""
-    from foodextract.models.loading import newest_tuned
+    from foodextract.models.loading import find_model
     from foodextract.models.training_data import TrainingData
 
-    source = model or newest_tuned()
+    source = find_model(model)
     data = TrainingData.find(source)
     if data is None:
         _stop(f"{source} does not state what it was trained on (no training_data.json)")
@@ -197,7 +201,10 @@ def train(
     dataset: Annotated[str, typer.Argument(help="A dataset from notebook 00, a labeled image folder, or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where models and checkpoints go.")] = Path("outputs/train"),
     profile: Annotated[str, typer.Option(help="Base model and settings: hub, photo or offline.")] = "hub",
-    base: Annotated[str | None, typer.Option(help="Hub id or folder of another base model.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of another base model, or photo to train the bundled model further."),
+    ] = None,
     stage1: Annotated[
         str, typer.Option(help='What differs in stage 1, as JSON: {"num_train_epochs": 1, "learning_rate": 1e-4}')
     ] = "{}",
@@ -221,7 +228,7 @@ def train(
 
         from foodextract.data.dataset import open_dataset
         from foodextract.data.samples import DatasetError
-        from foodextract.models.loading import ModelError, choose_device, load_model, load_processor
+        from foodextract.models.loading import ModelError, choose_device, find_model, load_model, load_processor
         from foodextract.training.config import PROFILES, changed, is_sharded
         from foodextract.training.run import train_stage
 
@@ -237,13 +244,14 @@ def train(
         with processes.main_process_first():
             rows = open_dataset(dataset, build_in=out / "dataset", seed=seed)
         device = processes.device if processes.num_processes > 1 else choose_device()
-        model = load_model(base or settings.base_model, device, training=True)
-        processor = load_processor(base or settings.base_model, tiles=settings.tiles)
+        start = find_model(base or settings.base_model)
+        model = load_model(start, device, training=True)
+        processor = load_processor(start, tiles=settings.tiles)
         for last, stage in zip([None, *stages], stages, strict=False):
             if last and is_sharded():  # sharded parameters cannot be frozen differently
                 model = load_model(out / last.name, device, training=True)
-            options = {"seed": seed, "max_steps": max_steps, "report_to": report_to, "retrain": retrain}
-            train_stage(model, processor, stage, rows["train"], out, **options, keep_in=keep_in)
+            options = {"max_steps": max_steps, "report_to": report_to, "keep_in": keep_in, "retrain": retrain}
+            train_stage(model, processor, stage, rows["train"], out, seed=seed, **options)
     if processes.is_main_process:
         print(out / stages[-1].name)
 
@@ -334,11 +342,11 @@ def publish(
     with _extra("train"):
         from foodextract import names
         from foodextract.hub import publish as publishing
-        from foodextract.models.loading import newest_tuned
+        from foodextract.models.loading import find_model
 
     with _stop_on(publishing.PublishError):
         if kind == "model":
-            plan = publishing.model_plan(source or newest_tuned(), to or names.HUB_MODEL)
+            plan = publishing.model_plan(find_model(source), to or names.HUB_MODEL)
         elif kind == "dataset":
             plan = publishing.dataset_plan(source or Path("outputs/hub/dataset"), to or names.HUB_PUBLISHED_DATASET)
         else:
@@ -379,14 +387,13 @@ def serve(
     """
     with _extra("serve"):
         from foodextract.inference.blip import load
-        from foodextract.models.loading import ModelError, newest_tuned
+        from foodextract.models.loading import ModelError, find_model
         from foodextract.serving.app import Settings
         from foodextract.serving.queue import QueueLimits
         from foodextract.serving.server import run
         from foodextract.serving.uploads import MEGABYTE, UploadLimits
 
-    source = Path(model or newest_tuned())
-    name = source.name if source.is_dir() else str(source)  # strip the local path
+    source = find_model(model)
     settings = Settings(
         queue=QueueLimits(size=queue_size, batch_size=batch_size, deadline=deadline),
         upload=UploadLimits(max_bytes=int(max_megabytes * MEGABYTE)),
@@ -402,7 +409,7 @@ def serve(
         return answerer
 
     with _stop_on(ModelError):
-        run(load_and_describe, name, settings, host, port)
+        run(load_and_describe, _name(source), settings, host, port)
 
 
 ExportFolder = Annotated[Path, typer.Argument(help="The folder to write.")]
@@ -412,10 +419,10 @@ ExportFolder = Annotated[Path, typer.Argument(help="The folder to write.")]
 def export_vllm(out: ExportFolder, model: Model = None, tiles: Tiles = None) -> None:
     """Write a folder that vLLM serves with our prompt, image budget and JSON schema. OUT/serve.sh is the command."""
     from foodextract.inference.vllm import export_vllm as write
-    from foodextract.models.loading import ModelError, newest_tuned
+    from foodextract.models.loading import ModelError, find_model
 
     with _stop_on(ModelError, OSError):
-        command = write(model or newest_tuned(), out, tiles)
+        command = write(find_model(model), out, tiles)
     print(f"sh {out / 'serve.sh'}   # {command}")
 
 
@@ -423,10 +430,10 @@ def export_vllm(out: ExportFolder, model: Model = None, tiles: Tiles = None) -> 
 def export_onnx(out: ExportFolder, model: Model = None, tiles: Tiles = None) -> None:
     """Write ONNX graphs, fp32 and int8, for `foodextract extract --model OUT`. Needs the extra `onnx`."""
     from foodextract.inference.onnx import export_onnx as write
-    from foodextract.models.loading import ModelError, newest_tuned
+    from foodextract.models.loading import ModelError, find_model
 
     with _stop_on(ModelError, MissingExtraError, OSError):
-        sizes = write(model or newest_tuned(), out, tiles)
+        sizes = write(find_model(model), out, tiles)
     for name, megabytes in sizes.items():
         print(f"{megabytes:8.1f} MB  {name}")
     print(f"foodextract extract --model {out} --precision int8 …")
@@ -455,7 +462,3 @@ def _note(message: str) -> None:
 def _stop(message: str) -> NoReturn:
     _note(f"foodextract: {message}")
     raise typer.Exit(2)
-
-
-if __name__ == "__main__":
-    app()

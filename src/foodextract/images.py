@@ -33,10 +33,8 @@ TO_8_BITS = [(value + 128) // 257 for value in range(65536)]  # 16 bits to 8, ro
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any]
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter rule
-
-
 LOG = logging.getLogger("foodextract")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter rule
 
 
 class ImageError(ValueError):

@@ -121,17 +121,12 @@ def label_in(value: object) -> dict[str, Any]:
     return json.loads(plain)
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a record."""
-    return FoodRecord.model_json_schema()
-
-
 def guided_schema() -> dict[str, Any]:
-    """`json_schema` with canonical separators and without UNSPOKEN characters, for llguidance.
+    """The JSON schema of a record with canonical separators and without UNSPOKEN characters, for llguidance.
 
     Other engines ignore `x-guidance`.
     """
-    schema, pattern = json_schema(), {"pattern": f"^[^{UNSPOKEN}]*$"}
+    schema, pattern = FoodRecord.model_json_schema(), {"pattern": f"^[^{UNSPOKEN}]*$"}
     schema["properties"]["image_title"] |= pattern
     for name in FIELDS:
         schema["properties"][name]["items"] |= pattern

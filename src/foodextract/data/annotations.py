@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import yaml
 
 from foodextract.data.label_rules.vocabulary import field_of, is_object
-from foodextract.data.layout import NOT_FOOD, Tree, class_of, listing, names_no_class
+from foodextract.data.layout import NOT_FOOD, Tree, class_of, first_few, names_no_class
 from foodextract.data.samples import NOTHING, DatasetError, Reject, Sample, Split, split_named
 from foodextract.data.tables import decoded
 
@@ -43,7 +43,7 @@ class Boxes:
         """Add what a file says about an image. The file may name the folders of another machine."""
         image = tree.find(stated, file, anywhere=True)
         if isinstance(image, str):
-            self.rejects.append(Reject(f"{tree.name(file)} ({listing([stated])})", image))
+            self.rejects.append(Reject(f"{tree.name(file)} ({first_few([stated])})", image))
             return
         self.names[image] |= set(names)
         self.splits[image] = self.splits.get(image) or tree.split_of(image) or tree.split_of(file)
@@ -82,14 +82,14 @@ def box_rows(tree: Tree, boxes: Boxes) -> list[Sample | Reject]:
     """Return a row per image. Raises DatasetError when no class is a food."""
     foods = {name for name in boxes.classes if not (names_no_class(name) or is_object(name))}
     if not foods:
-        classes = listing(sorted(boxes.classes))
+        classes = first_few(sorted(boxes.classes))
         reason = f"its classes are no foods ({classes})" if classes else "it holds no classes"
         raise DatasetError(
-            f"{tree.root} is an export of an annotation tool ({listing(map(tree.name, boxes.files))}), and {reason}. "
+            f"{tree.root} is an export of an annotation tool ({first_few(map(tree.name, boxes.files))}), and {reason}. "
             "Its subfolders are no classes. Export it again with the names of the foods"
         )
     if others := boxes.classes - foods:
-        print(f"{tree.root}: classes that name no food ({len(others)}): {listing(sorted(others))}", file=sys.stderr)
+        print(f"{tree.root}: classes that name no food ({len(others)}): {first_few(sorted(others))}", file=sys.stderr)
     rows: list[Sample | Reject] = list(boxes.rejects)
     unclear = {reject.name for reject in boxes.rejects}
     for image in tree.images:
@@ -101,36 +101,22 @@ def box_rows(tree: Tree, boxes: Boxes) -> list[Sample | Reject]:
         drinks = [item for item in items if field_of(item) == "drink_items"]
         foods_here = [item for item in items if item not in drinks]
         label = {"is_food": 1, "image_title": "", "food_items": foods_here, "drink_items": drinks} if items else NOTHING
-        rows.append(
-            Sample(
-                name,
-                image.read_bytes,
-                dict(label),
-                tree.root.name,
-                "not stated",
-                group=image.name.split(".rf.")[0] if ".rf." in image.name else "",  # Roboflow's copies of one image
-                split=boxes.splits.get(image),
-                label_scope=f"annotated_classes({len(foods)})",
-            )
-        )
+        group = image.name.split(".rf.")[0] if ".rf." in image.name else ""  # Roboflow's copies of one image
+        scope = f"annotated_classes({len(foods)})"
+        rows.append(tree.sample(image, label, group=group, split=boxes.splits.get(image), label_scope=scope))
     return rows
 
 
 def _read_coco(tree: Tree, file: Path, data: dict[str, Any], boxes: Boxes) -> None:
-    parents = {
-        category.get("supercategory") for category in data["categories"]
-    }  # Roboflow lists the project as a class
-    names = {category["id"]: class_of(str(category["name"])) for category in data["categories"]}
-    used = {box.get("category_id") for box in data.get("annotations") or ()}
-    boxes.classes |= {
-        names[category["id"]]
-        for category in data["categories"]
-        if category["id"] in used or category["name"] not in parents
-    }
+    categories = data["categories"]
+    names = {category["id"]: class_of(str(category["name"])) for category in categories}
     found = defaultdict(set)
     for box in data.get("annotations") or ():
         if box.get("category_id") in names:
             found[box.get("image_id")].add(names[box["category_id"]])
+    parents = {category.get("supercategory") for category in categories}  # Roboflow lists the project as a class
+    boxes.classes |= {names[category["id"]] for category in categories if category["name"] not in parents}
+    boxes.classes |= set().union(*found.values())
     for image in data["images"]:
         boxes.add(tree, file, str(image.get("file_name")), found[image.get("id")])
 
@@ -176,20 +162,17 @@ def _read_yolo(tree: Tree, boxes: Boxes) -> None:
     if len({json.dumps(names) for names in lists.values()}) != 1:
         raise DatasetError(
             f"{tree.root} has YOLO labels and {len(lists)} different lists of their names "
-            f"({listing(map(tree.name, lists)) or 'no data.yaml'}): read one export at a time, with its data.yaml"
+            f"({first_few(map(tree.name, lists)) or 'no data.yaml'}): read one export at a time, with its data.yaml"
         )
     names = next(iter(lists.values()))
     boxes.files += [*lists, *pairs.values()]
     boxes.classes |= set(names.values())
     stated = _stated_splits(tree, lists)
     for image, found in labels.items():
-        if isinstance(found, str) or (unknown := found - names.keys()):
-            reason = (
-                found
-                if isinstance(found, str)
-                else f"class {min(unknown)} has no name in {listing(map(tree.name, lists))}"
-            )
-            boxes.rejects.append(Reject(tree.name(image), f"{tree.name(pairs[image])}: {reason}"))
+        if isinstance(found, set) and (unknown := found - names.keys()):
+            found = f"class {min(unknown)} has no name in {first_few(map(tree.name, lists))}"
+        if isinstance(found, str):
+            boxes.rejects.append(Reject(tree.name(image), f"{tree.name(pairs[image])}: {found}"))
             continue
         boxes.names[image] |= {names[number] for number in found}
         boxes.splits[image] = tree.split_of(image) or stated.get(image)

@@ -110,13 +110,9 @@ def _start(unfinished: Path, origin: Origin | None) -> None:
 
 def _report(selection: Selection, read: int, published: str) -> dict[str, Any]:
     rows = list(chain(*selection.rows.values()))
-    content = sorted(json.dumps(_metadata(row), sort_keys=True) for row in rows)
+    content = sorted(json.dumps({key: row[key] for key in row if key != "stored"}, sort_keys=True) for row in rows)
     by_category = {split: Counter(row["category"] for row in part) for split, part in selection.rows.items()}
     categories = sorted(set(chain(*by_category.values())))
-
-    def counts(values: Iterable[str]) -> list[tuple[str, int]]:
-        return Counter(values).most_common()
-
     return {
         "read": read,
         "kept": len(rows),
@@ -125,17 +121,13 @@ def _report(selection: Selection, read: int, published: str) -> dict[str, Any]:
         "near_duplicate_groups": len(selection.near_duplicates),
         **{split: len(part) for split, part in selection.rows.items()},
         "is_food": {split: sum(row["is_food"] for row in part) for split, part in selection.rows.items()},
-        "issues": counts(f"{issue['rule']}: {issue['policy']}" for issue in selection.issues),
+        "issues": Counter(f"{issue['rule']}: {issue['policy']}" for issue in selection.issues).most_common(),
         "categories": {name: [by_category[split][name] for split in SPLITS] for name in categories},
-        **{field: counts(item for row in rows for item in row[field]) for field in FIELDS},
-        "sources": counts(published or row["source"] for row in rows),
-        "licenses": counts(row["license"] for row in rows),
+        **{field: Counter(item for row in rows for item in row[field]).most_common() for field in FIELDS},
+        "sources": Counter(published or row["source"] for row in rows).most_common(),
+        "licenses": Counter(row["license"] for row in rows).most_common(),
         "fingerprint": hashlib.sha256("\n".join(content).encode()).hexdigest(),
     }
-
-
-def _metadata(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "stored"}
 
 
 def _write(folder: Path, selection: Selection, report: dict[str, Any], published: str) -> None:

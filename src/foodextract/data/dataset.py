@@ -2,6 +2,9 @@
 
 import hashlib
 import sys
+from collections import defaultdict
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from foodextract.data.folders import labeled_folder
 from foodextract.data.hub_source import HubDataset, HubUnreachableError, newest_revision
 from foodextract.data.ingest import identity
 from foodextract.data.near_duplicates import fingerprint, group_near
-from foodextract.data.samples import DatasetError, Reject, Rows, Sample, label_of, normalize_split
+from foodextract.data.samples import DatasetError, Rows, Sample, label_of, normalize_split
 from foodextract.data.sources import hub_rows
 from foodextract.images import ImageError, find_images, open_image
 from foodextract.schema import EXHAUSTIVE, FoodRecord
@@ -38,10 +41,10 @@ def open_dataset(where: str | Path, build_in: str | Path, seed: int = 42) -> dat
     """
     where, name, build_in = Path(where), str(where), Path(build_in)
     if where.is_dir() and not (where / "arrow").is_dir():
-        rows = list(labeled_folder(where))
+        rows = labeled_folder(where)
         origin = {"folder": _folder_state(where, rows), "seed": seed}
         if origin_of(build_in) != origin:
-            build(Rows(rows, total=len(rows)), build_in, seed=seed, origin=origin)
+            build(rows, build_in, seed=seed, origin=origin)
     elif not where.exists() and name.count("/") == 1 and not where.is_absolute():
         _fetch(name, build_in, seed)
     else:
@@ -71,7 +74,7 @@ def _fetch(name: str, build_in: Path, seed: int) -> None:
         build(hub_rows(found), build_in, seed=seed, origin=origin | {"seed": seed})
 
 
-def _folder_state(folder: Path, rows: list[Sample | Reject]) -> str:
+def _folder_state(folder: Path, rows: Rows) -> str:
     """Return a hash of a labeled folder. It changes with any label, and with name, size or time of any image."""
     state = hashlib.sha256()
     for row in rows:
@@ -87,18 +90,16 @@ def leaks(folder: str | Path, other: str | Path) -> list[tuple[str, str]]:
 
     Compare a data set with the training images of a model before believing its scores.
     """
-    prints, names = [], []
-    for root in (Path(folder), Path(other)):
+    prints, files = [], []
+    for side, root in enumerate((Path(folder), Path(other))):
         for path in tqdm(list(find_images([root])), desc=f"reading {root.name}", unit="image"):
-            try:
+            with suppress(ImageError):  # `build` reports unreadable images
                 prints.append(fingerprint(open_image(path)))
-                names.append((root == Path(other), path.relative_to(root).as_posix()))
-            except ImageError:
-                continue  # `build` reports unreadable images
-    groups: dict[int, list[tuple[bool, str]]] = {}
-    for first, name in zip(group_near(prints), names, strict=True):
-        groups.setdefault(first, []).append(name)
-    return [(a, b) for group in groups.values() for theirs, a in group if not theirs for foreign, b in group if foreign]
+                files.append((side, path.relative_to(root).as_posix()))
+    groups: dict[int, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for first, (side, name) in zip(group_near(prints), files, strict=True):
+        groups[first][side].append(name)
+    return [pair for sides in groups.values() for pair in product(*sides)]
 
 
 def rows_id(split: datasets.Dataset) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 from foodextract.data.annotations import Boxes, box_rows, read_boxes
 from foodextract.data.label_rules.conversion import flag_of, split_items
 from foodextract.data.label_rules.vocabulary import is_object
-from foodextract.data.layout import MISSING, NOT_FOOD, PLAIN_FILES, Tree, class_of, listing, names_no_class
+from foodextract.data.layout import MISSING, NOT_FOOD, PLAIN_FILES, Tree, class_of, first_few, names_no_class
 from foodextract.data.samples import NOTHING, PRIMARY, DatasetError, Reject, Rows, Sample, label_of, normalize_split
+from foodextract.data.scenes import Split
 from foodextract.data.tables import TABLES, Row, decoded, read_table
-from foodextract.schema import EXHAUSTIVE, FIELDS, FoodRecord
+from foodextract.schema import FIELDS, FoodRecord
 
 NOT_FOOD_CLASSES = NOT_FOOD | {"other", "others", "background", "negative", "negatives"}
 CLASS_COLUMNS = (
@@ -20,9 +21,8 @@ CLASS_COLUMNS = (
     *("food", "food_name", "food_class", "food_type", "dish", "dish_name", "item"),
 )
 BOX_COLUMNS = frozenset(("xmin", "x_min", "x1", "bbox", "bbox_x", "x_center", "xcenter"))
-DATA_FILES = frozenset((*TABLES, ".xml", ".yaml", ".yml", ".xlsx", ".xls", ".ods", ".parquet"))
+DATA_FILES = frozenset((*TABLES, ".xml", ".yaml", ".yml", ".xlsx", ".xls", ".ods"))
 OWN_FILES = ("metadata.ledger.jsonl", "metadata.rejects.jsonl")  # of `foodextract label`
-NOT_STATED = "not stated"
 REMEDY = (
     "write metadata.jsonl with one line of JSON per image, for example\n"
     '{"file_name": "a.jpg", "is_food": 1, "image_title": "beer", "food_items": [], "drink_items": ["beer"]}\n'
@@ -31,19 +31,14 @@ REMEDY = (
 
 
 def labeled_folder(folder: str | Path) -> Rows:
-    """Read a folder of labeled images. The labels are in the first of these that is there:
+    """Read a folder of labeled images. The labels are in the first of these that is there; see README.md:
 
-    - `metadata.jsonl`, `.json`, `.csv` or `.tsv`, here and in subfolders: a row per image with `file_name`, the four
-      keys of a record (without `image_title`, the items make the title), and optionally `category`, `group` (images
-      that stay in one split), `label_scope` ("exhaustive", or another word where more than the listed items may be
-      visible), `source`, `license` and `split`. In CSV, lists are JSON, or items between semicolons or commas
+    - tables called `metadata`, here and in subfolders
     - tables of other names, with the same columns, or with a file and a class per row
     - exports of annotation tools, see `annotations`
-    - one subfolder per class, named after the food that its images show (`not_food` for neither food nor drink); the
-      class is the main item, so the `label_scope` of food is "primary"
+    - one subfolder per class; the class is the main item, so the `label_scope` of food is "primary"
 
-    Folders and tables named after a split ("train", "valid", "test" …) state it. Any split other than "train" is held
-    out. Values of JSON are not converted; the label rules do that. Files that are not read are named on stderr.
+    Values of JSON are not converted; the label rules do that. Files that are not read are named on stderr.
     Raises DatasetError for a folder without labels, and for one whose labels are in no form that is read.
     """
     tree = Tree.scan(Path(folder))
@@ -118,15 +113,17 @@ def _metadata_row(tree: Tree, table: Path, number: int, row: Row) -> Sample | Re
     if isinstance(row, str):
         return Reject(where, row)
     stated, row = str(row.get("file_name")), {"image_title": ""} | row
-    where = f"{where} ({listing([stated])})"
+    where = f"{where} ({first_few([stated])})"
     if missing := [key for key in ("file_name", *FoodRecord.model_fields) if key not in row]:
         return Reject(where, f"lacks {', '.join(missing)}: add file_name, is_food, food_items and drink_items")
     if isinstance(image := tree.find(stated, table), str):
         return Reject(where, image)
-    defaults = {"source": tree.root.name, "license": NOT_STATED, "label_scope": EXHAUSTIVE}
-    texts = {key: str(row.get(key) or default) for key, default in (defaults | {"category": "", "group": ""}).items()}
-    split = normalize_split(row.get("split")) or tree.split_of(image) or tree.split_of(table)
-    return Sample(tree.name(image), image.read_bytes, label_of(row), split=split, **texts)
+    texts = {key: str(row[key]) for key in ("source", "license", "label_scope", "category", "group") if row.get(key)}
+    return tree.sample(image, label_of(row), split=_stated_split(tree, table, row, image), **texts)
+
+
+def _stated_split(tree: Tree, table: Path, row: dict[str, Any], image: Path) -> Split | None:
+    return normalize_split(row.get("split")) or tree.split_of(image) or tree.split_of(table)
 
 
 def _read_classes(tree: Tree, table: Path, rows: list[tuple[int, Row]], boxes: Boxes) -> None:
@@ -136,7 +133,8 @@ def _read_classes(tree: Tree, table: Path, rows: list[tuple[int, Row]], boxes: B
         if isinstance(row, str):
             boxes.rejects.append(Reject(where, row))
             continue
-        where, image = f"{where} ({listing([str(row.get('file_name'))])})", tree.find(str(row.get("file_name")), table)
+        stated = str(row.get("file_name"))
+        where, image = f"{where} ({first_few([stated])})", tree.find(stated, table)
         cell = str(next((row[name] for name in CLASS_COLUMNS if row.get(name)), ""))
         items = split_items(cell)
         found = {class_of(str(item)) for item in items} if isinstance(items, list) else set()
@@ -147,7 +145,7 @@ def _read_classes(tree: Tree, table: Path, rows: list[tuple[int, Row]], boxes: B
         else:
             boxes.names[image] |= found
             boxes.classes |= found
-            boxes.splits[image] = normalize_split(row.get("split")) or tree.split_of(image) or tree.split_of(table)
+            boxes.splits[image] = _stated_split(tree, table, row, image)
 
 
 def _class_rows(tree: Tree) -> list[Sample | Reject]:
@@ -155,8 +153,8 @@ def _class_rows(tree: Tree) -> list[Sample | Reject]:
     classes = {image: _class_folder(image.relative_to(root).parent.parts) for image in tree.images}
     named = sorted({parts for parts in classes.values() if parts})
     if not named:
-        inside = listing(sorted({tree.name(image.parent) for image in tree.images})) or "nothing"
-        data = listing(tree.name(path) for path in tree.files if path.suffix.lower() in DATA_FILES)
+        inside = first_few(sorted({tree.name(image.parent) for image in tree.images})) or "nothing"
+        data = first_few(tree.name(path) for path in tree.files if path.suffix.lower() in DATA_FILES)
         beside = f" and files that hold no labels of them that we read ({data})" if data else ""
         raise DatasetError(
             f"{tree.root} has neither metadata.jsonl nor metadata.csv nor class-named subfolders with images: it has "
@@ -166,7 +164,7 @@ def _class_rows(tree: Tree) -> list[Sample | Reject]:
     names = {class_of(parts[-1]) for parts in named} - NOT_FOOD_CLASSES
     if objects := sorted(filter(is_object, names)):
         print(
-            f"{tree.root}: classes that seem to name no food ({len(objects)}): {listing(objects)}; if they are none, "
+            f"{tree.root}: classes that seem to name no food ({len(objects)}): {first_few(objects)}; if they are none, "
             "move their images into a folder not_food",
             file=sys.stderr,
         )
@@ -204,7 +202,7 @@ def _refuse_unclear(tree: Tree, root: Path, classes: dict[Path, tuple[str, ...]]
         below[parts].add(rest[0] if rest else "")
     for parts in named:
         if len(below[parts]) > 1 and "" not in below[parts] and class_of(parts[-1]) not in NOT_FOOD_CLASSES:
-            inside = listing(sorted(below[parts]))
+            inside = first_few(sorted(below[parts]))
             raise DatasetError(
                 f"{'/'.join(parts)} in {root} has subfolders ({inside}) and no images of its own: if they are the "
                 "classes, move them up; if not, move their images up"
@@ -216,7 +214,7 @@ def _refuse_unclear(tree: Tree, root: Path, classes: dict[Path, tuple[str, ...]]
         lists = (path for path in tree.files if path.suffix.lower() == ".txt" and first in decoded(path))
         sure += [path for path in tree.files if path.suffix.lower() in DATA_FILES] + list(lists)
     if sure:
-        names = listing(dict.fromkeys(map(tree.name, sure)))
+        names = first_few(dict.fromkeys(map(tree.name, sure)))
         raise DatasetError(
             f"{tree.root} has files that may hold the labels and that we do not read ({names}): {REMEDY}"
         )
@@ -232,18 +230,10 @@ def _holds_labels(path: Path, beside_image: bool) -> bool:
     return stem == "metadata" and suffix in DATA_FILES
 
 
-def _class_sample(tree: Tree, name: str, image: Path, split: Any = None) -> Sample:
-    food = name not in NOT_FOOD_CLASSES
-    return Sample(
-        tree.name(image),
-        image.read_bytes,
-        class_label(name) if food else dict(NOTHING),
-        tree.root.name,
-        NOT_STATED,
-        category=name,
-        split=split,
-        label_scope=PRIMARY if food else EXHAUSTIVE,
-    )
+def _class_sample(tree: Tree, name: str, image: Path, split: Split | None = None) -> Sample:
+    if name in NOT_FOOD_CLASSES:
+        return tree.sample(image, NOTHING, category=name, split=split)
+    return tree.sample(image, class_label(name), category=name, split=split, label_scope=PRIMARY)
 
 
 def _report(tree: Tree, rows: Iterable[Sample | Reject], used: list[Path]) -> None:
@@ -253,6 +243,6 @@ def _report(tree: Tree, rows: Iterable[Sample | Reject], used: list[Path]) -> No
     passed = [path for path in tree.files if path not in used and not PLAIN_FILES.fullmatch(path.name)]
     passed = [path for path in passed if path.name not in OWN_FILES]
     if unnamed and used:
-        print(f"{tree.root}: images that no label names ({len(unnamed):,}): {listing(unnamed)}", file=sys.stderr)
+        print(f"{tree.root}: images that no label names ({len(unnamed):,}): {first_few(unnamed)}", file=sys.stderr)
     if passed:
-        print(f"{tree.root}: files passed over ({len(passed):,}): {listing(map(tree.name, passed))}", file=sys.stderr)
+        print(f"{tree.root}: files passed over ({len(passed):,}): {first_few(map(tree.name, passed))}", file=sys.stderr)

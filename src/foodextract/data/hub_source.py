@@ -68,7 +68,7 @@ class HubDataset:
             streams = {str(name): _uniform(stream) for name, stream in builder.as_streaming_dataset().items()}
         except (*HUB_ERRORS, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise _unreadable(repo_id, error) from error  # a RuntimeError for loading scripts
-        files = {str(name): list(paths) for name, paths in (getattr(builder.config, "data_files", None) or {}).items()}
+        files = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items()}
         train_first = sorted(streams.items(), key=lambda stream: normalize_split(stream[0]) != "train")
         return cls(repo_id, revision, dict(train_first), files)
 
@@ -84,18 +84,18 @@ class HubDataset:
             f"{' and '.join(sorted(NEEDED['records']))}, or image and output_json"
         )
 
-    def total(self, *names: str) -> int | None:
-        """Count the rows of these splits (default: all) by the card or the parquet footers; None if neither tells."""
-        counts = [self._count(name) for name in names or self.streams]
+    def total(self) -> int | None:
+        """Count the rows by the card or the parquet footers; None if neither tells."""
+        counts = [self._count(name) for name in self.streams]
         return None if None in counts else sum(filter(None, counts))
 
-    def rows(self, *names: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield (split, row) of these splits (default: all). Raises DatasetError where the Hub or a file fails."""
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (split, row). Raises DatasetError where the Hub or a file fails."""
         count = 0
         try:
-            for name in names or self.streams:
-                for row in self.streams[name]:
-                    yield name, row
+            for split, stream in self.streams.items():
+                for row in stream:
+                    yield split, row
                     count += 1
         except (*HUB_ERRORS, ValueError, datasets.exceptions.DatasetsError) as error:
             if isinstance(error, HUB_ERRORS) and type(error) is not OSError:  # Arrow raises OSError for damaged files

@@ -9,11 +9,11 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -84,13 +84,15 @@ async def label_folder(
             final = ("labeled",) if retry_rejected else ("labeled", "rejected")
             known = {digest for digest, line in outcomes.items() if json.loads(line)["status"] in final}
             digests = {image: _digest(image) for image in tqdm(images, "reading", unit="image")}
-            first = {digest: image for image, digest in reversed(digests.items()) if digest not in known}
-            waiting = list(reversed(first.items()))[:limit]
-            chosen = dict(waiting)
+            unknown: dict[str, Path] = {}
+            for image, digest in digests.items():
+                if digest not in known:
+                    unknown.setdefault(digest, image)
+            chosen = dict(islice(unknown.items(), limit))
             summary = Summary(asked=len(chosen), known=sum(digest in known for digest in digests.values()))
             summary.duplicates = sum(digest in chosen for digest in digests.values()) - summary.asked
             summary.images = summary.known + summary.duplicates + summary.asked
-            endpoint, queue = Endpoint(client, teacher), iter(waiting)
+            endpoint, queue = Endpoint(client, teacher), iter(chosen.items())
             bar = tqdm(total=len(images), initial=summary.images - summary.asked, desc="labeling", unit="image")
 
             async def work() -> None:
@@ -155,10 +157,6 @@ def _write_output(
         else:
             rejects.append(row | {key: entry[key] for key in ("status", "reason", "raw") if key in entry})
     for target, rows in ((output, labels), (output.with_suffix(".rejects.jsonl"), rejects)):
-        _write_lines(target, sorted(rows, key=lambda row: row["file_name"]))
-
-
-def _write_lines(target: Path, rows: Iterable[dict[str, Any]]) -> None:
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(target)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["file_name"])))
+        partial.replace(target)

@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from foodextract.data.ingest import LEDGER
 from foodextract.data.label_rules.vocabulary import entries, key
-from foodextract.data.samples import Split, readable, split_named
+from foodextract.data.samples import Sample, Split, readable, split_named
+from foodextract.data.tables import TABLES
 from foodextract.images import images_and_others
 
 SYSTEM_FOLDERS = frozenset(
@@ -19,9 +21,8 @@ SYSTEM_FOLDERS = frozenset(
         *("vti_cnf", "wandb"),
     )
 )
-NOT_FOOD = frozenset(
-    ("not food", "notfood", "non food", "nonfood", "no food")
-)  # classes that state: no food is visible
+# Classes that state that no food is visible.
+NOT_FOOD = frozenset(("not food", "notfood", "non food", "nonfood", "no food"))
 MISSING = "there is no such file"
 PLAIN_FILES = re.compile(r"(readme|license|licence|notice|changelog)\b.*|thumbs\.db|desktop\.ini|.*\.md", re.IGNORECASE)
 
@@ -38,16 +39,25 @@ class Tree:
     @classmethod
     def scan(cls, root: Path) -> "Tree":
         """List a folder. A path that is no folder is empty."""
-        found = images_and_others(root) if root.is_dir() else ([], [])
-        shown = [[path for path in paths if _is_visible(path, root)] for paths in found]
-        built = {parent for path in shown[1] if (parent := path.parent) != root and _is_built(parent)}
-        images, files = ([path for path in paths if built.isdisjoint(path.parents)] for paths in shown)
-        tree = cls(root, images, [path for path in files if not path.name.startswith(".")])
-        for path in images:
+        images, files = images_and_others(root) if root.is_dir() else ([], [])
+        built = {parent for path in files if (parent := path.parent) != root and _is_built(parent)}
+
+        def is_shown(path: Path) -> bool:
+            folders = path.relative_to(root).parts[:-1]
+            return not any(map(_is_system, folders)) and built.isdisjoint(path.parents)
+
+        files = [path for path in files if is_shown(path) and not path.name.startswith(".")]
+        tree = cls(root, list(filter(is_shown, images)), files)
+        for path in tree.images:
             tree._by_name[_key(path.name)].append(path)
             if not path.stem.isdecimal():  # a number may be that of a class
                 tree._by_name[_key(path.stem) + "/"].append(path)
         return tree
+
+    def sample(self, image: Path, label: dict[str, Any], **stated: Any) -> Sample:
+        """Return an image of the folder with its label, and with what is stated of the other fields of a sample."""
+        defaults = {"source": self.root.name, "license": "not stated"}
+        return Sample(self.name(image), image.read_bytes, label, **(defaults | stated))
 
     def name(self, path: Path) -> str:
         """Return a path relative to the root, with slashes."""
@@ -99,7 +109,7 @@ def names_no_class(name: str) -> bool:
     return not words or key(words) in entries("folders") or split_named(name) is not None
 
 
-def listing(names: Iterable[str], limit: int = 5) -> str:
+def first_few(names: Iterable[str], limit: int = 5) -> str:
     """Join names for a message, and count those beyond the limit."""
     names = list(names)
     rest = f" and {len(names) - limit:,} more" if len(names) > limit else ""
@@ -107,12 +117,7 @@ def listing(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _is_system(name: str) -> bool:
-    return name.startswith((".", "@", "$", "#", "~", "__")) or name.lower().strip("_") in SYSTEM_FOLDERS
-
-
-def _is_visible(path: Path, root: Path) -> bool:
-    *folders, name = path.relative_to(root).parts
-    return not name.startswith("._") and not any(map(_is_system, folders))
+    return name.startswith(("@", "$", "#", "~", "__")) or name.lower().strip("_") in SYSTEM_FOLDERS
 
 
 def _is_built(folder: Path) -> bool:
@@ -125,7 +130,7 @@ def _split_in(path: PurePosixPath) -> Split | None:
     for part in path.parts[:-1]:
         if split := split_named(part):
             return split
-    if path.suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl"):
+    if path.suffix.lower() not in TABLES:
         return None
     stated = {split for word in re.split(r"[\W_]+", path.stem) if (split := split_named(word))}
     return stated.pop() if len(stated) == 1 else None

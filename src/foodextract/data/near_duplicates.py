@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy.fft import dctn
 from scipy.interpolate import CubicSpline
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 from scipy.spatial import KDTree
 
 GRID = 12  # cells along an edge
@@ -47,40 +47,15 @@ def fingerprint(image: Image.Image) -> bytes:
     return np.asarray(cells.convert("YCbCr")).transpose(2, 0, 1).tobytes()
 
 
-def near_pairs(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the pairs of near-duplicates in order: first positions, second positions, distances (0 to NEAR).
-
-    Each later copy of a fingerprint is paired with the first, and only the first is compared with others. Among more
-    than NEIGHBORS similar images not every pair is listed. Raises ValueError for bytes that are no fingerprint.
-    """
-    cells, kinds, first = _distinct(fingerprints)
-    later = np.flatnonzero(first[kinds] < np.arange(len(kinds)))
-    found = [np.column_stack([first[kinds[later]], later, np.zeros(len(later))])]
-    for one, other, crop in _candidates(cells):
-        distances = _distances(_middle(cells[one]) if crop else cells[one], cells[other])
-        near = distances <= NEAR
-        ends = np.sort([first[one[near]], first[other[near]]], axis=0)
-        found.append(np.column_stack([*ends, distances[near]]))
-    rows = np.concatenate(found)
-    rows = rows[np.lexsort(rows.T[::-1])]
-    closest = np.diff(rows[:, :2], axis=0, prepend=-1).any(1)  # a pair is found up to four times
-    a, b, distance = rows[closest].T
-    return a.astype(int), b.astype(int), distance
-
-
 def group_near(fingerprints: Sequence[bytes]) -> list[int]:
     """Return for every image the first position in its group of near-duplicates, its own where it is alone.
 
     A group grows along pairs from its hub, the image with the most pairs, and contains only what resembles the hub, so
     a chain of small differences does not join unrelated images. The groups do not depend on the order of the images.
-    Raises ValueError for bytes that are no fingerprint.
     """
-    cells, kinds, _ = _distinct(fingerprints)
-    first, second, _ = near_pairs(fingerprints)
-    a, b = kinds[first], kinds[second]
-    one_way = coo_array((a != b, (a, b)), shape=(len(cells), len(cells)))
-    links = (one_way + one_way.T).tocsr()
-    links.eliminate_zeros()
+    distinct = sorted(set(fingerprints))
+    cells = np.frombuffer(b"".join(distinct), np.uint8).reshape(-1, 3, GRID, GRID)
+    links = _near_pairs(cells)
     degrees = np.diff(links.indptr)
     hubs, free = np.arange(len(cells)), degrees > 0
     for hub in np.argsort(-degrees, kind="stable")[: free.sum()]:  # ties in order of content, not of position
@@ -93,24 +68,23 @@ def group_near(fingerprints: Sequence[bytes]) -> list[int]:
             ring = np.unique(links[ring].indices)
             ring = ring[free[ring]]
             ring = ring[_resemblance(cells[hub], cells[ring]) <= LOOSE]
-    _, start, group = np.unique(hubs[kinds], return_index=True, return_inverse=True)
-    return start[group].tolist()
+    hub_of = dict(zip(distinct, hubs.tolist(), strict=True))
+    first: dict[int, int] = {}  # hub → position
+    return [first.setdefault(hub_of[given], position) for position, given in enumerate(fingerprints)]
 
 
-def _distinct(fingerprints: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the m distinct fingerprints as cells (m, 3, GRID, GRID), in order of content.
+def _near_pairs(cells: np.ndarray) -> csr_array:
+    """Return which of n different images are near-duplicates: (n, n), symmetric.
 
-    With them the number of each fingerprint among them, and the position where each occurs first.
+    Among more than NEIGHBORS similar images not every pair is found.
     """
-    for position, given in enumerate(fingerprints):
-        if len(given) != FINGERPRINT_BYTES:
-            size = f"{len(given)} bytes, not {FINGERPRINT_BYTES}"
-            raise ValueError(f"fingerprint {position} has {size}: make it with `fingerprint`")
-    content = sorted(set(fingerprints))
-    number = {given: kind for kind, given in enumerate(content)}
-    kinds = np.array([number[given] for given in fingerprints], int)
-    cells = np.frombuffer(b"".join(content), np.uint8).reshape(-1, 3, GRID, GRID)
-    return cells, kinds, np.unique(kinds, return_index=True)[1]
+    found = [np.empty((0, 2), int)]
+    for one, other, crop in _candidates(cells):
+        near = _distances(_middle(cells[one]) if crop else cells[one], cells[other]) <= NEAR
+        found.append(np.column_stack([one[near], other[near]]))
+    a, b = np.concatenate(found).T
+    one_way = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(cells), len(cells)))
+    return (one_way + one_way.T).tocsr()
 
 
 def _middle(cells: np.ndarray) -> np.ndarray:

@@ -59,17 +59,14 @@ class Reject:
 
 
 @dataclass
-class Rows(Iterator[Sample | Reject]):
+class Rows(Iterable[Sample | Reject]):
     """The rows of a source. `total` is their number, None where it is unknown; progress bars show it."""
 
     rows: Iterable[Sample | Reject]
     total: int | None = None
 
-    def __post_init__(self) -> None:
-        self._iterator = iter(self.rows)
-
-    def __next__(self) -> Sample | Reject:
-        return next(self._iterator)
+    def __iter__(self) -> Iterator[Sample | Reject]:
+        return iter(self.rows)
 
 
 def normalize_split(name: object) -> Split | None:

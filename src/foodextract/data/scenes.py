@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ MIN_VISIBLE = 0.8  # share of each object that no later one hides
 
 
 def _table(name: str) -> list[str]:
-    text = (resources.files("foodextract.data") / "drawings" / f"{name}.txt").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "drawings" / f"{name}.txt").read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
@@ -190,7 +190,6 @@ def draw_scene(seed: int, split: Split, index: int) -> Scene:
     return Scene(image, record_of(objects), objects, owner)
 
 
-def draw_scenes(seed: int, split: Split, count: int, start: int = 0) -> Iterator[Scene]:
-    """Draw `count` scenes one at a time, numbered from `start`."""
-    for index in range(start, start + count):
-        yield draw_scene(seed, split, index)
+def draw_scenes(seed: int, split: Split, count: int) -> Iterator[Scene]:
+    """Draw the first `count` scenes of `split` one at a time."""
+    return (draw_scene(seed, split, index) for index in range(count))

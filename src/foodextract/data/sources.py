@@ -89,28 +89,26 @@ def _republished(dataset_id: str, row: Sample | Reject) -> Sample | Reject:
     return replace(row, source=dataset_id, license=license)
 
 
-def food101(split: str = "train", dataset_id: str = FOOD101) -> Rows:
-    """Food-101 with class names as labels. The class is the main item; more may be visible.
+def food101() -> Rows:
+    """The training images of Food-101 with class names as labels. The class is the main item; more may be visible.
 
     Raises DatasetError when it cannot be read.
     """
-    found = HubDataset.open(dataset_id)
-    if split not in found.streams or "label" not in (found.streams[split].features or ()):
-        message = f"{dataset_id!r} has no split {split!r} with a column `label`: choose another data set or split"
-        raise DatasetError(message)
-    return Rows(_food101_rows(found, split), total=found.total(split))
+    found = HubDataset.open(FOOD101)
+    found = replace(found, streams={"train": found.streams["train"]})
+    return Rows(_food101_samples(found), total=found.total())
 
 
-def _food101_rows(found: HubDataset, split: str) -> Iterator[Sample]:
-    names = found.streams[split].features["label"]
-    for index, (_, row) in enumerate(found.rows(split)):
+def _food101_samples(found: HubDataset) -> Iterator[Sample]:
+    names = found.streams["train"].features["label"]
+    for index, (_, row) in enumerate(found.rows()):
         name = names.int2str(row["label"]).replace("_", " ")
         yield Sample(
-            f"food101-{split}-{index:06d}{suffix_of(row['image'])}",
-            partial(image_bytes, found.repo_id, row["image"]),
+            f"food101-train-{index:06d}{suffix_of(row['image'])}",
+            partial(image_bytes, FOOD101, row["image"]),
             class_label(name),
-            source=found.repo_id,
-            license=f"see {found.repo_id}",
+            source=FOOD101,
+            license=f"see {FOOD101}",
             category=name,
             label_scope=PRIMARY,
         )
@@ -125,11 +123,11 @@ def open_source(
     drawn: tuple[int, int] = (8000, 600),
 ) -> Rows:
     """Open a source by name. Raises DatasetError for an unknown name and for a missing folder."""
-    if kind in ("folder", "not_food"):
-        if folder is None:
-            raise DatasetError(f"the source `{kind}` needs a folder of images")
-        return labeled_folder(folder) if kind == "folder" else not_food_folder(folder)
     match kind:
+        case "folder" | "not_food":
+            if folder is None:
+                raise DatasetError(f"the source `{kind}` needs a folder of images")
+            return labeled_folder(folder) if kind == "folder" else not_food_folder(folder)
         case "scenes":
             return scenes(seed, *drawn)
         case "hub":
@@ -164,10 +162,9 @@ def mix(parts: Iterable[tuple[Rows, float]]) -> Rows:
     shares = [share for _, share in parts]
     if not parts or min(shares) <= 0:
         raise DatasetError("every source of a mix needs a share above 0")
-    totals = [rows.total for rows, _ in parts if getattr(rows, "total", None) is not None]
-    total: int | None = None
-    if len(totals) == len(parts):
-        total = len(list(_in_turn([iter(range(size or 0)) for size in totals], shares)))
+    totals = [rows.total for rows, _ in parts if rows.total is not None]
+    known = len(totals) == len(parts)
+    total = sum(1 for _ in _in_turn([iter(range(size)) for size in totals], shares)) if known else None
     return Rows(_in_turn([iter(rows) for rows, _ in parts], shares), total)
 
 

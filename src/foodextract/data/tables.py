@@ -5,7 +5,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,15 @@ def read_table(path: Path) -> list[tuple[int, Row]]:
     Values of JSON stay as they are. Cells of CSV become the flag and the lists of a record. Raises DatasetError for a
     file that cannot be opened.
     """
-    if path.suffix.lower() == ".parquet":
-        return _with_split(_parquet_rows(path))
-    text = decoded(path)
-    if path.suffix.lower() in CSV:
-        return _with_split(_converted([(number, _renamed(row)) for number, row in _csv_rows(text)]))
-    return _with_split([(number, _renamed(row)) for number, row in _json_rows(text)])
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        found = _parquet_rows(path)
+    elif suffix in CSV:
+        found = _csv_rows(decoded(path))
+    else:
+        found = _json_rows(decoded(path))
+    rows = [(number, _renamed(row)) for number, row in found]
+    return _with_split(_converted(rows) if suffix in CSV else rows)
 
 
 def _with_split(rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
@@ -66,9 +69,9 @@ def _with_split(rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
     return rows
 
 
-def _parquet_rows(path: Path) -> list[tuple[int, Row]]:
+def _parquet_rows(path: Path) -> Iterable[tuple[int, Row]]:
     try:
-        return [(number, _renamed(row)) for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)]
+        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DatasetError(f"{path} is no Parquet file ({error}): write it again") from error
 

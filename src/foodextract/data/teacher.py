@@ -16,7 +16,7 @@ import openai
 
 from foodextract import prompts
 from foodextract.images import ImageError, ImageSource, open_image
-from foodextract.schema import FoodRecord, json_schema
+from foodextract.schema import FoodRecord
 
 # An answer that breaks the schema is requested again at the second temperature; at 0 it would be the same. Such answers
 # occur because vLLM's grammar allows endless white space (https://github.com/vllm-project/vllm/issues/38696).
@@ -42,9 +42,8 @@ class Teacher:
     max_edge: int = 1024  # pixels, the longest edge of the image sent
     max_tokens: int = 1024  # the longest record, 20 items of 50 characters in both lists, takes about 700
     timeout: float = 120.0  # seconds without data from the server
-    retries: int = (
-        5  # made by the client, with back-off: 408, 409, 429 (respecting Retry-After), 5xx, connection errors
-    )
+    # Made by the client, with back-off: 408, 409, 429 (respecting Retry-After), 5xx, connection errors.
+    retries: int = 5
 
 
 def as_data_url(source: ImageSource, max_edge: int) -> str:
@@ -58,7 +57,7 @@ def as_data_url(source: ImageSource, max_edge: int) -> str:
 def question(teacher: Teacher, url: str, temperature: float = 0.0) -> dict[str, Any]:
     """Return the body of a chat-completions request about the image at `url`, with the prompts used in training."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompts.USER}]
-    schema = {"name": "FoodRecord", "schema": json_schema(), "strict": True}
+    schema = {"name": "FoodRecord", "schema": FoodRecord.model_json_schema(), "strict": True}
     return {
         "model": teacher.model,
         "messages": [{"role": "system", "content": prompts.SYSTEM}, {"role": "user", "content": content}],

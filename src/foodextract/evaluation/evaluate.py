@@ -121,7 +121,7 @@ def cache_key(model: PreTrainedModel, processor: ProcessorMixin, images: dataset
     """Hash everything the answers depend on: weights, prompt, image budget, images and the commit of this code."""
     prompt = processor.apply_chat_template(prompts.conversation(), add_generation_prompt=True)
     weights, settings = checksum(snapshot(model)), processor.to_json_string()
-    parts = (weights, prompt, settings, rows_id(images), str(len(images)), commit())
+    parts = (weights, prompt, settings, rows_id(images), commit())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -192,12 +192,6 @@ def rate(name: str, hits: Sequence[bool]) -> Metric:
     """Return a share with its Wilson interval."""
     formula = Formula(ratio, ("hit", "images"), wilson=True)
     return ScoreTable([{"images": 1, "hit": hit} for hit in hits]).metric(name, formula)
-
-
-def micro_f1(name: str, counts: Sequence[Counts]) -> Metric:
-    """Return the pooled F1 of one `Counts` per image, with its bootstrap interval."""
-    table = ScoreTable([{"images": 1, **vars(count)} for count in counts])
-    return table.metric(name, Formula(f1, ("found", "invented", "missed")))
 
 
 def validation_f1(labels: Sequence[FoodRecord], answers: Sequence[str], scopes: Sequence[str] | None = None) -> float:

@@ -10,18 +10,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from foodextract.evaluation.results import Row
+from foodextract.models.beside_weights import BesideWeights
 from foodextract.models.loading import BUNDLED
 from foodextract.models.weights import checksum
 
-EVALUATION = "evaluation.json"
 AND = " + "  # between the parts of a mixed dataset
 REMEDY = "run notebook 01, which evaluates the model it trained"
 
@@ -31,13 +30,15 @@ class ProvenanceError(ValueError):
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Provenance(BesideWeights):
     """How a model was made, and its figures.
 
     `weights` is the checksum of its tensors, `base_model` a Hub id or the name of a bundled model, `dataset` the result
     of `origin`, `stages` the values of each `training.config.Stage`, `rows` the rows of `results/` (the model's own
     carry the name of its last stage), `held_out` the result of `held_out`, "" where it was not recorded.
     """
+
+    FILE: ClassVar[str] = "evaluation.json"
 
     weights: str
     base_model: str
@@ -48,7 +49,6 @@ class Provenance:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Self:
-        """Read the file, weights unchecked. Raises FileNotFoundError, or TypeError where it has other fields."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**{**content, "rows": [Row(**row) for row in content["rows"]]})
 
@@ -59,7 +59,7 @@ class Provenance:
 
     @property
     def own(self) -> list[Row]:
-        """Those of these very weights."""
+        """The scored figures of these weights."""
         return [row for row in self.scored if row.subject == self.stages[-1]["name"]]
 
 
@@ -97,8 +97,9 @@ def origin(rows: Mapping[str, Any]) -> str:
     """
     names: Counter[str] = Counter()
     for split in rows.values():
-        if (published := getattr(split, "info", None)) and "/" in (published.dataset_name or ""):
-            names[published.dataset_name] += len(split)
+        published = split.info.dataset_name or ""
+        if "/" in published:
+            names[published] += len(split)
             continue
         for source, license in zip(split["source"], split["license"], strict=True):
             where = license.removeprefix("see ")  # `data.sources` writes "see <Hub id>"
@@ -109,8 +110,7 @@ def origin(rows: Mapping[str, Any]) -> str:
 
 def held_out(rows: Mapping[str, Any]) -> str:
     """Say how the test rows of a dataset were chosen: "test" for the Hub split of that name, else a description."""
-    info = getattr(rows["test"], "info", None)
-    return (info.description if info else "") or ""
+    return rows["test"].info.description
 
 
 def write(
@@ -119,25 +119,24 @@ def write(
     dataset: str | Mapping[str, Any],
     stages: Sequence[Any],
     rows: Sequence[Row],
-) -> Provenance:
+) -> None:
     """Bind figures to the weights saved in `folder`. `dataset` is the dataset (split → rows), or its `origin`.
 
     `stages` are `training.config.Stage`s. Local paths are reduced to their names.
     """
     name, chosen = (dataset, "") if isinstance(dataset, str) else (origin(dataset), held_out(dataset))
-    data, settings = AND.join(name_of(part) for part in name.split(AND)), [asdict(stage) for stage in stages]
-    made = Provenance(weights_of(folder), name_of(base_model), data, settings, list(rows), chosen)
-    (Path(folder) / EVALUATION).write_text(json.dumps(asdict(made), indent=1), encoding="utf-8")
-    return made
+    parts = AND.join(name_of(part) for part in name.split(AND))
+    settings = [asdict(stage) for stage in stages]
+    Provenance(weights_of(folder), name_of(base_model), parts, settings, list(rows), chosen).write(Path(folder))
 
 
 def verified(folder: str | os.PathLike) -> Provenance:
     """Return the provenance of the weights in `folder`. Raises ProvenanceError where there is none of these weights."""
-    path = Path(folder) / EVALUATION
+    path = Path(folder) / Provenance.FILE
     try:
         found = Provenance.read(path)
     except FileNotFoundError:
-        raise ProvenanceError(f"{folder} has no {EVALUATION}, so its quality is unknown: {REMEDY}") from None
+        raise ProvenanceError(f"{folder} has no {path.name}, so its quality is unknown: {REMEDY}") from None
     except (TypeError, KeyError, ValueError) as error:
         raise ProvenanceError(f"{path} cannot be read ({error}): {REMEDY}") from error
     actual = weights_of(folder)
@@ -146,15 +145,6 @@ def verified(folder: str | os.PathLike) -> Provenance:
     if not found.stages or not found.own:
         raise ProvenanceError(f"{path} has no figures of these weights: {REMEDY}")
     return found
-
-
-def find(model_id: str | os.PathLike) -> Provenance | None:
-    """Return the provenance of a model in a folder or on the Hub, unchecked; None where there is none."""
-    try:
-        path = Path(model_id) / EVALUATION if Path(model_id).is_dir() else hf_hub_download(str(model_id), EVALUATION)
-        return Provenance.read(path)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
 
 
 def base_of(provenance: Provenance | None) -> str | None:

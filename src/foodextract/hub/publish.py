@@ -32,12 +32,12 @@ from foodextract.data.selection import SPLITS
 from foodextract.evaluation import provenance
 from foodextract.evaluation.scoring import count_items, try_read
 from foodextract.hub.client import PublishError, client, explained
-from foodextract.inference import confidence
+from foodextract.inference.confidence import Calibration
 from foodextract.inference.extractor import Extractor
-from foodextract.models import training_data
-from foodextract.models.loading import ModelError, newest_tuned
+from foodextract.models.loading import ModelError, find_model
+from foodextract.models.training_data import TrainingData
 from foodextract.names import HUB_BASE, HUB_MODEL, HUB_SPACE, REPOSITORY
-from foodextract.reporting.cards import UNNAMED, image_budget, model_card, stored_as
+from foodextract.reporting.cards import UNNAMED, describe_budget, model_card, stored_as
 
 Kind = Literal["model", "dataset", "space"]
 
@@ -47,8 +47,8 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
         "README.md", "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
         "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "merges.txt", "model.safetensors", "model-*-of-*.safetensors",
-        "model.safetensors.index.json", "training.json", training_data.FILE, provenance.EVALUATION,
-        confidence.FILE,
+        "model.safetensors.index.json", "training.json", TrainingData.FILE, provenance.Provenance.FILE,
+        Calibration.FILE,
     ),
     "dataset": (
         "README.md", "data/*.parquet", "report.json", "rejects.jsonl", "issues.jsonl", "near_duplicates.jsonl",
@@ -57,10 +57,9 @@ ALLOWED: dict[Kind, tuple[str, ...]] = {
         "README.md", "LICENSE", "NOTICE", "requirements.txt", "thumbnail.png", "*.py", "*.css", "examples/*",
     ),
 }  # fmt: skip
-BUNDLED = "models/bundled/*/*"
 PACKAGE = (
     "**/*.py", "py.typed", "data/**/*.txt", "training/presets/*.toml", "reporting/templates/*.md",
-    f"{BUNDLED}.json", f"{BUNDLED}.jinja", f"{BUNDLED}.safetensors",
+    "models/bundled/*/*.json", "models/bundled/*/*.jinja", "models/bundled/*/*.safetensors",
 )  # fmt: skip
 SHARD = 500_000_000  # bytes of Arrow per parquet file, as in `datasets`
 APP_TIMEOUT = 1800  # seconds for the downloaded app to load its model and answer
@@ -121,7 +120,7 @@ def model_plan(folder: str | Path, repo_id: str = HUB_MODEL) -> Plan:
         )
     file = folder / "processor_config.json"
     try:
-        budget = image_budget(json.loads(file.read_text(encoding="utf-8")))
+        budget = describe_budget(json.loads(file.read_text(encoding="utf-8")))
         file = folder / "model.safetensors.index.json"
         counts = {str(dtype): n for dtype, n in get_local_safetensors_metadata(folder).parameter_count.items()}
     except (NotASafetensorsRepoError, OSError, ValueError, KeyError, TypeError) as error:
@@ -177,7 +176,7 @@ def space_plan(folder: str | Path, repo_id: str = HUB_SPACE, model: str = HUB_MO
 
 
 def publish(plan: Plan, *, public: bool = False, endpoint: str | None = None, token: str | None = None) -> str:
-    """Publish a plan, download and verify it, and return a summary of two lines. Raises PublishError.
+    """Publish a plan, download and verify it, and return a summary. Raises PublishError.
 
     The token comes from `hf auth login` or HF_TOKEN unless one is given; it is never printed.
     """
@@ -248,7 +247,7 @@ def _verify(plan: Plan, folder: Path) -> str:
             answer = Extractor.from_pretrained(folder).extract(scene.image).to_json()
         elif plan.kind == "dataset":
             rows = datasets.load_dataset(str(folder), cache_dir=str(folder / ".rows"))
-            is_food, model = list(rows["test"]["is_food"]), newest_tuned()
+            is_food, model = list(rows["test"]["is_food"]), Path(find_model())
             row = rows["test"][is_food.index(max(is_food))]
             label, answer = record_of(row), Extractor.from_pretrained(model).extract(row["image"]).to_json()
             counts = " and ".join(f"{len(rows[split]):,} {split}" for split in SPLITS)
@@ -269,7 +268,9 @@ def _ask_app(plan: Plan, folder: Path) -> str:
     command = [sys.executable, "-c", "import app; print(app.extract('image.png'))"]
     env = {**os.environ, "PYTHONPATH": str(folder), VARIABLE: plan.model or ""}
     try:
-        run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=APP_TIMEOUT)  # noqa: S603
+        run = subprocess.run(  # noqa: S603
+            command, cwd=folder, env=env, capture_output=True, text=True, timeout=APP_TIMEOUT
+        )
     except subprocess.TimeoutExpired:
         raise PublishError(
             f"{plan.repo_id} was published, but its app gave no answer within {APP_TIMEOUT} s: "

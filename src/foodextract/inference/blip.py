@@ -115,12 +115,6 @@ def save(
     processor.save_pretrained(Path(folder))
 
 
-def to_class(text: str, names: Sequence[str]) -> str | None:
-    """Return the class that a caption names, or None. `names` are in the order of their numbers."""
-    number = to_number(text, dict(enumerate(names)))
-    return None if number is None else names[number]
-
-
 def to_number(text: str, names: Mapping[int, str]) -> int | None:
     """Return the number of the class that a caption names by number or nearly by name, or None."""
     said = text.lower().strip().removeprefix(TARGET.format("").strip()).strip()

@@ -1,21 +1,16 @@
 """The confidence of a constrained answer, from the probabilities of its tokens, and what follows from it."""
 
-import json
-import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from math import exp, log
-from pathlib import Path
-from typing import Self
-
-from huggingface_hub import hf_hub_download
+from typing import ClassVar
 
 from foodextract.inference.grammar import Dialect
+from foodextract.models.beside_weights import BesideWeights
 from foodextract.prompts import NOTHING
 from foodextract.schema import FIELDS, FoodRecord, listing, title_parts
 
-FILE = "calibration.json"
 SURE = 1 - 1e-6  # probabilities are kept this far from 0 and 1, so that their logits are finite
 
 
@@ -34,14 +29,15 @@ class Confidence:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(BesideWeights):
     """Platt scaling (Platt 1999): logits of raw probabilities times a slope, plus an intercept.
 
     Those of `is_food` are for the probability that there is food or drink. The intercept is never positive: an answer
     that is not sure enough of what it names becomes "neither", while one that names nothing stays as it is. `images` is
-    the number of images that the values were fitted on. `evaluation.calibration.fit` makes it; it is saved as
-    `calibration.json` beside the weights.
+    the number of images that the values were fitted on, by `benchmarks/platt.py`.
     """
+
+    FILE: ClassVar[str] = "calibration.json"
 
     is_food_slope: float = 1.0
     is_food_intercept: float = 0.0
@@ -56,18 +52,6 @@ class Calibration:
             return NOTHING, Confidence(1 - edible, [], [])
         lists = ([_scaled(p, self.item_slope, self.item_intercept) for p in getattr(raw, name)] for name in FIELDS)
         return record, Confidence(edible if record.is_food else 1 - edible, *lists)
-
-    @classmethod
-    def find(cls, model_id: str | os.PathLike[str]) -> Self | None:
-        """The calibration of a model in a folder or on the Hub, None where it has none."""
-        try:
-            path = Path(model_id) / FILE if Path(model_id).is_dir() else hf_hub_download(str(model_id), FILE)
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
 
 def chance_of_food(record: FoodRecord, confidence: Confidence) -> float:

@@ -28,10 +28,6 @@ from transformers import PreTrainedTokenizerFast
 from foodextract.models.quantization import decoding
 
 
-class GrammarError(ValueError):
-    """A grammar that llguidance refuses."""
-
-
 @dataclass
 class Answer:
     """The tokens of one row, without its end token. `finished` is False for a row that ran out of tokens.
@@ -97,10 +93,10 @@ class Decoder:
         self.lltokenizer = from_tokenizer(tokenizer)
         self._prefix_cache: Any = None
 
-    def guide(self, grammar: str, amend: Callable[[str], str] = lambda text: text) -> Guide:
-        """Compile a grammar in llguidance's variant of Lark. Raises GrammarError."""
+    def guide(self, grammar: str, amend: Callable[[str], str]) -> Guide:
+        """Compile a grammar in llguidance's variant of Lark. Raises ValueError."""
         if problem := LLMatcher.validate_grammar(grammar, self.lltokenizer):
-            raise GrammarError(f"llguidance refuses the grammar: {problem}")
+            raise ValueError(f"llguidance refuses the grammar: {problem}")
         return Guide(LLMatcher(self.lltokenizer, grammar), amend)
 
     @torch.inference_mode()

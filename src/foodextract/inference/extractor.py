@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from typing import Any, Self
 
@@ -23,10 +23,10 @@ from foodextract.models.loading import (
     ModelError,
     check_image_tokens,
     choose_device,
+    find_model,
     image_budget,
     load_model,
     load_processor,
-    newest_tuned,
 )
 from foodextract.models.training_data import TrainingData
 from foodextract.schema import AnswerError, FoodRecord
@@ -49,7 +49,7 @@ class Extractor:
 
     `calibration` turns raw probabilities into confidence. Items below `min_confidence` are left out. `training_data`
     says what the model knows, and no title names another of those foods and drinks than the items do. `from_pretrained`
-    finds both beside the weights. `Extractor()` takes the model trained last in `outputs/`, or else the photo model.
+    finds both beside the weights. `Extractor()` takes the default of `loading.find_model`.
     """
 
     calibration: Calibration | None = None
@@ -63,7 +63,7 @@ class Extractor:
         constrained: bool = True,
     ) -> None:
         if processor is None:
-            source = newest_tuned()
+            source = find_model()
             model, processor = load_model(source).requires_grad_(False), load_processor(source)
             self.calibration, self.training_data = Calibration.find(source), TrainingData.find(source)
         self.model: Any = model
@@ -92,12 +92,15 @@ class Extractor:
         tiles: int | None = None,
         min_confidence: float = 0.0,
     ) -> Self:
-        """Load a folder or a Hub id, in one of `loading.PRECISIONS` or the device's default. Raises ModelError.
+        """Load a folder, a Hub id or a bundled model by its name. Raises ModelError.
+
+        `precision` is one of `loading.PRECISIONS`, or the device's default.
 
         `tiles` sets another image budget: 1, 5 or 17. Without it, a budget of several tiles is logged as a warning.
         ONNX Runtime runs a folder that `foodextract export onnx` wrote, on a CPU and with the budget of the export.
         """
         model: PreTrainedModel | GraphModel
+        model_id = find_model(model_id)
         if is_exported(model_id):
             processor = load_processor(model_id)
             if tiles not in (None, budget := image_budget(processor)):
@@ -278,11 +281,8 @@ class Extractor:
         if self.calibration:
             record, confidence = self.calibration.apply(record, confidence)
         record, confidence = with_sure_items(record, confidence, self.min_confidence)
-        return with_fitting_title(record, self._known), confidence
-
-    @cached_property
-    def _known(self) -> frozenset[str]:
-        return frozenset(self.training_data.all_names if self.training_data else ())
+        names = self.training_data.all_names if self.training_data else set()
+        return with_fitting_title(record, names), confidence
 
     def _free(self, inputs: BatchFeature, wanted: Wanted = ALWAYS) -> list[str]:
         answers = self._generate(inputs, MAX_NEW_TOKENS, None, wanted)

@@ -34,6 +34,7 @@ _JSON = (
 _ESCAPE = r"\\('|x[89a-f][0-9a-f]|u(0[1-9a-f]|[1-9a-cef][0-9a-f]|d[0-7])[0-9a-f]{2}|U00(0[1-9a-f]|10)[0-9a-f]{4})"
 _SINGLE, _DOUBLE = (rf"[^{UNSPOKEN}{quote}]|{_ESCAPE}" for quote in ("'", ""))
 
+_TITLE, _FOOD, _DRINK = ', "image_title": ', ', "food_items": [', '], "drink_items": ['  # before these values
 _SPACE = r"[ \t\r\n]"
 _STRINGS = {"'": r"'(?:[^'\\]|\\.)*'", '"': r'"(?:[^"\\]|\\.)*"'}
 _WORDS = (("0", "1"), ("false", "true"), ("False", "True"), ('"0"', '"1"'), ("'0'", "'1'"))
@@ -76,8 +77,7 @@ class Dialect:
         """
         opening, key = json.dumps(self.lead + "{"), self._lark('"is_food": ')
         nothing = self._lark(', "image_title": "", "food_items": [], "drink_items": []')
-        between = (', "image_title": ', ', "food_items": [', '], "drink_items": [', "]", ", ")
-        title, food, drink, closing, comma = map(self._lark, between)
+        title, food, drink, closing, comma = map(self._lark, (_TITLE, _FOOD, _DRINK, "]", ", "))
         no, yes = map(json.dumps, self.flags)
         terminals = {"TITLE": self._string(0, MAX_TITLE), "ITEM": self._string(1, MAX_ITEM)}
         terminals |= {name: f"/{characters}/" for name, characters in self._characters.values()}
@@ -168,10 +168,10 @@ class Dialect:
         string, more = f"(?:{self._item.pattern})", self._pattern(", ")
         food, drink = (rf"(?P<{field}>(?:{string}(?:{more})?)*)" for field in FIELDS)
         title = f"(?P<image_title>{string})"
-        between = [self._pattern(part) for part in (', "image_title": ', ', "food_items": [', '], "drink_items": [')]
-        lists = f"(?:{between[0]}{title}(?:{between[1]}{food}(?:{between[2]}{drink})?)?)?"
+        to_title, to_food, to_drink = map(self._pattern, (_TITLE, _FOOD, _DRINK))
+        rest = f"(?:{to_title}{title}(?:{to_food}{food}(?:{to_drink}{drink})?)?)?"
         opening = re.escape(self.lead + "{") + self._pattern('"is_food": ')
-        return re.compile(f"{opening}(?P<is_food>{'|'.join(self.flags)}){lists}")
+        return re.compile(f"{opening}(?P<is_food>{'|'.join(self.flags)}){rest}")
 
 
 def recognize(text: str) -> Dialect | None:

@@ -21,8 +21,9 @@ import torch
 from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
 from foodextract.extras import extra
-from foodextract.models import training_data
+from foodextract.inference.confidence import Calibration
 from foodextract.models.loading import ModelError, load_model, load_processor
+from foodextract.models.training_data import TrainingData
 
 FOLDER = "onnx"
 VISION, EMBEDDING, TEXT = "vision_encoder", "embed_tokens", "decoder_model_merged"
@@ -55,9 +56,7 @@ class _Text(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         new, whole = inputs_embeds.shape[1], attention_mask.shape[1]
         seen = torch.ones(new, whole, dtype=torch.bool).tril(whole - new) & attention_mask[:, None, None].bool()
-        lowest = torch.finfo(
-            inputs_embeds.dtype
-        ).min  # not -inf: padding attends to nothing, and its softmax would be NaN
+        lowest = torch.finfo(inputs_embeds.dtype).min  # not -inf: the softmax of padding would be NaN
         output = self.text(
             inputs_embeds=inputs_embeds,
             attention_mask=torch.zeros_like(seen, dtype=inputs_embeds.dtype).masked_fill(~seen, lowest),
@@ -139,11 +138,9 @@ class GraphCache:
         self.tensors = tensors
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows of the batch."""
         self.tensors = [tensor[indices] for tensor in self.tensors]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
         self.tensors = [tensor.repeat_interleave(repeats, 0) for tensor in self.tensors]
 
 
@@ -162,7 +159,8 @@ def export_onnx(model_id: str | os.PathLike[str], out: Path, tiles: int | None =
     processor = load_processor(model_id, tiles)
     write_graphs(load_model(model_id, torch.device("cpu"), precision="fp32"), out)
     processor.save_pretrained(out)
-    training_data.copy(model_id, out)
+    Calibration.copy(model_id, out)
+    TrainingData.copy(model_id, out)
     return {file.name: file.stat().st_size / 1e6 for file in sorted((out / FOLDER).iterdir())}
 
 

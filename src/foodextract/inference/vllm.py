@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from foodextract import schema
+from foodextract.inference.confidence import Calibration
 from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
-from foodextract.models import training_data
 from foodextract.models.loading import ModelError, load_model, load_processor
+from foodextract.models.training_data import TrainingData
 
 NAME = "foodextract"  # of the model, in requests
-SCHEMA_FILE, TEMPLATE_FILE = "food_record.schema.json", "chat_template.jinja"
 
 SCRIPT = """#!/bin/sh
 # Needs vLLM 0.33 and num2words in their own environment. Takes further options, such as --host 0.0.0.0
@@ -46,13 +46,14 @@ def export_vllm(model_id: str | os.PathLike[str], out: Path, tiles: int | None =
     model.generation_config.do_sample = False
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    training_data.copy(model_id, out)
-    (out / SCHEMA_FILE).write_text(json.dumps(schema.guided_schema(), indent=2) + "\n")
+    Calibration.copy(model_id, out)
+    TrainingData.copy(model_id, out)
+    (out / "food_record.schema.json").write_text(json.dumps(schema.guided_schema(), indent=2) + "\n")
     longest = extractor.prepare([Image.new("RGB", (4096, 4096))])["input_ids"].shape[1] + MAX_NEW_TOKENS
     arguments = [
         *("vllm", "serve", ".", "--served-model-name", NAME, "--host", "127.0.0.1", "--port", "8000"),
         *("--max-model-len", str(longest), "--limit-mm-per-prompt", '{"image": 1, "video": 0}'),
-        *("--chat-template", TEMPLATE_FILE, "--chat-template-content-format", "openai"),
+        *("--chat-template", "chat_template.jinja", "--chat-template-content-format", "openai"),
         *("--structured-outputs-config", '{"backend": "guidance"}'),
     ]
     command = shlex.join(arguments)

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from foodextract.models.precision import FP32, choose_precision, seconds_of
 from foodextract.models.quantization import convert
 from foodextract.models.startup import SkipInitialization
+from foodextract.models.training_data import TrainingData
 
 BUNDLED = Path(__file__).parent / "bundled"
 TINY_BASE, TINY_TUNED = BUNDLED / "tiny-base", BUNDLED / "tiny-tuned"
 PHOTO, PHOTO_BASE = BUNDLED / "photo", BUNDLED / "photo-base"
-OUTPUTS = Path("outputs")
 FINISHED = "training.json"  # a training writes it last, so its presence marks a complete model
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}  # to load
 # What torch.compile, DistributedDataParallel, FSDP, DeepSpeed and PEFT put into the names of the weights they wrap.
@@ -147,13 +147,21 @@ def load_weights(kind: Any, model_id: str | os.PathLike[str], **options: Any) ->
     return model
 
 
-def newest_tuned(outputs: Path = OUTPUTS) -> Path:
-    """The model trained last below `outputs`, or else the bundled photo model."""
+def find_model(wanted: str | os.PathLike[str] | None = None, outputs: Path = Path("outputs")) -> str | Path:
+    """The folder or Hub id of the model that a user asks for, who may name a bundled one ("photo", "tiny-tuned").
+
+    The default is the model below `outputs` that was trained last and has seen photographs, or else the photo model.
+    """
+    if wanted is not None:
+        names_bundled = wanted in ("photo", "photo-base", "tiny-tuned", "tiny-base") and not Path(wanted).exists()
+        return BUNDLED / wanted if names_bundled else os.fspath(wanted)
     unfinished = (".partial", ".old")  # copies that an interrupted training left
-    found = [path for path in outputs.glob(f"**/{FINISHED}") if path.parent.suffix not in unfinished]
-    if found:
-        return max(found, key=lambda path: path.stat().st_mtime).parent
-    return PHOTO if PHOTO.is_dir() else TINY_TUNED
+    finished = [path for path in outputs.glob(f"**/{FINISHED}") if path.parent.suffix not in unfinished]
+    for path in sorted(finished, key=lambda path: path.stat().st_mtime, reverse=True):
+        data = TrainingData.find(path.parent)
+        if data is None or not data.drawings_only:
+            return path.parent
+    return PHOTO
 
 
 @contextmanager

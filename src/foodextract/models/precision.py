@@ -103,30 +103,23 @@ def seconds_of(model: PreTrainedModel) -> Seconds:
     return measured(widest(parts.vision_model), widest(parts.text_model))
 
 
+@lru_cache
 def measured(many: tuple[int, int] = TRAINED_SHAPE, one: tuple[int, int] = TRAINED_SHAPE) -> Seconds:
     """Time linear layers of these shapes (inputs, outputs) in all formats, typically in 0.2 s.
 
     Processor time of one thread: other work on the machine hardly changes it. The times are kept for this processor and
     version of torch, in the user's cache folder.
     """
-    units = ", ".join(name for name, has in torch.cpu.get_capabilities().items() if has and name.startswith(UNITS))
-    key = f"{_processor_name()} ({units}), torch {torch.__version__}, {many}, {one}"
-    return _measured(key, many, one)
-
-
-@lru_cache
-def _measured(key: str, many: tuple[int, int], one: tuple[int, int]) -> Seconds:
+    processor = torch.cpu.get_capabilities()
+    units = ", ".join(name for name, has in processor.items() if has and name.startswith(UNITS))
+    key = f"{processor.get('cpu_name', 'this processor')} ({units}), torch {torch.__version__}, {many}, {one}"
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foodextract" / "precision.json"
     try:
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
+        known: dict[str, Seconds] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}
-    try:
-        found = {phase: {name: float(spent) for name, spent in known[key][phase].items()} for phase in ROWS}
-        if all(FP32 in times for times in found.values()):
-            return found
-    except (ValueError, TypeError, LookupError, AttributeError):
-        pass
+    if key in known:
+        return known[key]
     found = {phase: _times(shape, ROWS[phase]) for phase, shape in {"many": many, "one": one}.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,11 +171,3 @@ def _seconds(layers: Sequence[torch.nn.Module], tokens: torch.Tensor) -> float:
     for layer in layers:
         layer(tokens)
     return max(time.thread_time() - began, 1e-9) / len(layers)  # some clocks are coarse
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "this processor"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "this processor")

@@ -1,4 +1,7 @@
-"""Linear layers for a CPU in bf16 and int8, by phase: prompts and images, or decoding."""
+"""Linear layers for a CPU in bf16 and int8, by phase: prompts and images, or decoding.
+
+Each takes (…, inputs) float32 and returns (…, outputs) float32.
+"""
 
 import copy
 import warnings
@@ -35,7 +38,6 @@ class Int8(torch.nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, inputs) float32 → (…, outputs) float32."""
         tokens = x.flatten(0, -2)
         size = tokens.abs().amax(-1, keepdim=True).div_(LARGEST).clamp_min_(TINY)
         y = torch._int_mm((tokens / size).round_().to(torch.int8), self.weight) * self.scale
@@ -67,7 +69,6 @@ class TokenByToken(torch.nn.Module):
             torch.ao.quantization.quantize_dynamic(self, {torch.nn.Linear: per_channel}, inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, inputs) float32 → (…, outputs) float32."""
         tokens = x.flatten(0, -2)
         size = tokens.abs().amax(-1, keepdim=True).clamp_min_(TINY)
         scaled = tokens.new_empty(len(tokens) + 1, tokens.shape[1])
@@ -87,7 +88,6 @@ class Bf16(torch.nn.Module):
         self.bias = None if bias is None else torch.nn.Parameter(bias.detach().bfloat16(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, inputs) float32 → (…, outputs) float32."""
         return torch.nn.functional.linear(x.bfloat16(), self.weight, self.bias).float()
 
 
@@ -102,7 +102,6 @@ class ByPhase(torch.nn.Module):
         self.many, self.one = many, one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, inputs) float32 → (…, outputs) float32."""
         return self.one(x) if DECODING.get() else self.many(x)
 
 
@@ -142,8 +141,3 @@ def convert(model: PreTrainedModel, many: str, one: str) -> None:
         else:
             converted = in_format(layer, many)
         model.set_submodule(name, converted)
-
-
-def quantize(model: PreTrainedModel) -> None:
-    """Make every linear layer of an fp32 model int8, in place."""
-    convert(model, "int8", "int8")

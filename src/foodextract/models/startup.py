@@ -29,7 +29,6 @@ UNUSED = (
     "torchvision.models",
     "torchvision.ops",
 )
-_finders: list["_Finder"] = []  # those at work
 
 
 class _Deferred:
@@ -39,7 +38,7 @@ class _Deferred:
         self._module, self._resolve = module, resolve
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if _finders:
+        if _FINDER in sys.meta_path:
             return _Deferred(self._module, lambda: self._resolve()(*args, **options))
         return self._resolve()(*args, **options)
 
@@ -61,23 +60,19 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if not _finders:
+        if _FINDER not in sys.meta_path:
             return getattr(importlib.import_module(self.__name__), name)
         return _Deferred(self.__name__, lambda: getattr(importlib.import_module(self.__name__), name))
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds stand-ins for modules that are installed."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
+    """Finds stand-ins for the modules `UNUSED` that are installed, and for modules within stand-ins."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name in self.names and PathFinder.find_spec(name, path):
-            return ModuleSpec(name, self, is_package=True)
-        if isinstance(sys.modules.get(name.rpartition(".")[0]), _StandIn):
+        within = isinstance(sys.modules.get(name.rpartition(".")[0]), _StandIn)
+        if within or (name in UNUSED and PathFinder.find_spec(name, path)):
             return ModuleSpec(name, self, is_package=True)
         return None
 
@@ -88,17 +83,17 @@ class _Finder(MetaPathFinder, Loader):
         """Nothing to execute."""
 
 
+_FINDER = _Finder()
+
+
 @contextmanager
-def deferred_imports(names: Sequence[str] = UNUSED) -> Iterator[None]:
-    """Import the modules `names` on first use instead of inside this block."""
-    finder = _Finder([name for name in names if name not in sys.modules])
-    sys.meta_path.insert(0, finder)
-    _finders.append(finder)
+def deferred_imports() -> Iterator[None]:
+    """Import the modules `UNUSED` on first use instead of inside this block."""
+    sys.meta_path.insert(0, _FINDER)
     try:
         yield
     finally:
-        _finders.remove(finder)
-        sys.meta_path.remove(finder)
+        sys.meta_path.remove(_FINDER)
         for name in [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]:
             del sys.modules[name]
 
@@ -110,10 +105,8 @@ class SkipInitialization(torch.overrides.TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            tensor = kwargs.get("tensor", args[0] if args else None)
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                return tensor
+        if getattr(func, "__module__", None) == "torch.nn.init" and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
         if func is torch.arange and torch.device(kwargs.get("device") or "cpu").type == "meta":
             kwargs = kwargs | {"device": "cpu"}  # rotary frequencies are computed from it
         return func(*args, **kwargs)

@@ -3,24 +3,22 @@
 A model names what it has seen named, so every way to ask it says what that was.
 """
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
-from huggingface_hub import hf_hub_download
+from foodextract.models.beside_weights import BesideWeights
 
-FILE = "training_data.json"
 DRAWN = "scenes"  # the source of drawn scenes
 KNOWN = 10  # images of a name from which a model is said to know it
 
 
 @dataclass(frozen=True)
-class TrainingData:
+class TrainingData(BesideWeights):
     """The number of training images, of drawings among them, and of images by the name of a food or a drink."""
+
+    FILE: ClassVar[str] = "training_data.json"
 
     images: int
     drawings: int
@@ -38,18 +36,6 @@ class TrainingData:
             foods.update(row["food_items"])
             drinks.update(row["drink_items"])
         return cls(images, drawings, dict(foods.most_common()), dict(drinks.most_common()))
-
-    @classmethod
-    def find(cls, model_id: str | os.PathLike[str]) -> Self | None:
-        """The training data of a model in a folder or on the Hub, None where it is not stated."""
-        try:
-            path = Path(model_id) / FILE if Path(model_id).is_dir() else hf_hub_download(str(model_id), FILE)
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     @property
     def drawings_only(self) -> bool:
@@ -73,9 +59,3 @@ class TrainingData:
         drawn = f", {self.drawings:,} of them drawings" if self.drawings else ""
         known = f"knows {len(self.names)} foods and drinks, and calls any other by the nearest of their names"
         return f"trained on {self.images:,} images{drawn}; it {known}"
-
-
-def copy(model_id: str | os.PathLike[str], out: Path) -> None:
-    """Write the training data of a model, where it states it, into the folder of an export."""
-    if data := TrainingData.find(model_id):
-        data.write(out)

@@ -19,19 +19,13 @@ LICENSES = {"CC BY-SA 4.0 (OpenMoji)": "cc-by-sa-4.0", "CC0": "cc0-1.0"}  # the 
 FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 UNNAMED = "owner/name"  # stands for the Hub id in a dataset card until the dataset is published
 OLDEST_DATASETS = "4.0.0"  # the release that brought the feature type `List`, which `columns.FEATURES` has
-RECIPE = {  # a stage's settings in the model card, with the names that older `evaluation.json` files have
-    "freeze": "freeze",
-    "learning_rate": "learning_rate",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulation",
-    "warmup_steps": "warmup",
-    "lr_scheduler_type": "schedule",
-    "unlikelihood_weight": "against_repeats",
-}
+RECIPE = (  # a stage's settings in the model card
+    "freeze", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "warmup_steps", "lr_scheduler_type", "unlikelihood_weight",
+)  # fmt: skip
 
 
-def image_budget(processor: Mapping[str, Any]) -> str:
+def describe_budget(processor: Mapping[str, Any]) -> str:
     """Say what a processor_config.json makes of an image. Raises KeyError or TypeError where it is not SmolVLM's."""
     size = processor["image_processor"]
     tile = size["max_image_size"]["longest_edge"]
@@ -47,7 +41,7 @@ def stored_as(counts: Mapping[str, int]) -> str:
 def model_card(provenance: Provenance, budget: str, repo_id: str, counts: Mapping[str, int]) -> ModelCard:
     """Render the README.md of a tuned model; its front matter has the figures as `model-index`.
 
-    `budget` is its `image_budget`, `counts` its parameters by safetensors format.
+    `budget` describes its image budget, `counts` holds its parameters by safetensors format.
     """
     datasets = [name_of(part) for part in provenance.dataset.split(AND)]
     stages, split = provenance.stages, provenance.held_out
@@ -76,7 +70,7 @@ def model_card(provenance: Provenance, budget: str, repo_id: str, counts: Mappin
         model_name=repo_id.split("/")[-1],
         eval_results=results,
     )
-    recipe = [(name, *(stage.get(name, stage.get(old)) for stage in stages)) for name, old in RECIPE.items()]
+    recipe = [[name, *(_setting(stage.get(name)) for stage in stages)] for name in RECIPE]
     seconds = [
         (row.subject.replace("ask_", "evaluate "), f"{row.value:,.0f}")
         for row in provenance.rows
@@ -99,9 +93,7 @@ def model_card(provenance: Provenance, budget: str, repo_id: str, counts: Mappin
         metrics=metric_table(provenance.scored),
         held_out=published,
         weights=provenance.weights,
-        recipe=markdown_table(
-            ["", *(stage["name"] for stage in stages)], [[name, *map(_setting, values)] for name, *values in recipe]
-        ),
+        recipe=markdown_table(["", *(stage["name"] for stage in stages)], recipe),
         formats=stored_as(counts),
         seconds=markdown_table(["step", "seconds"], seconds) if seconds else "Not recorded.",
         run=provenance.rows[0],

@@ -66,11 +66,9 @@ def _wrapped(caption: str | Lines, letters: int) -> Lines:
     return [(part, color) for line, color in lines for part in textwrap.wrap(line, letters, subsequent_indent="  ")]
 
 
-def worst_cases(
-    images: Sequence[Image.Image], labels: Sequence[FoodRecord], answers: Sequence[str], columns: int = 4
-) -> Figure:
+def worst_cases(images: Sequence[Image.Image], labels: Sequence[FoodRecord], answers: Sequence[str]) -> Figure:
     """A contact sheet of images with the `verdict` on each answer."""
-    return contact_sheet(images, [verdict(*case) for case in zip(labels, answers, strict=True)], columns)
+    return contact_sheet(images, [verdict(*case) for case in zip(labels, answers, strict=True)])
 
 
 def verdict(label: FoodRecord, text: str) -> Lines:
@@ -150,11 +148,11 @@ def bars(counts: Sequence[tuple[str, int]], title: str) -> Figure:
 
 
 @_styled
-def before_after(rows: Sequence[Row], names: Mapping[str, str] = NAMES) -> Figure:
-    """Bars with 95 % intervals: the subjects side by side for every metric. Groups and lengths are left out."""
-    wanted = [row for row in rows if row.metric in names and " | " not in row.subject and row.unit != "characters"]
+def before_after(rows: Sequence[Row]) -> Figure:
+    """Bars with 95 % intervals: the subjects side by side for every metric. Groups are left out."""
+    wanted = [row for row in rows if row.metric in NAMES and " | " not in row.subject]
     subjects = list(dict.fromkeys(row.subject for row in wanted))
-    metrics = [metric for metric in names if any(row.metric == metric for row in wanted)]
+    metrics = [metric for metric in NAMES if any(row.metric == metric for row in wanted)]
     figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
     width = 0.82 / len(subjects)
     for i, subject in enumerate(subjects):

@@ -79,7 +79,7 @@ def _openapi(
     json_body: dict[str, Any] = {"type": "object", "required": [field], "properties": {field: text}}
     content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": json_body}}
     content |= {kind: {"schema": FILE} for kind in raw_types}
-    errors = {status: {"model": Problem, "description": text} for status, text in STATUSES.items()}
+    errors = {status: {"model": Problem, "description": meaning} for status, meaning in STATUSES.items()}
     return {
         "responses": {200: {"content": {"application/json": {"example": {"model": "tiny", **example}}}}, **errors},
         "openapi_extra": {"requestBody": {"required": True, "content": content}},

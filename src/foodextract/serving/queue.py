@@ -55,7 +55,7 @@ class _Job:
     inputs: BatchFeature
     ready: float  # loop time at which it was prepared
     started: float | None = None  # loop time at which the model got it
-    result: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    result: asyncio.Future[Any] = field(default_factory=asyncio.Future)
 
 
 class Queue:
@@ -197,10 +197,13 @@ class Queue:
         for job in batch:
             job.started = self._call_started
         images = [job.inputs for job in batch]
+
+        def wanted(row: int) -> bool:
+            return not batch[row].result.done()
+
         try:
             results, seconds = await self._timed(
-                self._model_pool,
-                *(extractor.extract_prepared, images, lambda row: not batch[row].result.done(), self.limits.batch_size),
+                self._model_pool, extractor.extract_prepared, images, wanted, self.limits.batch_size
             )
         except Exception:  # a driver's error, say
             LOG.exception("the model failed", extra={"batch": len(batch)})
@@ -219,7 +222,8 @@ class Queue:
             self._at_model = 0
         for job, result in zip(batch, results, strict=True):
             if not job.result.done():
-                job.result.set_exception(result) if isinstance(result, Exception) else job.result.set_result(result)
+                settle = job.result.set_exception if isinstance(result, Exception) else job.result.set_result
+                settle(result)
 
     @staticmethod
     async def _timed(pool: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> tuple[Any, float]:

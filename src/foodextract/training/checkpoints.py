@@ -31,9 +31,8 @@ UNFINISHED = ("*.partial", "*.old")  # what a kill may leave of a backup
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first: the trainer writes its state last."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.stat().st_size]
-    numbers = {int(step): path for path in whole if (step := path.name.removeprefix("checkpoint-")).isdigit()}
-    return [numbers[step] for step in sorted(numbers)]
+    whole = [path.parent for path in folder.glob(f"checkpoint-*[0-9]/{TRAINER_STATE_NAME}") if path.stat().st_size]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -46,15 +45,10 @@ def finished_recipe(folder: Path) -> str | None:
     return json.loads((folder / FINISHED).read_text()).get("recipe") if (folder / FINISHED).is_file() else None
 
 
-def started_recipe(folder: Path) -> str | None:
-    """The recipe of the stage that was started in `folder`, with or without a checkpoint yet."""
-    recipe = folder / CHECKPOINTS / RECIPE
-    return recipe.read_text() if recipe.is_file() else None
-
-
 def interrupted_recipe(folder: Path) -> str | None:
     """The recipe of the stage that was interrupted in `folder`, if it left a complete checkpoint."""
-    return started_recipe(folder) if last_checkpoint(folder / CHECKPOINTS) else None
+    recipe = folder / CHECKPOINTS / RECIPE
+    return recipe.read_text() if recipe.is_file() and last_checkpoint(recipe.parent) else None
 
 
 def differences(recipe: str, other: str) -> str:
@@ -112,7 +106,7 @@ class Backup(TrainerCallback):
         newest = Path(last_checkpoint(Path(args.output_dir or "")) or "")
         with self._continuing(newest.name):
             copies, recipe = self.kept / CHECKPOINTS, (newest.parent / RECIPE).read_text()
-            if copies.is_dir() and started_recipe(self.kept) != recipe:
+            if copies.is_dir() and interrupted_recipe(self.kept) != recipe:
                 shutil.rmtree(copies)
             copies.mkdir(parents=True, exist_ok=True)
             (copies / RECIPE).write_text(recipe)

@@ -131,7 +131,7 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def precision_of(stage: Stage, device: torch.device, parameters: int = 0) -> Precision:
+def precision_of(stage: Stage, device: torch.device, parameters: int) -> Precision:
     """The precision for the device and a model of so many parameters, or bf16 autocast where the stage sets `bf16`."""
     chosen = choose_precision(device, training=True, parameters=parameters)
     if not stage.bf16 or chosen.autocast is torch.bfloat16:

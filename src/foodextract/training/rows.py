@@ -26,7 +26,7 @@ def open_rows(run: "StageRun") -> Rows:
 
     Raises ModelError for images of several tiles that should be augmented, and for validation with sharded weights.
     """
-    stage, split, images = run.stage, run.split, run.processor.image_processor
+    stage, split = run.stage, run.split
     if stage.validation_rows and is_sharded():
         message = "validation generates answers, which takes whole weights: leave it out, or use configs/ddp.yaml"
         raise ModelError(f"{stage.name}: {message}")
@@ -42,7 +42,7 @@ def open_rows(run: "StageRun") -> Rows:
         rows = as_conversations(split, stage.target)
         collator = Collator(run.processor, stage.completion_only_loss)
     if stage.augment:
-        collator.augment = augmentation(images.max_image_size["longest_edge"])
+        collator.augment = augmentation(run.processor.image_processor.max_image_size["longest_edge"])
     held_out = held_out_rows(split, stage.validation_rows)
     train_rows = rows.select(sorted(set(range(len(rows))) - set(held_out)))
     return train_rows, rows.select(held_out) if held_out else None, collator
@@ -71,16 +71,22 @@ def held_out_f1(run: "StageRun") -> float:
 def _prepare(run: "StageRun") -> cache.PreparedRows:
     """Prepare rows once for all stages. Features of a frozen tower replace pixels if the disk has room for both."""
     model, stage, dtype, processes = run.model, run.stage, run.dtype, PartialState()
-    options = {"completion_only_loss": stage.completion_only_loss}
     with processes.main_process_first():  # one folder for all stages
         folder = run.folder.parent
-        home, looks = cache.home_of(run.split, run.processor, folder, stage.target), not stage.augment
-        looks = looks and not is_sharded() and not trains_vision(model)
-        path = cache.features_file(home, model, dtype) if looks else None
+        home = cache.home_of(run.split, run.processor, folder, stage.target)
+        frozen = not (stage.augment or is_sharded() or trains_vision(model))
+        path = cache.features_file(home, model, dtype) if frozen else None
         for old in set(home.glob("features-*")) - ({path, path.with_suffix(".done")} if path else set()):
             old.unlink()  # features of other weights, or for another stage
         stored = path is not None and cache.are_stored(path)
-        rows = cache.prepare(run.split, run.processor, folder, stage.target, with_pixels=not stored, **options)
+        rows = cache.prepare(
+            run.split,
+            run.processor,
+            folder,
+            stage.target,
+            completion_only_loss=stage.completion_only_loss,
+            with_pixels=not stored,
+        )
     if is_sharded():
         rows.shared = 0  # a forward in two parts needs whole weights
     if not path:

@@ -78,9 +78,8 @@ class StageRun:
         self.backup = Backup(self.folder, Path(keep_in) / stage.name) if keep_in else None
         self.log: list[dict[str, float]] = []
         self.moved: list[Moved] = []
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(
-            Path(out) / "runs" / stage.name
-        )  # the default is removed at the end
+        # The default is inside `checkpoints`, which is deleted at the end.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(out) / "runs" / stage.name)
         freeze(model, stage.freeze)
         start, known = _start(model, self.folder)
         if stage.lora and stage.lora.modules_to_save:
@@ -226,8 +225,9 @@ class StageRun:
     def _save_performance(self, trainer: FoodTrainer, step: Step) -> None:
         progress, processes = trainer.progress, PartialState().num_processes
         if progress.seconds:
-            done = progress.images // processes, progress.seconds, processes
-            rows = performance_rows(self.stage.name, self.model.config, step, *done, self.model.device, self.dtype)
+            rows = performance_rows(
+                self.stage.name, self.model, step, progress.images, progress.seconds, processes, self.dtype
+            )
             write_results(self.folder / PERFORMANCE, rows)
             print("\n".join(f"{row.metric:>20} {row.value:10.3f} {row.unit}" for row in rows))
 
@@ -316,8 +316,7 @@ def _open_folder(folder: Path, recipe: str, backup: Backup | None, retrain: bool
         shutil.rmtree(backup.kept, ignore_errors=True)
     elif not retrain:
         known = finished_recipe(folder), checkpoints.interrupted_recipe(folder)
-        restored = recipe in known or (backup and backup.restore(recipe))
-        if restored or checkpoints.started_recipe(folder) == recipe:
+        if recipe in known or (backup and backup.restore(recipe)):
             return
         for place in (folder, *([backup.kept] if backup else [])):
             if other := finished_recipe(place) or checkpoints.interrupted_recipe(place):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from foodextract.evaluation.results import Row, make_row
 
@@ -95,23 +95,16 @@ def peak_memory(device: torch.device) -> int:
 
 
 def performance_rows(
-    stage: str,
-    config: PretrainedConfig,
-    step: Step,
-    images: int,
-    seconds: float,
-    devices: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    stage: str, model: PreTrainedModel, step: Step, images: int, seconds: float, devices: int, dtype: torch.dtype
 ) -> list[Row]:
-    """Result rows for a training that took `images` images through each of `devices` in `seconds`."""
-    rate, flops = images * devices / seconds, flops_per_image(config, step)
-    row = partial(make_row, "training", stage, n=images * devices, command="foodextract train")
+    """Result rows for a training that took `images` images through `devices` in `seconds`."""
+    rate, flops = images / seconds, flops_per_image(model.config, step)
+    row = partial(make_row, "training", stage, n=images, command="foodextract train")
     return [
         row("images_per_second", rate, unit="1/s"),
         row("tokens_per_second", rate * (step.own_tokens + step.shared_tokens), unit="1/s"),
-        row("peak_memory_gib", peak_memory(device) / 2**30, unit="GiB"),
+        row("peak_memory_gib", peak_memory(model.device) / 2**30, unit="GiB"),
         row("tflop_per_image", flops / 1e12, unit="TFLOP"),
         row("tflop_per_second", rate * flops / 1e12, unit="TFLOP/s"),
-        row("mfu", rate * flops / matmul_rate(device, dtype) / devices, unit="share of a matrix product's rate"),
+        row("mfu", rate * flops / devices / matmul_rate(model.device, dtype), unit="share of a matrix product's rate"),
     ]

@@ -42,6 +42,8 @@ from foodextract.training.collate import IGNORED
 from foodextract.training.config import is_sharded
 from foodextract.training.throughput import wait_for
 
+FEW_STEPS = 30  # with fewer optimizer steps, a stage says so
+
 
 class FoodTrainer(SFTTrainer):
     """SFTTrainer for batches of `Collator` or `PreparedRows`; `args.output_dir` is `<stage>/checkpoints`.
@@ -240,6 +242,11 @@ class Progress(TrainerCallback):
         self.bar = tqdm(total=total, initial=done, desc=self.name, unit="image", disable=hidden)
         self.first, self.began = state.global_step, time.perf_counter()
         self.earlier = max((entry.get("elapsed", 0) for entry in state.log_history), default=0)  # in earlier runs
+        if state.max_steps < FEW_STEPS and args.max_steps < 0 and not hidden:
+            self.bar.write(
+                f"{self.name}: {state.max_steps} steps of {self.per_step} images may be too few to learn from; raise "
+                "num_train_epochs or lower per_device_train_batch_size"
+            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.start = time.perf_counter()
@@ -257,22 +264,16 @@ class Progress(TrainerCallback):
             control.should_save = False
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         if state.log_history:
             state.log_history[-1]["elapsed"] = self.earlier + time.perf_counter() - self.began
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
-                where, remedy = f"at step {state.global_step}", f"lower its learning rate ({args.learning_rate})"
-                message = (
-                    f"the loss became NaN {where}; {remedy} or look for broken labels. The last checkpoint is kept"
+                raise ModelError(
+                    f"{self.name}: the loss became NaN at step {state.global_step}; lower its learning rate "
+                    f"({args.learning_rate}) or look for broken labels. The last checkpoint is kept"
                 )
-                raise ModelError(f"{self.name}: {message}")
             self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", step=state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -24,6 +24,7 @@ from foodextract.schema import FIELDS, MAX_ITEM, MAX_ITEMS, MAX_TITLE, FoodRecor
 
 RARE = 5  # how many times as common the other form or field must be to overrule one row
 AGREED = 0.95  # share of a class's other rows that must agree on is_food to contradict one row
+Fix = Literal["can", "must", "cannot"]  # whether a rule has a fix: for any policy but `reject`, it must or cannot apply
 HALF = re.compile("[\ud800-\udfff]")  # half a character, which UTF-8 cannot write
 NO_STATISTICS = Statistics()
 
@@ -72,7 +73,7 @@ class _Draft:
     issues: list[Issue] = field(default_factory=list)
     rejected: bool = False
 
-    def report(self, rule: str, item: str, reason: str, fix: Literal["can", "must", "cannot"] = "can") -> bool:
+    def report(self, rule: str, item: str, reason: str, fix: Fix = "can") -> bool:
         """Record an issue. Return True when the rule is to fix it."""
         policy = self.policies[rule]
         if policy != "reject" and fix != "can":
@@ -109,7 +110,7 @@ def _spelled(draft: _Draft, name: str) -> str:
         ("casing", str.lower, "has capital letters"),
         ("punctuation", vocabulary.trimmed, "has stray marks or spaces, or accents written as separate characters"),
     ):
-        fix: Literal["can", "must"] = "must" if rule == "punctuation" and HALF.search(name) else "can"
+        fix: Fix = "must" if rule == "punctuation" and HALF.search(name) else "can"
         if (better := step(name)) != name and draft.report(rule, name, f"{name!r} {reason}", fix):
             name = better
     return name
@@ -248,7 +249,7 @@ def _title(draft: _Draft) -> None:
     reason = f"the title {title!r} shares no word with {from_items!r}, nor with the class"
     if from_items and not vocabulary.share_a_word(title, names) and draft.report("title_mismatch", title, reason):
         draft.title = from_items
-    fix: Literal["can", "must", "cannot"] = "must" if too_long else "can" if from_items else "cannot"
+    fix: Fix = "must" if too_long else "can" if from_items else "cannot"
     reason = f"{title!r} is a sentence, or too long for a title"
     if (too_long or vocabulary.is_sentence(title, names)) and draft.report("sentence_title", title, reason, fix):
         draft.title = from_items or vocabulary.trimmed(title[:MAX_TITLE].rpartition(" ")[0])

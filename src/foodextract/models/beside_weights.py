@@ -1,0 +1,39 @@
+"""Facts about a model in JSON files beside its weights, in a folder or on the Hub."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+from huggingface_hub import hf_hub_download
+
+
+@dataclass(frozen=True)
+class BesideWeights:
+    """What a JSON file beside the weights of a model states. Subclasses are dataclasses."""
+
+    FILE: ClassVar[str]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """Raises FileNotFoundError, or TypeError, KeyError or ValueError where the file holds something else."""
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+    @classmethod
+    def find(cls, model_id: str | os.PathLike[str]) -> Self | None:
+        """What a model in a folder or on the Hub states, None where it states nothing."""
+        try:
+            path = Path(model_id) / cls.FILE if Path(model_id).is_dir() else hf_hub_download(str(model_id), cls.FILE)
+            return cls.read(path)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def write(self, folder: Path) -> None:
+        (folder / self.FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def copy(cls, model_id: str | os.PathLike[str], out: Path) -> None:
+        """Write what a model states, if anything, into the folder of an export."""
+        if found := cls.find(model_id):
+            found.write(out)
