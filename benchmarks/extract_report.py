@@ -133,7 +133,7 @@ def memory(rows: list[Row]) -> str:
 
 
 def headline(rows: list[Row]) -> str:
-    """Say what an image costs here and in the seed project, by model size."""
+    """Say what an image costs here and in the original project, by model size."""
     parts = []
     for size, subjects in by_size(rows).items():
         seed = next(of for name, of in subjects.items() if name.startswith(SEED))
@@ -149,8 +149,8 @@ def headline(rows: list[Row]) -> str:
 def _cost_parts(rows: list[Row]) -> list[str]:
     image = "![CPU-seconds per image by phase, and tokens per CPU-second by batch size](../results/extract_cpu.png)"
     first, *others = by_device(rows)
-    tables = [f"On {mine[0].device}:\n\n{costs(mine, 'speedup_vs_seed', 'seed ÷ this')}" for mine in others]
-    return [headline(first), image, costs(first, "speedup_vs_seed", "seed ÷ this"), batches(first), *tables]
+    tables = [f"On {mine[0].device}:\n\n{costs(mine, 'speedup_vs_seed', 'original ÷ this')}" for mine in others]
+    return [headline(first), image, costs(first, "speedup_vs_seed", "original ÷ this"), batches(first), *tables]
 
 
 def _onnx_parts(rows: list[Row]) -> list[str]:

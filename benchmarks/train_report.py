@@ -17,7 +17,7 @@ from reports import save_plot, with_interval
 from train_recipes import CACHED, SHARED, STAGES
 from true_size import interval, ratio
 
-EPOCHS = 2  # of each stage, as in the seed project
+EPOCHS = 2  # of each stage, as in the original project
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Cell:
 
 
 def summarize(cells: list[Cell], benchmark: str, command: str) -> list[Row]:
-    """Return rows with the subject `size, stage, recipe`, pooled over rounds and compared with the seed's recipe."""
+    """Return rows with the subject `size, stage, recipe`, pooled over rounds and compared with the original recipe."""
     groups: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.size, cell.stage, cell.recipe), []).append(cell)
@@ -109,15 +109,15 @@ def tables(rows: list[Row]) -> str:
             line += [f"{of['peak_memory_gib'].value:.1f}", f"{100 * of['mfu'].value:.0f} %", of["seconds_per_image"].n]
             lines.append(line)
             previous = seconds
-        header = [f"{size.upper()}, {stage.replace('stage', 'stage ')}", "data path, s", "step, s", "seed ÷ this"]
-        parts.append(markdown_table([*header, "previous ÷ this", "GiB", "of the rate of a matrix product", "n"], lines))
+        header = [f"{size.upper()}, {stage.replace('stage', 'stage ')}", "data path, s", "step, s", "original ÷ this"]
+        parts.append(markdown_table([*header, "row above ÷ this", "GiB", "MFU", "n"], lines))
     whole = {(row.subject, row.metric): row.value for row in rows if ", whole training, " in row.subject}
     for size in dict.fromkeys(subject.split(", ")[0] for subject, _ in whole):
         seed, ours = (whole[f"{size}, whole training, {name}", "seconds_per_image"] for name in ("seed_recipe", "ours"))
         times = whole[f"{size}, whole training, ours", "speedup_vs_seed"]
         parts.append(
             f"A whole training of {size.upper()} ({EPOCHS} epochs of each stage, with preparation) takes "
-            f"{ours:.3g} s per image instead of {seed:.4g} s, {times:.0f} times less."
+            f"{ours:.3g} s per image instead of {seed:.4g} s, {times:.0f} times faster."
         )
     return "\n\n".join(parts)
 
@@ -171,7 +171,7 @@ def draw(results: Path) -> None:
 
 def _name(stage: str, recipe: str) -> str:
     """Name a recipe for readers: ours is the one after its last change."""
-    return {"seed_recipe": "the seed's recipe", "ours": f"{CACHED if STAGES[stage].freeze else SHARED}: ours"}.get(
+    return {"seed_recipe": "the original recipe", "ours": f"{CACHED if STAGES[stage].freeze else SHARED}: ours"}.get(
         recipe, recipe
     )
 

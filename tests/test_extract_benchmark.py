@@ -39,7 +39,7 @@ def test_every_optimization_is_measured(tmp_path):
     assert of["tiny, forced tokens alone", "decode_speedup"].value > 1
     assert results.with_suffix(".png").stat().st_size > 10_000
     rows = list(of.values())
-    assert extract_report.costs(rows, "speedup_vs_seed", "seed ÷ this").count("\n") == 7 + ("bf16" in seed)
+    assert extract_report.costs(rows, "speedup_vs_seed", "original ÷ this").count("\n") == 7 + ("bf16" in seed)
     elsewhere = [dataclasses.replace(row, device="Another CPU") for row in rows]
     write_results(results, elsewhere)
     extract.main(["tiny"], images=1, batch=[1, 2], threads=1, processor=TINY_TUNED, results=results)

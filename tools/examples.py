@@ -12,26 +12,37 @@ from PIL import Image, ImageOps
 from foodextract.inference.confidence import Confidence
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
-from foodextract.reporting.figures import GRAY, contact_sheet
+from foodextract.reporting.figures import GRAY, INVENTED, RIGHT, contact_sheet
 from foodextract.schema import FIELDS, FoodRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "demos" / "FoodExtract-Vision" / "examples"
-SHOWN = ("pizza", "pancakes", "cookies", "eggs_benedict", "coffee", "cat")
+SHOWN = {  # what each shows
+    "pizza": "pizza",
+    "pancakes": "pancake",
+    "cookies": "cookie",
+    "eggs_benedict": "eggs Benedict",
+    "coffee": "coffee",
+    "cat": "",
+}
 
 
 def _percent(share: float) -> str:
     return "> 99%" if share >= 0.995 else f"{share:.0%}"
 
 
-def caption(record: FoodRecord, confidence: Confidence) -> list[tuple[str, str]]:
-    """One line for `is_food` and one for each item, each with its confidence."""
+def caption(record: FoodRecord, confidence: Confidence, shown: str) -> list[tuple[str, str]]:
+    """One line for `is_food` and one for each item, with its confidence; what is not `shown` is marked as wrong."""
     verdict = "food or drink" if record.is_food else "neither food nor drink"
-    lines = [(f"{verdict}, {_percent(confidence.is_food)}", GRAY)]
+    color = GRAY if record.is_food == bool(shown) else INVENTED
+    lines = [(f"{verdict}, {_percent(confidence.is_food)} sure", color)]
     for field in FIELDS:
         kind = field.removesuffix("_items")
         pairs = zip(getattr(record, field), getattr(confidence, field), strict=True)
-        lines += [(f"{kind}: {item}, {_percent(sure)}", "black") for item, sure in pairs]
+        for item, sure in pairs:
+            right = item == shown
+            mark, color, truth = ("✓", RIGHT, "") if right else ("✗", INVENTED, f"; it is {shown or 'neither'}")
+            lines.append((f"{mark} {kind}: {item}, {_percent(sure)} sure{truth}", color))
     return lines
 
 
@@ -42,13 +53,13 @@ def main(
     """Answer the example photographs."""
     extractor = Extractor.from_pretrained(model, "cpu")
     images, captions = [], []
-    for name in SHOWN:
+    for name, shown in SHOWN.items():
         with Image.open(EXAMPLES / f"{name}.jpg") as file:
             image = file.convert("RGB")
         [(record, confidence)] = extractor.extract_many_with_confidence([image])
         print(f"{name}.jpg {record.to_json()}")
         images.append(ImageOps.fit(image, (300, 300)))
-        captions.append(caption(record, confidence))
+        captions.append(caption(record, confidence, shown))
     contact_sheet(images, captions, columns=3).savefig(out, dpi=100)
 
 

@@ -36,7 +36,7 @@ BatchSize = Annotated[
     int, typer.Option(min=1, help="Tiles per forward pass, but at least one image. With one tile per image: images.")
 ]
 MinConfidence = Annotated[
-    float, typer.Option(min=0, max=1, help="Leave out items that the model is less sure of. The title follows.")
+    float, typer.Option(min=0, max=1, help="Leave out items that the model is less sure of, also from the title.")
 ]
 
 
@@ -81,8 +81,8 @@ def extract(
         bool,
         typer.Option(
             "--confidence",
-            help="Add how sure the model is of is_food and of each item: probabilities from 0 to 1. A model with a "
-            "calibration.json is right about that often.",
+            help="Add how sure the model is of is_food and of each item, from 0 to 1. With a calibration.json beside "
+            "the model, about 80 % of what is marked 0.8 is right.",
         ),
     ] = False,
     min_confidence: MinConfidence = 0.0,
@@ -168,7 +168,7 @@ def _name(source: str | Path) -> str:
 
 @app.command("names")
 def names_command(model: Model = None) -> None:
-    """List the foods and drinks that a model knows, one a line, with the number of its training images of each."""
+    """List the foods and drinks that a model knows, one per line, each with its number of training images."""
     from foodextract.models.loading import find_model
     from foodextract.models.training_data import TrainingData
 
@@ -176,7 +176,7 @@ def names_command(model: Model = None) -> None:
     data = TrainingData.find(source)
     if data is None:
         _stop(f"{source} does not state what it was trained on (no training_data.json)")
-    _note(f"{source}: {data.describe()}")
+    _note(f"{_name(source)}: {data.describe()}")
     for name in data.names:
         print(f"{name}\t{data.food_items.get(name, 0) + data.drink_items.get(name, 0)}")
 
@@ -201,10 +201,7 @@ def train(
     dataset: Annotated[str, typer.Argument(help="A dataset from notebook 00, a labeled image folder, or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where models and checkpoints go.")] = Path("outputs/train"),
     profile: Annotated[str, typer.Option(help="Base model and settings: hub, photo or offline.")] = "hub",
-    base: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub id of another base model, or photo to train the bundled model further."),
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id of another base model, or photo.")] = None,
     stage1: Annotated[
         str, typer.Option(help='What differs in stage 1, as JSON: {"num_train_epochs": 1, "learning_rate": 1e-4}')
     ] = "{}",

@@ -62,17 +62,20 @@ def choose_precision(
         if parameters < MIN_MEASURED_PARAMETERS:
             return Precision(fp32, None, "fp32: at this size a CPU gains little from 16 bits, and loses exactness")
         taken = (seconds or measured)()
-        speed = ", ".join(f"{name} {taken['many'][FP32] / spent:.1f}" for name, spent in taken["many"].items())
-        speed = f"speed here with many tokens: {speed}"
-        if training:
-            if fastest(taken["many"], (FP32, BF16)) == BF16:
-                return Precision(fp32, bf16, f"fp32 weights, bf16 autocast ({speed})")
-            return Precision(fp32, None, f"fp32 ({speed})")
-        formats = FORMATS if parameters >= MIN_INT8_PARAMETERS else FORMATS[:2]
+        formats = FORMATS if parameters >= MIN_INT8_PARAMETERS and not training else (FP32, BF16)
         many, one = (fastest(taken[phase], formats) for phase in ROWS)
-        each = ", ".join(f"{name} {taken['one'][FP32] / spent:.1f}" for name, spent in taken["one"].items())
-        reason = f"{many} for images and prompts, {one} for decoding ({speed}; with one: {each})"
-        return Precision(fp32, None, reason, many, one)
+
+        def speed(phase: str) -> str:
+            rates = {name: taken[phase][FP32] / taken[phase][name] for name in formats if name in taken[phase]}
+            return ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+
+        if training:
+            reason = f"speed here with many tokens: {speed('many')}"
+            if many == BF16:
+                return Precision(fp32, bf16, f"fp32 weights, bf16 autocast ({reason})")
+            return Precision(fp32, None, f"fp32 ({reason})")
+        reason = f"speed here with many tokens: {speed('many')}; with one: {speed('one')}"
+        return Precision(fp32, None, f"{many} for images and prompts, {one} for decoding ({reason})", many, one)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         if training:
             return Precision(fp32, fp16, "fp32 weights, fp16 autocast with loss scaling: this GPU has no bf16 units")

@@ -24,6 +24,7 @@ from foodextract.schema import FoodRecord
 WIDTH, FONT, LINE = 7.8, 8, 0.16  # inches, points, inches; a notebook adds 0.1 inches on each side
 COLORS = ("#bab0ac", "#9ecae9", "#4c78a8", "#f2b134", "#72b7b2", "#b279a2")  # base gray, stages blue, then baselines
 GRAY, RIGHT, INVENTED, MISSED = "#555555", "#2e7d32", "#c62828", "#b26a00"
+MANY_POINTS = 200  # of a loss curve, from which a mean is drawn
 LOSSES = {"answer_loss": "loss on the answer", "unlikelihood_loss": "unlikelihood loss, weighted"}
 
 Lines = Sequence[tuple[str, str]]  # lines of text, each with its color
@@ -124,7 +125,15 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     for column, (name, log) in zip(axes.T, logs.items(), strict=True):
         for axis, part in zip(column, parts, strict=True):
             points = [(entry["step"], entry[part]) for entry in log if part in entry]
-            axis.plot(*zip(*points, strict=True), marker=".", color=COLORS[2])
+            steps, values = zip(*points, strict=True)
+            if len(points) > MANY_POINTS:  # a cloud of noise, and the trend in it
+                window = len(points) // 20
+                mean = np.convolve(values, np.ones(window) / window, mode="valid")
+                axis.plot(steps, values, color=COLORS[2], alpha=0.25, linewidth=0.8)
+                axis.plot(steps[window - 1 :], mean, color=COLORS[2], label=f"mean of {window} steps")
+                axis.legend()
+            else:
+                axis.plot(steps, values, marker=".", color=COLORS[2])
             axis.set_yscale("log")
             axis.grid(alpha=0.3)
         column[0].set_title(SUBJECTS.get(name, name).replace("after", "during"))
@@ -162,8 +171,7 @@ def before_after(rows: Sequence[Row]) -> Figure:
             x, [row.value for row in mine], 0.93 * width, yerr=_errors((row.value, *row.interval) for row in mine),
             color=COLORS[i % len(COLORS)], label=subject_name(subject), capsize=2, error_kw={"elinewidth": 1},
         )  # fmt: skip
-    broken = [metric.replace("is_food_", "is food_").replace("_", "\n", 1).replace("_", " ") for metric in metrics]
-    axis.set_xticks(range(len(metrics)), broken)
+    axis.set_xticks(range(len(metrics)), [textwrap.fill(NAMES[metric].partition(" (")[0], 14) for metric in metrics])
     axis.set_ylim(min(0, *(row.interval[0] - 0.03 * (row.interval[0] < 0) for row in wanted)), 1.05)
     figure.legend(ncols=min(4, len(subjects)), loc="outside upper center")
     return figure
