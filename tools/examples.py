@@ -1,5 +1,7 @@
 """Answer the example photographs with a model: results/examples.png, and the answers on the terminal.
 
+The Space's thumbnail is made of the same photographs.
+
 python tools/examples.py --model FOLDER
 """
 
@@ -61,6 +63,16 @@ def main(
         images.append(ImageOps.fit(image, (300, 300)))
         captions.append(caption(record, confidence, shown))
     contact_sheet(images, captions, columns=3).savefig(out, dpi=100)
+    save_thumbnail()
+
+
+def save_thumbnail() -> None:
+    """Eight photographs side by side, 1200 x 600 pixels, for the Space's card."""
+    sheet = Image.new("RGB", (1200, 600))
+    for number, path in enumerate(sorted(EXAMPLES.glob("*.jpg"))[:8]):
+        with Image.open(path) as file:
+            sheet.paste(ImageOps.fit(file.convert("RGB"), (300, 300)), (number % 4 * 300, number // 4 * 300))
+    sheet.quantize(128).save(EXAMPLES.parent / "thumbnail.png", optimize=True)
 
 
 if __name__ == "__main__":
