@@ -118,8 +118,9 @@ def plot(rows: list[Row]) -> Figure:
 
 def rates(rows: list[Row]) -> str:
     """Return a table of shares with their intervals."""
-    lines = [[row.subject, NAMES[row.metric], _percent(row, digits=2), row.n] for row in rows if row.metric in NAMES]
-    return markdown_table(["subject", "share", "95 % interval", "n"], lines)
+    shares = [row for row in rows if row.metric in NAMES]
+    lines = [[row.subject.replace(" or ", " vs "), NAMES[row.metric], _percent(row, digits=2), row.n] for row in shares]
+    return markdown_table(["subject", "measured", "share", "n"], lines)
 
 
 def memory(rows: list[Row]) -> str:
