@@ -63,18 +63,18 @@ def choose_precision(
             return Precision(fp32, None, "fp32: at this size a CPU gains little from 16 bits, and loses exactness")
         taken = (seconds or measured)()
         formats = FORMATS if parameters >= MIN_INT8_PARAMETERS and not training else (FP32, BF16)
-        many, one = (fastest(taken[phase], formats) for phase in ROWS)
 
         def speed(phase: str) -> str:
             rates = {name: taken[phase][FP32] / taken[phase][name] for name in formats if name in taken[phase]}
             return ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
 
+        reason = f"speed here with many tokens: {speed('many')}"
         if training:
-            reason = f"speed here with many tokens: {speed('many')}"
-            if many == BF16:
+            if fastest(taken["many"], formats) == BF16:
                 return Precision(fp32, bf16, f"fp32 weights, bf16 autocast ({reason})")
             return Precision(fp32, None, f"fp32 ({reason})")
-        reason = f"speed here with many tokens: {speed('many')}; with one: {speed('one')}"
+        many, one = (fastest(taken[phase], formats) for phase in ROWS)
+        reason += f"; with one: {speed('one')}"
         return Precision(fp32, None, f"{many} for images and prompts, {one} for decoding ({reason})", many, one)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         if training:
