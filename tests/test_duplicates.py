@@ -200,3 +200,5 @@ def test_fingerprints_are_small_and_of_one_size():
 def test_no_image_and_one_image():
     assert group_near([]) == []
     assert group_near([bytes(FINGERPRINT_BYTES)]) == [0]
+    with pytest.raises(ValueError, match="fingerprint 1 has 3 bytes"):
+        group_near([bytes(FINGERPRINT_BYTES), b"abc"])

@@ -127,9 +127,16 @@ def test_measured_times_are_kept_and_an_emulated_format_is_left_out(tmp_path, mo
     assert precision.measured((8, 16), (16, 8)) == found
     assert not calls  # times of other shapes do not displace it
     precision.measured.cache_clear()
-    next(tmp_path.glob("*/*.json")).write_text('{"damaged')
-    assert precision.measured((8, 16), (16, 8)) == found
-    precision.measured.cache_clear()
+    [kept] = tmp_path.glob("*/*.json")
+    of_each = json.loads(kept.read_text())
+    for damaged in (
+        '{"damaged',
+        "[]",
+        *(json.dumps(dict.fromkeys(of_each, times)) for times in (None, {}, {"many": {}})),
+    ):
+        kept.write_text(damaged)
+        assert precision.measured((8, 16), (16, 8)) == found
+        precision.measured.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,12 @@ def group_near(fingerprints: Sequence[bytes]) -> list[int]:
 
     A group grows along pairs from its hub, the image with the most pairs, and contains only what resembles the hub, so
     a chain of small differences does not join unrelated images. The groups do not depend on the order of the images.
+    Raises ValueError for bytes that are no fingerprint.
     """
+    for position, given in enumerate(fingerprints):
+        if len(given) != FINGERPRINT_BYTES:
+            size = f"{len(given)} bytes, not {FINGERPRINT_BYTES}"
+            raise ValueError(f"fingerprint {position} has {size}: make it with `fingerprint`")
     distinct = sorted(set(fingerprints))
     cells = np.frombuffer(b"".join(distinct), np.uint8).reshape(-1, 3, GRID, GRID)
     links = _near_pairs(cells)

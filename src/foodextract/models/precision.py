@@ -118,11 +118,15 @@ def measured(many: tuple[int, int] = TRAINED_SHAPE, one: tuple[int, int] = TRAIN
     key = f"{processor.get('cpu_name', 'this processor')} ({units}), torch {torch.__version__}, {many}, {one}"
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foodextract" / "precision.json"
     try:
-        known: dict[str, Seconds] = dict(json.loads(path.read_text(encoding="utf-8")))
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}
-    if key in known:
-        return known[key]
+    try:
+        kept = {phase: {name: float(spent) for name, spent in known[key][phase].items()} for phase in ROWS}
+        if all(FP32 in times for times in kept.values()):
+            return kept
+    except (ValueError, TypeError, LookupError, AttributeError):  # not measured yet, or a damaged file
+        pass
     found = {phase: _times(shape, ROWS[phase]) for phase, shape in {"many": many, "one": one}.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,8 +105,10 @@ class SkipInitialization(torch.overrides.TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init" and kwargs["tensor"].is_meta:
-            return kwargs["tensor"]
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = kwargs.get("tensor", args[0] if args else None)
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
         if func is torch.arange and torch.device(kwargs.get("device") or "cpu").type == "meta":
             kwargs = kwargs | {"device": "cpu"}  # rotary frequencies are computed from it
         return func(*args, **kwargs)

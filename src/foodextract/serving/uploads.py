@@ -92,7 +92,8 @@ async def _limited(request: Request, limits: UploadLimits) -> AsyncGenerator[byt
     error = RequestError(
         413, "body_too_large", f"the body exceeds {limits.max_bytes / MEGABYTE:g} MB: send a smaller image, or fewer"
     )
-    if int(request.headers.get("content-length", 0)) > limits.max_bytes:
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared[:20]) > limits.max_bytes:
         raise error
     received = 0
     async for chunk in request.stream():
