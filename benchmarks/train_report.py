@@ -132,16 +132,17 @@ def plot(rows: list[Row]) -> Figure:
     )
     for (size, stage), recipes in ladders.items():
         axis = axes[sizes.index(size)][stages.index(stage)]
-        places = np.arange(len(recipes))
-        for shift, metric, label, color in (
-            (-0.2, "step_seconds_per_image", "step", "#4c78a8"),
-            (0.2, "data_seconds_per_image", "data path", "#f2b134"),
+        places = range(len(recipes))
+        for metric, label, color in (
+            ("data_seconds_per_image", "data path", "#f2b134"),
+            ("step_seconds_per_image", "step", "#4c78a8"),
         ):
             values = [of[metric].value for of in recipes.values()]
-            bars = axis.barh(places + shift, values, 0.38, color=color, label=label)
-            axis.bar_label(
-                bars, [f"{value:.0f}" if value >= 100 else f"{value:.2g}" for value in values], padding=2, fontsize=7
-            )
+            axis.plot(values, places, "o", color=color, label=label)
+            for place, value in zip(places, values, strict=True):
+                text = f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+                axis.annotate(text, (value, place), (6, -3), textcoords="offset points", fontsize=7)
+        axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(places, [_name(stage, name) for name in recipes], fontsize=8)
         axis.invert_yaxis()
         axis.set(xscale="log", xlabel="seconds per image", title=f"{size.upper()}, {stage.replace('stage', 'stage ')}")
