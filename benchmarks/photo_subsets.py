@@ -15,6 +15,7 @@ WORK that holds its features from an earlier training is quicker. Rerun to resum
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from foodextract.evaluation import evaluate
 from foodextract.evaluation.results import Row, make_row
 from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
-from foodextract.reporting.tables import metric_table
+from foodextract.reporting.tables import format_row
 from foodextract.training import cache
 from foodextract.training.config import PROFILES, changed
 from foodextract.training.run import StageRun, training_arguments
@@ -118,6 +119,8 @@ def trained_rows(
         subject = f"{TRAINED} | {most:,} photographs"
         yield from evaluate.to_rows("photo_subsets", subject, scores(test, texts, known), command)
         yield make_row("photo_subsets", subject, "rows", len(numbers), unit="images", n=1, command=command)
+    for folder in work.glob("rows-*"):  # else `extract` would answer with the newest of them
+        shutil.rmtree(folder)
 
 
 def known_names(photos: Sequence[Photo]) -> set[str]:
@@ -130,6 +133,11 @@ def scores(photos: Sequence[Photo], texts: Sequence[str], known: set[str]) -> li
     found = [metric for metric in evaluate.score(labels, texts, scopes) if metric.name in METRICS]
     recall = evaluate.known_item_recall(labels, texts, known)
     return [*found, recall] if recall else found
+
+
+def show(rows: Sequence[Row]) -> None:
+    for row in rows:
+        print(f"{row.subject:50} {row.metric:20} {format_row(row)}")
 
 
 def main(
@@ -149,7 +157,7 @@ def main(
         command = f"python benchmarks/photo_subsets.py FOLDER --train DATASET --steps {steps}"
         new = list(trained_rows(photos, train_on, model, work, steps, command))
         write_beside(out, new, kept=lambda row: not row.subject.startswith(TRAINED))
-        print(metric_table([row for row in new if row.low is not None]))
+        show(new)
         return
     command = "python benchmarks/photo_subsets.py FOLDER"
     train, test = ([photo for photo in photos if photo.split == split] for split in ("train", "test"))
@@ -164,7 +172,7 @@ def main(
             rows += evaluate.to_rows("photo_subsets", f"{subject} | {name}", scores(test, texts, known), command)
         rows.append(make_row("photo_subsets", name, "photographs", len(part), unit="images", n=1, command=command))
         write_beside(out, rows, kept=lambda row: row.subject.startswith(TRAINED))
-    print(metric_table([row for row in rows if row.low is not None]))
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,11 @@ def images(tmp_path):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_model_of_the_caller(monkeypatch):
+    monkeypatch.delenv("FOODEXTRACT_MODEL", raising=False)
+
+
 def run(*args):
     return CliRunner().invoke(app, ["extract", "--model", str(TINY_TUNED), *map(str, args)])
 
@@ -53,6 +58,13 @@ def test_without_a_model_the_bundled_photo_model_answers():
         assert answer["is_food"] == bool(name)
         assert name in [*answer["food_items"], *answer["drink_items"], ""]
         assert name or not answer["image_title"]
+
+
+def test_the_model_may_come_from_the_environment(images, monkeypatch):
+    monkeypatch.setenv("FOODEXTRACT_MODEL", "tiny-tuned")
+    result = CliRunner().invoke(app, ["extract", str(images / "0.png")])
+    assert "model: tiny-tuned" in result.stderr
+    assert "model: photo" in CliRunner().invoke(app, ["extract", "--model", "photo", str(images / "0.png")]).stderr
 
 
 def test_the_folder_a_command_runs_in_has_its_name(images, tmp_path, monkeypatch):

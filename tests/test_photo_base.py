@@ -5,13 +5,16 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from foodextract.evaluation.results import read_results
 from foodextract.models import loading
+from foodextract.training.config import VISION
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "photo_base"))
 import average
@@ -64,6 +67,17 @@ def test_views_keep_the_label_and_are_the_same_every_time(folder):
     assert max(numbers.values()) <= photos.MOST_VIEWS
 
 
+def test_views_of_hard_photographs_are_those_of_rare_names_and_those_without_food(folder, monkeypatch):
+    found = photos.read_photos(folder)
+    names = photos.learned_names(found)
+    monkeypatch.setattr(photos, "COMMON", max(names.values()))
+    hard = {name for name, count in names.items() if count < max(names.values())} | {""}
+    views = list(photos.views(found, photos.Views.HARD))
+    assert {name for view in views for name in [*view.label["food_items"], *view.label["drink_items"]] or [""]} == hard
+    assert len(hard) < len(names) + 1
+    assert not list(photos.views(found, photos.Views.NONE))
+
+
 def test_a_collage_lists_the_items_of_all_its_parts(folder):
     found = photos.read_photos(folder)
     made = list(photos.collages(found, 30))
@@ -84,6 +98,28 @@ def test_parts_are_whole_groups_and_hold_one_another(folder):
     assert {photo.path for photo in small} < {photo.path for photo in large}
     assert all(count == 2 for count in Counter(photo.group for photo in small).values())
     assert photo_subsets.whole_groups(found, len(found)) == photo_subsets.whole_groups(found, 1000)
+
+
+@pytest.mark.slow
+def test_a_language_model_is_trained_from_scratch_on_each_part(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(photo_subsets, "SIZES", (20,))
+    photos.main(folder, tmp_path / "data", collage_count=2, scene_count=2, changed=photos.Views.NONE)
+    options = {"model": loading.PHOTO, "train_on": tmp_path / "data", "work": tmp_path, "steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(photo_subsets, "scores", Mock(side_effect=[[], KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            photo_subsets.main(folder, **options, out=tmp_path / "rows.json")
+    [first] = tmp_path.glob("rows-1?")
+    tower, trained = (dict(loading.load_model(where).named_parameters()) for where in (loading.PHOTO, first))
+    equal = {name for name, p in trained.items() if torch.equal(p, tower[name].to(p.dtype))}
+    assert equal == {name for name in trained if name.startswith(VISION)}
+    capsys.readouterr()
+    photo_subsets.main(folder, **options, out=tmp_path / "rows.json")
+    assert capsys.readouterr().out.count("already trained") == 2
+    sizes = [row.value for row in read_results(tmp_path / "rows.json") if row.metric == "rows"]
+    known = sum(sample.split == "train" for sample in photos.samples(photos.read_photos(folder)))
+    assert sizes == [int(first.name.removeprefix("rows-")), known]
+    assert not list(tmp_path.glob("rows-*"))
 
 
 def test_the_mean_of_two_models_moves_tied_weights_once(tmp_path):

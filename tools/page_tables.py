@@ -86,17 +86,20 @@ def photo_tower(rows: Sequence[Row]) -> str:
 
 
 def photo_subsets(rows: Sequence[Row]) -> str:
-    """What a nearest photograph and a linear probe learn from parts of the photographs, one line a part."""
+    """What is learned from parts of the photographs, one line a part."""
     found = {(row.subject, row.metric): row for row in rows}
-    named, probe = "labeled items named", "linear probe"
+    named, probe, model = "labeled items named", "linear probe", "language model"
     columns = {
         f"{named}: nearest photograph": ("nearest", "known_item_recall"),
         f"{named}: {probe}": (probe, "known_item_recall"),
+        f"{named}: {model}": (model, "known_item_recall"),
         f"`is_food` right: {probe}": (probe, "is_food_accuracy"),
+        f"`is_food` right: {model}": (model, "is_food_accuracy"),
         f"items invented where there are none: {probe}": (probe, "hallucination_rate"),
+        f"items invented where there are none: {model}": (model, "hallucination_rate"),
     }
     parts = [row.subject for row in rows if row.metric == "photographs"]
-    cells = ([found[f"{way} | {part}", metric] for way, metric in columns.values()] for part in parts)
+    cells = ([found.get((f"{way} | {part}", metric)) for way, metric in columns.values()] for part in parts)
     lines = [[part, *map(format_row, row)] for part, row in zip(parts, cells, strict=True)]
     return markdown_table(["trained on", *columns], lines)
 

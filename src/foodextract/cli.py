@@ -21,9 +21,13 @@ app = typer.Typer(name="foodextract", no_args_is_help=True, add_completion=False
 export = typer.Typer(no_args_is_help=True, help="Write a model for another engine.")
 app.add_typer(export, name="export")
 
-_MODEL = "Folder, Hub id, or photo or tiny-tuned. Default: the latest in outputs/ trained on photographs, else photo."
-Model = Annotated[str | None, typer.Option(help=_MODEL)]
-ServedModel = Annotated[str | None, typer.Option(envvar="FOODEXTRACT_MODEL", help=_MODEL)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FOODEXTRACT_MODEL",
+        help="Folder, Hub id, or photo or tiny-tuned. Default: the latest in outputs/ trained on photographs, else photo.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … Default: the best available one.")]
 Precision = Annotated[
     str | None, typer.Option(help="fp32, bf16, fp16, or int8 on a CPU. Default: what is fast on the device.")
@@ -356,7 +360,7 @@ def publish(
 
 @app.command()
 def serve(
-    model: ServedModel = None,
+    model: Model = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for every address of this machine.")
     ] = "127.0.0.1",
