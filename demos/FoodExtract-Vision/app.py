@@ -211,7 +211,7 @@ with gr.Blocks(
     if isinstance(predict.TUNED, ModelError):
         gr.Markdown(f"**The model cannot be loaded, so nothing here can answer.** {predict.TUNED}")
     if data := TrainingData.find(predict.MODEL):
-        with gr.Accordion(f"The {len(data.names)} foods and drinks that it knows", open=False):
+        with gr.Accordion(f"The {len(data.names)} names that it knows", open=False):
             gr.Markdown(", ".join(data.names))
     with gr.Tab("One image"):
         with gr.Row():

@@ -48,7 +48,7 @@ class TrainingData(BesideWeights):
 
     @property
     def names(self) -> list[str]:
-        """The foods and drinks that the model knows, in alphabetical order."""
+        """The names of foods and drinks that the model knows, in alphabetical order."""
         counts = Counter(self.food_items) + Counter(self.drink_items)
         return sorted(name for name, count in counts.items() if count >= KNOWN)
 
@@ -57,5 +57,5 @@ class TrainingData(BesideWeights):
         if self.drawings_only:
             return f"trained on {self.drawings:,} drawings: it has never seen a photograph, so do not trust it on one"
         drawn = f", {self.drawings:,} of them drawings" if self.drawings else ""
-        known = f"knows {len(self.names)} foods and drinks, and calls any other by the nearest of their names"
+        known = f"knows {len(self.names)} names of foods and drinks, and gives anything else the closest of them"
         return f"trained on {self.images:,} images{drawn}; it {known}"
