@@ -25,7 +25,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         envvar="FOODEXTRACT_MODEL",
-        help="Folder, Hub id, or photo or tiny-tuned. Default: the latest in outputs/ trained on photographs, else photo.",
+        help="Folder, Hub id, photo or tiny-tuned. Default: the latest in outputs/ trained on photographs, else photo.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … Default: the best available one.")]
