@@ -17,6 +17,7 @@ WORK that holds its features from an earlier training is quicker. Rerun to resum
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,7 @@ from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.reporting.tables import format_row
 from foodextract.training import cache
-from foodextract.training.config import PROFILES, changed
+from foodextract.training.config import PROFILES
 from foodextract.training.run import StageRun, training_arguments
 from photographs import KNOWN, ROOT, Features, Photo, labels_of, learned_names, linear_probe, nearest, read_photos
 from reports import write_beside
@@ -87,13 +88,14 @@ def extractor_trained_on(
 ) -> Extractor:
     """Train on some rows of a split, in a folder of WORK named after their number."""
     model, processor = untrained(photo_model), loading.load_processor(photo_model)
-    values = {"name": f"rows-{len(numbers)}", "learning_rate": 1e-3, "save_steps": 100, "bf16": True}
-    stage = changed(PROFILES["photo"].stage1, values)
+    stage = replace(
+        PROFILES["photo"].stage1, name=f"rows-{len(numbers)}", learning_rate=1e-3, save_steps=100, bf16=True
+    )
     run = PartRun(model, processor, stage, split.select(numbers), work, seed=SEED, max_steps=steps)
     if not run.finished:
         path = cache.features_file(cache.home_of(split, processor, work), model, torch.bfloat16)
         run.numbers = numbers
-        run.prepared = cache.prepare(split, processor, work, with_pixels=not cache.are_stored(path))
+        run.prepared = cache.prepare(split, processor, work, with_pixels=not path.is_file())
         run.prepared.features = cache.vision_features(model, run.prepared, path, torch.bfloat16)
         trainer = run.build_trainer(training_arguments(run))
         trainer.train(resume_from_checkpoint=run.checkpoint)

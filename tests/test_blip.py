@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+from typer.testing import CliRunner
 
 from captioning import make_batch
+from foodextract.__main__ import app
 from foodextract.inference import blip
 from foodextract.inference.blip import TARGET, Captioner
 from foodextract.inference.extractor import Extractor
@@ -109,6 +111,9 @@ def test_unusable_captioner_is_refused(folder, tmp_path):
         blip.load(tmp_path)
     with pytest.raises(ModelError, match="not for a BLIP"):
         blip.load(folder, precision="int8")
+    result = CliRunner().invoke(app, ["serve", "--model", str(folder), "--port", "0", "--min-confidence", "0.5"])
+    assert result.exit_code == 2
+    assert "has no confidence: leave out --min-confidence" in result.stderr
 
 
 def test_captioner_with_weights_of_other_names_is_read_or_refused(folder, tmp_path):

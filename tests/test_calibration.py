@@ -63,11 +63,16 @@ def test_calibration_makes_an_overconfident_model_honest():
     assert calibration_error(reliability(right.tolist(), raw)) > 0.15
 
 
-def test_calibration_keeps_the_order_and_a_sure_decision(tmp_path):
+def test_calibration_keeps_the_order_and_a_sure_decision(tmp_path, caplog):
     found = Calibration(0.5, 0.0, 2.0, -1.0, 100)
     found.write(tmp_path)
     assert Calibration.find(tmp_path) == found
     assert Calibration.find(tmp_path / "nowhere") is None
+    for damaged in ('{"is_food_slope": 0.9, "is_fo', '{"is_food_slope": "steep"}', "[]"):
+        (tmp_path / "calibration.json").write_text(damaged)
+        assert Calibration.find(tmp_path) is None
+        assert "calibration.json is ignored, since it cannot be read: download it again" in caplog.text
+        caplog.clear()
     record = answer(1, food_items=["egg", "pie", "tea", "tart"])
     same, made = found.apply(record, Confidence(0.5, [0.0, 0.5, 0.6, 1.0], []))
     assert same == record

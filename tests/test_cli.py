@@ -150,6 +150,59 @@ def test_wherever_a_run_is_killed_it_is_taken_up_again(images, monkeypatch, form
         assert 4 - done <= len(asked) <= 5 - done
 
 
+def test_lines_of_images_that_are_not_asked_for_stay(images, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "bad.png").write_bytes(b"")
+    assert run(other, "--output", "out.jsonl").exit_code == 1
+    assert run(images, "--output", "out.jsonl").exit_code == 0
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows if "error" in row] == [str(other / "bad.png")]
+    assert len(rows) == 4
+    (other / "bad.png").write_bytes((images / "0.png").read_bytes())
+    assert run(other, "--output", "out.jsonl").exit_code == 0
+    assert "error" not in Path("out.jsonl").read_text()
+
+
+def test_a_linked_output_keeps_its_link_and_permissions(images, tmp_path):
+    (tmp_path / "kept.jsonl").touch(mode=0o600)
+    Path("link.jsonl").symlink_to(tmp_path / "kept.jsonl")
+    assert run(images, "--output", "link.jsonl").exit_code == 0
+    assert Path("link.jsonl").is_symlink()
+    assert (tmp_path / "kept.jsonl").stat().st_mode & 0o777 == 0o600
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("where", ["/dev/null", "."])
+def test_an_output_that_is_not_a_file_is_left_alone(images, where):
+    result = run(images, "--output", where)
+    assert result.exit_code == 2
+    assert f"{where} is not a file: name another" in result.stderr
+
+
+def test_a_full_disk_is_named(images, monkeypatch):
+    def write(descriptor, data):
+        if len(data) > 10:
+            return real(descriptor, data[:10])
+        raise OSError(28, "No space left on device")
+
+    real = os.write
+    monkeypatch.setattr(os, "write", write)
+    result = run(images, "--output", "out.jsonl")
+    monkeypatch.undo()
+    assert result.exit_code == 2
+    assert "cannot write out.jsonl: No space left on device. Rerun to resume" in result.stderr
+    assert run(images, "--output", "out.jsonl").exit_code == 0  # the line that was cut is written anew
+    assert len(Path("out.jsonl").read_text().splitlines()) == 3
+
+
+def test_drawing_into_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["draw", str(tmp_path / "file")])
+    assert result.exit_code == 2
+    assert "File exists" in result.stderr
+
+
 def test_what_failed_is_tried_again_and_nothing_else(images):
     broken = images / "1b.png"
     broken.write_bytes(b"")

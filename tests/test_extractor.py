@@ -33,6 +33,11 @@ def test_batch_answer_is_single_answer(tuned, images):
     assert tuned.generate_texts(images) == [tuned.generate_texts([image])[0] for image in images]
 
 
+def test_a_model_without_its_processor_is_refused(tuned):
+    with pytest.raises(TypeError, match="a model needs its processor"):
+        Extractor(tuned.model)
+
+
 def test_base_model_writes_prose(images):
     answers = Extractor.from_pretrained(TINY_BASE, "cpu").generate_texts(images)
     assert not any("{" in text for text in answers)

@@ -192,6 +192,19 @@ def test_too_many_pixels_are_refused_before_decoding(side, monkeypatch):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ImageError, match="no such file"):
         open_image(tmp_path / "nowhere.jpg")
+    with pytest.raises(ImageError, match="null byte"):
+        open_image("a\0b.jpg")
+
+
+def test_pil_images_that_cannot_be_used_are_named(monkeypatch):
+    lazy = Image.open(io.BytesIO(encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")[:600]))
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        open_image(lazy)
+    with pytest.raises(ImageError, match="0 x 5 pixels"):
+        open_image(Image.new("RGB", (0, 5)))
+    monkeypatch.setattr("foodextract.images.MAX_PIXELS", 24)
+    with pytest.raises(ImageError, match="5 x 5 pixels"):
+        open_image(Image.new("RGB", (5, 5)))
 
 
 def test_folders_are_searched_in_path_order(tmp_path):

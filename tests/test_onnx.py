@@ -119,11 +119,26 @@ def test_extract_command_takes_the_exported_folder(exported, tuned, images, tmp_
     assert json.loads(result.stdout) == {"file": str(tmp_path / "a.png"), **tuned.extract(images[1]).model_dump()}
 
 
+def test_weights_beside_graphs_of_another_form_are_what_answers(tmp_path):
+    shutil.copytree(loading.TINY_TUNED, tmp_path / "model")
+    (tmp_path / "model" / "onnx").mkdir()
+    assert not onnx.is_exported(tmp_path / "model")
+
+
+def test_a_server_without_onnxruntime_names_the_extra(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = CliRunner().invoke(app, ["serve", "--model", str(exported), "--port", "0"])
+    assert result.exit_code == 2
+    assert "onnxruntime is not installed: pip install 'foodextract[onnx]'" in result.stderr
+
+
 def test_errors_name_the_remedy(exported, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="no precision 'bf16': choose fp32 or int8"):
         Extractor.from_pretrained(exported, precision="bf16")
     with pytest.raises(ModelError, match="on a CPU here, not on 'cuda'"):
         Extractor.from_pretrained(exported, "cuda")
+    with pytest.raises(ModelError, match="holds the model itself: name another folder for the export"):
+        onnx.export_onnx(loading.TINY_TUNED, loading.TINY_TUNED)
     (tmp_path / "onnx").mkdir()
     for name in ("config.json", "generation_config.json"):
         (tmp_path / name).write_bytes((exported / name).read_bytes())

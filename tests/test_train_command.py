@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from foodextract.__main__ import app
-from foodextract.models.loading import FINISHED
+from foodextract.models.loading import FINISHED, TINY_BASE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMMON = ["--profile", "offline", "--max-steps", "3"]
@@ -101,6 +102,19 @@ def test_accelerate_accepts_the_configurations(name):
     assert settings.num_processes == 2
 
 
+def test_a_processor_that_does_not_fit_the_model_is_refused(drawn, tmp_path):
+    dataset, _ = drawn
+    shutil.copytree(TINY_BASE, tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "processor_config.json").read_text())
+    settings["image_seq_len"] += 1
+    (tmp_path / "base" / "processor_config.json").write_text(json.dumps(settings))
+    result = CliRunner().invoke(
+        app, ["train", str(dataset), "-o", str(tmp_path / "out"), "--base", str(tmp_path / "base")]
+    )
+    assert result.exit_code == 2
+    assert "use the processor that was saved with the model" in result.stderr
+
+
 def _stages(values: dict) -> list[str]:
     return ["--stage1", json.dumps(values), "--stage2", json.dumps(values)]
 
@@ -113,13 +127,17 @@ def _stages(values: dict) -> list[str]:
         (["nowhere", "--stage1", "{num_train_epochs: 1}"], "--stage1 and --stage2 take JSON"),
         (
             ["nowhere", "--stage2", '{"epoch": 1}'],
-            "stage2: epoch: unexpected keyword argument (the values of a stage are name, freeze, learning_rate",
+            "stage2: epoch: unexpected keyword argument (the values of a stage are freeze, learning_rate",
         ),
         (
             ["nowhere", "--stage1", '{"num_train_epochs": "many"}'],
             "stage1: num_train_epochs: input should be a valid number",
         ),
         (["nowhere", "--stage1", '{"freeze": "model.vision_model"}'], "stage1: freeze: input should be a valid tuple"),
+        (["nowhere", "--stage1", '{"name": ""}'], "stage1: a stage keeps its name"),
+        (["nowhere", "--stage1", '"ab"'], "--stage1 and --stage2 take JSON"),
+        (["nowhere", "--stage1", '{"per_device_train_batch_size": 0}'], "stage1: per_device_train_batch_size: "),
+        (["nowhere", "--stage2", '{"learning_rate": NaN}'], "stage2: learning_rate: input should be "),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

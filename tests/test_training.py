@@ -116,9 +116,23 @@ def test_values_of_a_stage_may_come_as_yaml_spells_them():
         ({"per_device_train_batch_size": 1.5}, "per_device_train_batch_size"),
         ({"lora": {"rank": 4}}, "lora.*rank: "),
         ({"target": "yaml"}, "target"),
+        ({"name": "../stage2"}, "keeps its name"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"num_train_epochs": -1}, "num_train_epochs"),
     ):
         with pytest.raises(ModelError, match=f"stage1: .*{message}"):
             changed(STAGE1, wrong)
+
+
+def test_settings_that_cannot_train_are_named_before_an_image_is_prepared(train, monkeypatch):
+    monkeypatch.setattr("foodextract.training.cache.prepare", lambda *_, **options: pytest.fail("prepared"))
+    with pytest.raises(ModelError, match=r"stage1: validation_rows leaves none of \d+ rows to train on; lower it"):
+        train(replace(STAGE1, validation_rows=10_000))
+    with pytest.raises(ModelError, match="stage1: 'cosin' is not a valid SchedulerType"):
+        train(replace(STAGE1, lr_scheduler_type="cosin"))
+    for tracker in ("json", "a.b"):
+        with pytest.raises(ModelError, match="nothing can be reported to"):
+            train(STAGE1, report_to=tracker)
 
 
 # --- validation
@@ -342,7 +356,7 @@ def test_the_speed_of_a_stage_is_saved(train, tmp_path):
 def test_features_stay_on_the_disk_only_on_request(train, tmp_path, keep):
     train(replace(STAGE1, keep_features=keep), max_steps=1)
     stored = [path.suffix for path in tmp_path.glob("out/prepared-*/features-*")]
-    assert sorted(stored) == ([".bin", ".done"] if keep else [])
+    assert sorted(stored) == ([".bin"] if keep else [])
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_done(train, tmp_path):

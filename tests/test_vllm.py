@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -93,6 +94,16 @@ def test_model_of_another_dialect_is_refused(tmp_path, monkeypatch):
     assert "tiny-tuned writes Python reprs" in result.stderr
     assert "foodextract train --base" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_does_not_overwrite_its_model(tmp_path):
+    shutil.copytree(loading.TINY_TUNED, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    folder = str(tmp_path / "model")
+    result = CliRunner().invoke(app, ["export", "vllm", f"{folder}/../model", "--model", folder])
+    assert result.exit_code == 2
+    assert "holds the model itself: name another folder" in result.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
 @pytest.mark.parametrize("tiles", [1, 5])

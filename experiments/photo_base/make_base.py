@@ -263,7 +263,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
     path = cache.features_file(cache.home_of(split, processor, out), model, dtype)
-    prepared = cache.prepare(split, processor, out, with_pixels=not cache.are_stored(path))
+    prepared = cache.prepare(split, processor, out, with_pixels=not path.is_file())
     features = cache.vision_features(model, prepared, path, dtype)
     looked = time.monotonic()
     complete = [scope == EXHAUSTIVE for scope in split["label_scope"]]

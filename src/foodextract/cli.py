@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated, Any, Literal, NoReturn
@@ -111,7 +112,7 @@ def extract(
     if not found or len(missing) == len(paths):
         _stop(f"no images in {', '.join(map(str, paths))}: name files, or folders that hold .jpg, .png, .webp … files")
     with _stop_on(output_files.AnswerFileError):
-        answered = output_files.resume(output, form, confidence) if output else set()
+        answered = output_files.resume(output, form, confidence, found) if output else set()
     files = [file for file in found if file not in answered]
     if len(files) < len(found):
         _note(f"{output} already has answers for {len(found) - len(files)} of {len(found)} images")
@@ -132,13 +133,11 @@ def extract(
         print(output_files.header(form, confidence), end="")
     failed = 0
     bar = len(files) > 1 and (output is not None or not _may_share_terminal(sys.stdout))  # else the lines show progress
-    for row in _rows(extractor, files, batch_size, confidence, bar):
-        failed += "error" in row
-        line = output_files.as_line(row, form, confidence)
-        if output:
-            output_files.append(output, line)
-        else:
-            print(line, end="", flush=True)
+    write = partial(output_files.append, output) if output else partial(print, end="", flush=True)
+    with _stop_on(output_files.AnswerFileError):
+        for row in _rows(extractor, files, batch_size, confidence, bar):
+            failed += "error" in row
+            write(output_files.as_line(row, form, confidence))
     if failed:
         _note(f"{failed} of {len(files)} images failed; their lines say why")
         raise typer.Exit(1)
@@ -179,7 +178,7 @@ def names_command(model: Model = None) -> None:
     source = find_model(model)
     data = TrainingData.find(source)
     if data is None:
-        _stop(f"{source} does not state what it was trained on (no training_data.json)")
+        _stop(f"no training_data.json of {source}: check its name, or the model does not state what it was trained on")
     _note(f"{_name(source)}: {data.describe()}")
     for name in data.names:
         print(f"{name}\t{data.food_items.get(name, 0) + data.drink_items.get(name, 0)}")
@@ -229,7 +228,14 @@ def train(
 
         from foodextract.data.dataset import open_dataset
         from foodextract.data.samples import DatasetError
-        from foodextract.models.loading import ModelError, choose_device, find_model, load_model, load_processor
+        from foodextract.models.loading import (
+            ModelError,
+            check_image_tokens,
+            choose_device,
+            find_model,
+            load_model,
+            load_processor,
+        )
         from foodextract.training.config import PROFILES, changed, is_sharded
         from foodextract.training.run import train_stage
 
@@ -238,7 +244,7 @@ def train(
     settings = PROFILES[profile]
     try:
         stages = [changed(settings.stage1, json.loads(stage1)), changed(settings.stage2, json.loads(stage2))]
-    except (TypeError, ModelError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:  # JSON that is damaged, or no object, or has unusable values
         _stop(f"--stage1 and --stage2 take JSON settings, such as '{{\"num_train_epochs\": 1}}' ({error})")
     processes = PartialState()
     with _stop_on(ModelError, DatasetError):
@@ -248,6 +254,9 @@ def train(
         start = find_model(base or settings.base_model)
         model = load_model(start, device, training=True)
         processor = load_processor(start, tiles=settings.tiles)
+        check_image_tokens(model, processor)
+        if settings.needs_gpu and device.type == "cpu":
+            _note(f"the profile {profile} is meant for a GPU: without one, training takes days")
         for last, stage in zip([None, *stages], stages, strict=False):
             if last and is_sharded():  # sharded parameters cannot be frozen differently
                 model = load_model(out / last.name, device, training=True)
@@ -314,7 +323,8 @@ def draw(
     with _extra("data"):
         from foodextract.data.scenes import draw_scenes
 
-    out.mkdir(parents=True, exist_ok=True)
+    with _stop_on(OSError):
+        out.mkdir(parents=True, exist_ok=True)
     for index, scene in enumerate(draw_scenes(seed, split, count)):
         path = out / f"scene-{seed}-{split}-{index:05d}.png"
         scene.image.save(path)
@@ -373,7 +383,7 @@ def serve(
     batch_size: BatchSize = 8,
     tiles: Tiles = None,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds to an answer; later ones are dropped.")] = 30.0,
-    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Largest request body.")] = 10.0,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, max=1e6, help="Largest request body.")] = 10.0,
     origin: Annotated[
         list[str] | None, typer.Option(help="Web page allowed to send requests, as https://host. Repeatable.")
     ] = None,
@@ -405,11 +415,13 @@ def serve(
 
     def load_and_describe() -> Any:
         answerer: Any = load(source, device, precision, tiles)
+        if min_confidence and not hasattr(answerer, "min_confidence"):
+            raise ModelError(f"{_name(source)} has no confidence: leave out --min-confidence")
         answerer.min_confidence = min_confidence
         logging.getLogger("foodextract").info(_described(source, answerer))
         return answerer
 
-    with _stop_on(ModelError):
+    with _stop_on(ModelError, MissingExtraError):
         run(load_and_describe, _name(source), settings, host, port)
 
 

@@ -52,7 +52,13 @@ def open_image(source: ImageSource) -> Image.Image:
     first frame of an animation. Metadata that cannot be read is ignored. Raises ImageError.
     """
     if isinstance(source, Image.Image):
-        image = source.copy()
+        if not 0 < source.width * source.height <= MAX_PIXELS:
+            size, most = f"{source.width} x {source.height} pixels", f"{MAX_PIXELS / 1e6:.0f} megapixels"
+            raise ImageError(f"{size}: give an image that is not empty, and has at most {most}")
+        try:
+            image = source.copy()  # decodes a file that was opened lazily
+        except Exception as error:  # as many types as there are formats
+            raise ImageError(f"damaged or truncated ({error}): copy or download it again") from error
         _turn_upright(image)
         return _as_rgb(image)
     if isinstance(source, np.ndarray):
@@ -67,8 +73,9 @@ def open_image(source: ImageSource) -> Image.Image:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except FileNotFoundError:
         raise ImageError("no such file: check the path") from None
-    except OSError as error:
-        raise ImageError(f"cannot be opened ({error.strerror}): check the path and its permissions") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"cannot be opened ({reason}): check the path and its permissions") from error
     return decode(data)[0]
 
 

@@ -4,13 +4,12 @@
 the check before publishing are made from it.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
@@ -46,11 +45,6 @@ class Provenance(BesideWeights):
     stages: list[dict[str, Any]]
     rows: list[Row]
     held_out: str = ""
-
-    @classmethod
-    def read(cls, path: str | os.PathLike) -> Self:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{**content, "rows": [Row(**row) for row in content["rows"]]})
 
     @property
     def scored(self) -> list[Row]:

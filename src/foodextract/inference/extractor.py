@@ -63,6 +63,8 @@ class Extractor:
         constrained: bool = True,
     ) -> None:
         if processor is None:
+            if model is not None:
+                raise TypeError("a model needs its processor: Extractor(model, processor)")
             source = find_model()
             model, processor = load_model(source).requires_grad_(False), load_processor(source)
             self.calibration, self.training_data = Calibration.find(source), TrainingData.find(source)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedM
 
 from foodextract.extras import extra
 from foodextract.inference.confidence import Calibration
-from foodextract.models.loading import ModelError, load_model, load_processor
+from foodextract.models.loading import ModelError, check_target, load_model, load_processor
 from foodextract.models.training_data import TrainingData
 
 FOLDER = "onnx"
@@ -145,8 +145,9 @@ class GraphCache:
 
 
 def is_exported(model_id: str | os.PathLike[str]) -> bool:
-    """Whether the folder holds graphs."""
-    return (Path(model_id) / FOLDER).is_dir()
+    """Whether the folder holds graphs and no weights. Some models on the Hub come with graphs of another form."""
+    folder = Path(model_id)
+    return (folder / FOLDER).is_dir() and not any(folder.glob("model*.safetensors"))
 
 
 def export_onnx(model_id: str | os.PathLike[str], out: Path, tiles: int | None = None) -> dict[str, float]:
@@ -156,6 +157,7 @@ def export_onnx(model_id: str | os.PathLike[str], out: Path, tiles: int | None =
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _import(package)
+    check_target(model_id, out)
     processor = load_processor(model_id, tiles)
     write_graphs(load_model(model_id, torch.device("cpu"), precision="fp32"), out)
     processor.save_pretrained(out)

@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -53,21 +54,28 @@ def _columns(confidence: bool) -> tuple[str, ...]:
     return CONFIDENT if confidence else PLAIN
 
 
-def resume(path: Path, form: Format, confidence: bool = False) -> set[str]:
+def resume(path: Path, form: Format, confidence: bool = False, files: Container[str] = ()) -> set[str]:
     """Prepare `path` for appending and return the names of the files answered in it. Raises AnswerFileError.
 
-    Drops an incomplete line, and the lines of images that failed, so that they are tried again.
+    Drops an incomplete line, and the lines of those of `files` that failed, so that they are tried again.
     """
+    if path.exists() and not path.is_file():
+        raise AnswerFileError(f"{path} is not a file: name another, or leave --output out to print the answers")
     answered = set()
-    partial = path.with_name(path.name + ".partial")
+    target = path.resolve()  # what a link points to
+    partial = target.with_name(target.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as kept:
             kept.write(header(form, confidence))
             for row in _rows(path, form, confidence) if path.exists() else ():
-                if row.get("is_food") not in (None, ""):  # "" in a CSV line that was cut between two cells
+                succeeded = row.get("is_food") not in (None, "")  # "" in a CSV line that was cut between two cells
+                if succeeded:
                     answered.add(row["file"])
+                if succeeded or (row.get("error") and row["file"] not in files):
                     kept.write(as_line(row, form, confidence))
-        partial.replace(path)
+        if path.exists():
+            shutil.copymode(path, partial)
+        partial.replace(target)
     except OSError as error:
         raise AnswerFileError(f"cannot write {path}: {error.strerror}") from error
     finally:
@@ -77,12 +85,17 @@ def resume(path: Path, form: Format, confidence: bool = False) -> set[str]:
 
 
 def append(path: Path, line: str) -> None:
-    """Append one line in a single write, which a kill cannot cut in two."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    """Append one line in a single write, which a kill cannot cut in two. Raises AnswerFileError."""
+    data = line.encode("utf-8", "surrogateescape")
     try:
-        os.write(descriptor, line.encode("utf-8", "surrogateescape"))
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            while data:  # a full disk takes a part, and says why at the next write
+                data = data[os.write(descriptor, data) :]
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise AnswerFileError(f"cannot write {path}: {error.strerror}. Rerun to resume") from error
 
 
 def _rows(path: Path, form: Format, confidence: bool) -> Iterator[dict[str, Any]]:

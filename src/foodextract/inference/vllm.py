@@ -16,7 +16,7 @@ from PIL import Image
 from foodextract import schema
 from foodextract.inference.confidence import Calibration
 from foodextract.inference.extractor import MAX_NEW_TOKENS, Extractor
-from foodextract.models.loading import ModelError, load_model, load_processor
+from foodextract.models.loading import ModelError, check_target, load_model, load_processor
 from foodextract.models.training_data import TrainingData
 
 NAME = "foodextract"  # of the model, in requests
@@ -34,6 +34,7 @@ def export_vllm(model_id: str | os.PathLike[str], out: Path, tiles: int | None =
     Raises ModelError, also for a model whose dialect is not canonical JSON: under the schema it would silently lose
     items.
     """
+    check_target(model_id, out)
     processor = load_processor(model_id, tiles)
     model = load_model(model_id, torch.device("cpu"), precision="bf16")
     extractor = Extractor(model, processor)

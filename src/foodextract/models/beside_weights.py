@@ -1,12 +1,16 @@
 """Facts about a model in JSON files beside its weights, in a folder or on the Hub."""
 
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
 from huggingface_hub import hf_hub_download
+from pydantic import TypeAdapter
+
+LOG = logging.getLogger("foodextract")
 
 
 @dataclass(frozen=True)
@@ -17,16 +21,22 @@ class BesideWeights:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Raises FileNotFoundError, or TypeError, KeyError or ValueError where the file holds something else."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        """Raises OSError, or ValueError where the file holds something else."""
+        return TypeAdapter(cls).validate_json(Path(path).read_bytes())
 
     @classmethod
     def find(cls, model_id: str | os.PathLike[str]) -> Self | None:
-        """What a model in a folder or on the Hub states, None where it states nothing."""
+        """What a model in a folder or on the Hub states, None where it states nothing. A damaged file is named."""
         try:
             path = Path(model_id) / cls.FILE if Path(model_id).is_dir() else hf_hub_download(str(model_id), cls.FILE)
+        except (OSError, ValueError):
+            return None
+        try:
             return cls.read(path)
-        except (OSError, ValueError, TypeError, KeyError):
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            LOG.warning(f"{path} is ignored, since it cannot be read: download it again ({str(error).splitlines()[0]})")
             return None
 
     def write(self, folder: Path) -> None:

@@ -164,6 +164,12 @@ def find_model(wanted: str | os.PathLike[str] | None = None, outputs: Path = Pat
     return PHOTO
 
 
+def check_target(model_id: str | os.PathLike[str], out: Path) -> None:
+    """Raise ModelError where an export to `out` would overwrite the model itself."""
+    if out.resolve() == Path(model_id).resolve():
+        raise ModelError(f"{out} holds the model itself: name another folder for the export")
+
+
 @contextmanager
 def _named_errors(model_id: str | os.PathLike[str], needs: str) -> Iterator[None]:
     """Turn every error of loading into a ModelError that names the model. `needs` is a file that a folder must hold."""

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -121,20 +121,16 @@ def measured(many: tuple[int, int] = TRAINED_SHAPE, one: tuple[int, int] = TRAIN
         known = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}
-    try:
+    with suppress(ValueError, TypeError, LookupError, AttributeError):  # not measured yet, or a damaged file
         kept = {phase: {name: float(spent) for name, spent in known[key][phase].items()} for phase in ROWS}
         if all(FP32 in times for times in kept.values()):
             return kept
-    except (ValueError, TypeError, LookupError, AttributeError):  # not measured yet, or a damaged file
-        pass
     found = {phase: _times(shape, ROWS[phase]) for phase, shape in {"many": many, "one": one}.items()}
-    try:
+    with suppress(OSError):  # then measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(known | {key: found}), encoding="utf-8")
         part.replace(path)
-    except OSError:  # measured again next time
-        pass
     return found
 
 

@@ -209,11 +209,6 @@ def features_file(home: Path, model: PreTrainedModel, dtype: torch.dtype) -> Pat
     return home / f"features-{weights}-{str(dtype).removeprefix('torch.')}.bin"
 
 
-def are_stored(path: Path) -> bool:
-    """Whether an earlier call of `vision_features` finished the file at `path`."""
-    return path.is_file() and path.with_suffix(".done").is_file()
-
-
 @torch.inference_mode()
 def vision_features(
     model: PreTrainedModel, rows: PreparedRows, path: Path, dtype: torch.dtype, batch: int = 32
@@ -222,11 +217,12 @@ def vision_features(
 
     The tensor is memory-mapped at `path`, and read from there when an earlier call finished.
     """
-    shape, finished = features_shape(model, rows), are_stored(path)
-    features = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
-    reserve(path)
-    if finished:
+    shape, unfinished = features_shape(model, rows), path.with_suffix(".partial")
+    file = path if path.is_file() else unfinished
+    features = torch.from_file(str(file), shared=True, size=shape.numel(), dtype=dtype).view(shape)
+    if file == path:
         return features
+    reserve(file)
     with tqdm(total=len(rows), desc="vision features", unit="image") as bar:
         for start in range(0, len(rows), batch):
             part = slice(start, min(start + batch, len(rows)))
@@ -237,5 +233,5 @@ def vision_features(
                 seen = model.model.vision_model(inputs).last_hidden_state
             features[part] = seen.view(-1, *shape[1:]).to("cpu", dtype)
             bar.update(len(pixels))
-    path.with_suffix(".done").touch()
+    unfinished.replace(path)
     return features

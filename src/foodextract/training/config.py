@@ -5,10 +5,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from foodextract.models.loading import BUNDLED, ModelError, choose_device
 from foodextract.models.precision import Precision, choose_precision
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 VISION = "model.vision_model"  # the name prefix of the vision tower's parameters
 PRESETS = Path(__file__).parent / "presets"
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Stage:
 
     name: str
     freeze: tuple[str, ...]  # name prefixes of the parameters that do not train
-    learning_rate: float
-    num_train_epochs: float = 2
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 4
+    learning_rate: Positive
+    num_train_epochs: Positive = 2
+    per_device_train_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 4
     warmup_steps: float = 0.03  # below 1: a share of all steps
     lr_scheduler_type: str = "constant_with_warmup"
     save_steps: int = 0  # optimizer steps between checkpoints; 0: one checkpoint an epoch
@@ -109,16 +110,21 @@ PROFILES = {name: _load_profile(PRESETS / f"{name}.toml") for name in ("hub", "o
 
 
 def changed(stage: Stage, values: Mapping[str, Any]) -> Stage:
-    """The stage with other `values`, as JSON or YAML spells them. Raises ModelError for one that it cannot use.
+    """The stage with other `values`, as JSON or YAML spells them, but its own name, which is that of its folder.
+
+    Raises ModelError for a value that the stage cannot use.
 
     >>> changed(Stage("stage1", (), 2e-4), {"learning_rate": "1e-4"}).learning_rate  # a string in YAML
     0.0001
     """
+    names = ", ".join(name for name in vars(stage) if name != "name")
+    if "name" in values:
+        raise ModelError(f"{stage.name}: a stage keeps its name (the values of a stage are {names})")
     try:
         return TypeAdapter(Stage).validate_python(vars(stage) | dict(values))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors())
-        raise ModelError(f"{stage.name}: {faults} (the values of a stage are {', '.join(vars(stage))})") from error
+        raise ModelError(f"{stage.name}: {faults} (the values of a stage are {names})") from error
 
 
 def trains_vision(model: torch.nn.Module) -> bool:

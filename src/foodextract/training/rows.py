@@ -24,7 +24,8 @@ Rows = tuple[datasets.Dataset, datasets.Dataset | None, Collator | cache.Prepare
 def open_rows(run: "StageRun") -> Rows:
     """Rows to train on, held-out rows, and their collator: `PreparedRows` with `stage.cache`, else `Collator`.
 
-    Raises ModelError for images of several tiles that should be augmented, and for validation with sharded weights.
+    Raises ModelError for images of several tiles that should be augmented, and for validation with sharded weights or
+    on all rows.
     """
     stage, split = run.stage, run.split
     if stage.validation_rows and is_sharded():
@@ -34,6 +35,9 @@ def open_rows(run: "StageRun") -> Rows:
         raise ModelError(
             "several tiles cannot be augmented, since the tiles of an image must fit together: take 1 tile"
         )
+    held_out = held_out_rows(split, stage.validation_rows)
+    if len(held_out) == len(split):
+        raise ModelError(f"{stage.name}: validation_rows leaves none of {len(split)} rows to train on; lower it")
     collator: Collator | cache.PreparedRows
     if stage.cache:
         rows = datasets.Dataset.from_dict({"row": range(len(split))})
@@ -43,7 +47,6 @@ def open_rows(run: "StageRun") -> Rows:
         collator = Collator(run.processor, stage.completion_only_loss)
     if stage.augment:
         collator.augment = augmentation(run.processor.image_processor.max_image_size["longest_edge"])
-    held_out = held_out_rows(split, stage.validation_rows)
     train_rows = rows.select(sorted(set(range(len(rows))) - set(held_out)))
     return train_rows, rows.select(held_out) if held_out else None, collator
 
@@ -76,9 +79,9 @@ def _prepare(run: "StageRun") -> cache.PreparedRows:
         home = cache.home_of(run.split, run.processor, folder, stage.target)
         frozen = not (stage.augment or is_sharded() or trains_vision(model))
         path = cache.features_file(home, model, dtype) if frozen else None
-        for old in set(home.glob("features-*")) - ({path, path.with_suffix(".done")} if path else set()):
+        for old in set(home.glob("features-*")) - {path}:
             old.unlink()  # features of other weights, or for another stage
-        stored = path is not None and cache.are_stored(path)
+        stored = path is not None and path.is_file()
         rows = cache.prepare(
             run.split,
             run.processor,

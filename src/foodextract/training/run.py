@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from foodextract.data.dataset import rows_id
@@ -66,7 +66,7 @@ class StageRun:
         keep_in: str | Path | None = None,
     ) -> None:
         self.began = time.perf_counter()
-        if report_to != "none" and not find_spec(report_to):
+        if report_to not in ("none", *get_available_reporting_integrations()):
             raise ModelError(
                 f"nothing can be reported to {report_to!r}: `pip install {report_to}` first, or leave it out"
             )
@@ -250,15 +250,18 @@ class StageRun:
 
 
 def training_arguments(run: StageRun) -> SFTConfig:
-    """The settings of a stage as TRL takes them."""
-    return SFTConfig(
-        output_dir=str(run.checkpoints),
-        **run.stage.arguments(),
-        max_length=None,  # the default of 1,024 cuts image tokens off
-        activation_checkpointing=False,  # on by default in TRL; one tile an image does not need it
-        seed=run.seed,
-        **run.settings(),
-    )
+    """The settings of a stage as TRL takes them. Raises ModelError for one that it refuses."""
+    try:
+        return SFTConfig(
+            output_dir=str(run.checkpoints),
+            **run.stage.arguments(),
+            max_length=None,  # the default of 1,024 cuts image tokens off
+            activation_checkpointing=False,  # on by default in TRL; one tile an image does not need it
+            seed=run.seed,
+            **run.settings(),
+        )
+    except ValueError as error:
+        raise ModelError(f"{run.stage.name}: {error}") from error
 
 
 def train_stage(

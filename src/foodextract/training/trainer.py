@@ -92,12 +92,10 @@ class FoodTrainer(SFTTrainer):
                 with full_disk_named(self.stage, self.checkpoints):
                     return super().train(resume_from_checkpoint, *rest, **kwargs)
             except torch.OutOfMemoryError as error:
-                if rows == 1:
-                    message = "not even one image at a time fits into memory; take fewer tiles"
-                    raise ModelError(f"{self.stage}: {message}") from error
-                if is_sharded():
-                    message = f"batches of {rows} do not fit into memory; take a smaller per_device_train_batch_size"
-                    raise ModelError(f"{self.stage}: {message}") from error
+                if rows == 1 or is_sharded():
+                    one = "not even one image at a time fits into memory; take fewer tiles"
+                    more = f"batches of {rows} do not fit into memory; take a smaller per_device_train_batch_size"
+                    raise ModelError(f"{self.stage}: {one if rows == 1 else more}") from error
             print(f"{self.stage}: out of memory, retrying with smaller batches", flush=True)
             args.per_device_train_batch_size = 1 if rows % 2 else rows // 2
             args.gradient_accumulation_steps = steps * rows // args.per_device_train_batch_size
@@ -269,10 +267,11 @@ class Progress(TrainerCallback):
         if state.log_history:
             state.log_history[-1]["elapsed"] = self.earlier + time.perf_counter() - self.began
         if logs and "loss" in logs:
-            if not math.isfinite(float(logs["loss"])):
+            if not math.isfinite(loss := float(logs["loss"])):
                 raise ModelError(
-                    f"{self.name}: the loss became NaN at step {state.global_step}; lower its learning rate "
-                    f"({args.learning_rate}) or look for broken labels. The last checkpoint is kept"
+                    f"{self.name}: the loss became {'NaN' if math.isnan(loss) else loss} at step {state.global_step}; "
+                    f"lower its learning rate ({args.learning_rate}) or look for broken labels. The last checkpoint is "
+                    "kept"
                 )
             self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", step=state.global_step)
 
