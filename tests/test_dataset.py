@@ -278,6 +278,35 @@ def test_an_interrupted_build_keeps_the_old_data_set(tmp_path):
     assert checksum(tmp_path / "out") == before
 
 
+def test_a_folder_with_a_report_of_its_own_is_not_overwritten(tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(DatasetError, match="not a data set built here"):
+        dataset.build(map(sample, range(30)), tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_copy_of_a_held_out_image_is_not_trained_on(tmp_path):
+    given = [sample(n, split="train") for n in range(9)] + [sample(n, split="test") for n in range(20, 25)]
+    same = textured(99)
+    given += [sample(0, same, name="a.png", split="train"), sample(0, same, name="b.png", split="test")]
+    report = dataset.build(given, tmp_path / "out")
+    assert report["rejected"] == 1
+    assert sides(dataset.load(tmp_path / "out"))["b.png"] == "test"
+
+
+def test_images_that_were_repaired_after_a_failed_build_are_read(tmp_path):
+    broken = [sample(n, read=lambda: b"") for n in range(30)]
+    with pytest.raises(DatasetError, match="too few usable images"):
+        dataset.build(broken, tmp_path / "out")
+    assert dataset.build(map(sample, range(30)), tmp_path / "out")["kept"] == 30
+
+
+def test_an_unknown_action_of_a_rule_is_named(tmp_path):
+    with pytest.raises(DatasetError, match=r"no action is called drop: choose among .*flag"):
+        dataset.build(map(sample, range(30)), tmp_path / "out", policy={"pantry": "drop"})
+
+
 def test_other_folders_are_not_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(DatasetError, match="not a data set built here"):
@@ -290,6 +319,8 @@ def test_leaks_into_another_folder_are_found(tmp_path):
     (tmp_path / "other").mkdir()
     textured(7).resize((64, 64)).save(tmp_path / "other" / "seven.jpg", quality=60)
     textured(900).save(tmp_path / "other" / "new.jpg")
+    with pytest.raises(DatasetError, match="typo is not a folder"):
+        dataset.leaks(tmp_path / "typo", tmp_path / "other")
     [(mine, theirs)] = dataset.leaks(tmp_path / "out", tmp_path / "other")
     assert "007-" in mine
     assert theirs == "seven.jpg"
@@ -304,8 +335,10 @@ def test_open_dataset_by_folder_or_name(tmp_path, drawn):
     (folder / "metadata.jsonl").write_text(
         "".join(json.dumps({"file_name": f"{n}.png", **NOTHING}) + "\n" for n in range(30))
     )
+    (folder / "0.png").unlink()
+    (folder / "0.png").symlink_to(tmp_path / "gone.png")
     opened = dataset.open_dataset(folder, tmp_path / "built")
-    assert len(opened["train"]) + len(opened["test"]) == 30
+    assert len(opened["train"]) + len(opened["test"]) == 29
     with pytest.raises(DatasetError, match="00_create"):
         dataset.open_dataset(tmp_path / "nothing", tmp_path / "unused")
     with pytest.raises(DatasetError, match=r"nobody/nothing.*check the name and the connection"):

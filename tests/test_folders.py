@@ -5,6 +5,7 @@ import io
 import json
 import os
 import unicodedata
+from datetime import datetime
 
 import datasets
 import numpy as np
@@ -312,6 +313,44 @@ def test_yolo_boxes(tmp_path, layout, names):
     ]  # fmt: skip
     assert {row.label_scope for row in samples.values()} == {"annotated_classes(2)"}
     assert sorted("class 9 has no name" in row.reason for row in rejects) == [False] * 4 + [True] * 2
+
+
+def test_yolo_labels_of_several_batches_stay_apart(tmp_path):
+    (tmp_path / "data.yaml").write_text("names: [pizza, salad]\n")
+    for number, folders in enumerate((("batch_01/images", "batch_01/labels"), ("batch_02/images", "batch_02/labels"))):
+        image(tmp_path / folders[0] / "0001.jpg")
+        (tmp_path / folders[1]).mkdir(parents=True)
+        (tmp_path / folders[1] / "0001.txt").write_text(f"{number} .5 .5 .1 .1\n")
+    for number, folder in enumerate(("raw", "processed")):
+        image(tmp_path / folder / "2.jpg")
+        (tmp_path / folder / "2.txt").write_text(f"{number} .5 .5 .1 .1\n")
+    found = {name: items(row) for name, row in read(tmp_path)[0].items()}
+    assert found == {
+        "batch_01/images/0001.jpg": ["pizza"], "batch_02/images/0001.jpg": ["salad"],
+        "raw/2.jpg": ["pizza"], "processed/2.jpg": ["salad"],
+    }  # fmt: skip
+
+
+def test_group_zero_is_a_group(tmp_path):
+    rows = records(tmp_path)
+    write_lines(tmp_path / "metadata.jsonl", [row | {"group": number % 3} for number, row in enumerate(rows)])
+    assert sorted({row.group for row in read(tmp_path)[0].values()}) == ["0", "1", "2"]
+
+
+def test_a_parquet_table_may_have_columns_that_json_lacks(tmp_path):
+    rows = [row | {"taken": datetime(2026, 1, 1), "thumbnail": b"x"} for row in records(tmp_path)]
+    write_parquet(tmp_path / "metadata.parquet", rows)
+    assert len(read(tmp_path)[0]) == 6
+
+
+def test_empty_tuples_in_cells_are_empty_lists(tmp_path):
+    rows = [row | {"is_food": 0, "image_title": "", "food_items": [], "drink_items": []} for row in records(tmp_path)]
+    write_csv(tmp_path / "metadata.csv", rows, items=lambda value: str(tuple(value)))
+    assert {row.label["is_food"] for row in read(tmp_path)[0].values()} == {0}
+    report = dataset.build(sources.labeled_folder(tmp_path), tmp_path.parent / f"{tmp_path.name}-out")
+    built = dataset.load(tmp_path.parent / f"{tmp_path.name}-out")
+    assert {row["is_food"] for split in built.values() for row in split.remove_columns("image")} == {0}
+    assert report["kept"] == 6
 
 
 def test_yolo_with_classes_txt_beside_the_labels_and_without_names(tmp_path):

@@ -259,6 +259,16 @@ def test_worst_cases_say_what_is_wrong():
     assert captions[3] == ["✓ no food or drink"]
 
 
+def test_items_that_a_label_need_not_name_are_no_errors():
+    both = PIE.model_copy(update={"drink_items": ["tea"]})
+    assert figures.verdict(PIE, both.to_json()) == [
+        ("✓ pie", figures.RIGHT),
+        ("+ tea (drink, not there)", figures.INVENTED),
+    ]
+    found = figures.verdict(PIE, both.to_json(), "primary")
+    assert found == [("✓ pie", figures.RIGHT), ("+ tea (drink, not labeled)", figures.GRAY)]
+
+
 def test_token_mask_marks_what_the_loss_sees_and_shortens_runs():
     tokens = [("System", False), ("\n", False), *[("<image>", False)] * 64, ("$", True), (" tea", True)]
     [axis] = figures.token_mask(tokens).axes
@@ -279,6 +289,7 @@ def test_loss_curves_show_each_part_in_a_row_and_each_stage_in_a_column():
     assert [axis.lines[0].get_ydata()[0] for axis in axes] == [0.1, 0.1, 0.01, 0.01]
     alone = [{"step": 1, "loss": 2.0, "answer_loss": 2.0, "unlikelihood_loss": 0.0}]
     assert len(figures.loss_curves({"stage1": alone}).axes) == 1
+    figures.loss_curves({"stage1": log, "stage2": alone})  # only one stage with an unlikelihood loss
 
 
 def test_contact_sheet_has_readable_captions_within_the_width_of_a_page():

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from foodextract import schema
+from foodextract.evaluation import scoring
 from foodextract.schema import AnswerError, FoodRecord
 
 GOOD = '{"is_food": 1, "image_title": "beer and pretzel", "food_items": ["pretzel"], "drink_items": ["beer"]}'
@@ -84,11 +85,30 @@ def test_lenient_parser_finds_the_record(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no braces", "{not: a dict}", "{1, 2}", "{" * 5000 + "}" * 5000, "{'is_food': __import__('os')}"]
+    "text",
+    [
+        *("", "no braces", "{not: a dict}", "{1, 2}", "{" * 5000 + "}" * 5000, "{'is_food': __import__('os')}"),
+        *("{}", '{"error": "no image"}', "[" * 5000, "9" * 5000),
+    ],
 )
 def test_lenient_parser_refuses_the_rest(text):
     with pytest.raises(AnswerError):
         FoodRecord.parse_lenient(text)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "9" * 5000, '{"is_food": ' * 5000])
+def test_nesting_without_end_and_endless_digits_are_no_json(text):
+    with pytest.raises(AnswerError, match="not JSON"):
+        FoodRecord.parse(text)
+    assert not scoring.score_answer(FoodRecord.parse(GOOD), text)["strict"]
+
+
+def test_lenient_parser_reads_words_nested_records_and_braces_in_titles():
+    no = '{"is_food": "false", "food_items": [], "drink_items": []}'
+    assert FoodRecord.parse_lenient(no).is_food == 0
+    assert FoodRecord.parse_lenient(json.dumps({"answer": json.loads(GOOD)})) == FoodRecord.parse(GOOD)
+    titled = json.loads(GOOD) | {"image_title": "a } b"}
+    assert FoodRecord.parse_lenient(json.dumps(titled)).image_title == "a } b"
 
 
 def test_json_schema_bounds_every_length():

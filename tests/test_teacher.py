@@ -198,7 +198,7 @@ def rejects(folder):
 
 
 def ledger(folder):
-    return lines(folder / "metadata.ledger.jsonl")
+    return [entry for entry in lines(folder / "metadata.ledger.jsonl") if "written" not in entry]
 
 
 def url_of(path, max_edge=1024):
@@ -607,7 +607,8 @@ def test_a_torn_last_line_is_done_again_and_nothing_else(lost, ask, folder, endp
     ask(concurrency=1)
     whole = (folder / "metadata.jsonl").read_bytes()
     path = folder / "metadata.ledger.jsonl"
-    path.write_bytes(path.read_bytes()[:-lost])
+    answers = [line for line in path.read_bytes().splitlines(keepends=True) if b'"written"' not in line]
+    path.write_bytes(b"".join(answers)[:-lost])
     endpoint.requests.clear()
     summary = ask(concurrency=1)
     torn = lost > 1  # without its newline alone a line is still whole
@@ -696,6 +697,25 @@ def test_another_model_starts_afresh_and_keeps_the_first_labels(ask, folder, end
     assert {row["source"] for row in labels(folder).values()} == {"teacher:big-model"}
     assert ask(max_tokens=77).known == 6  # not a matter of what is asked
     assert not endpoint.requests
+
+
+def test_corrected_labels_are_not_overwritten(ask, folder):
+    ask()
+    path = folder / "metadata.jsonl"
+    corrected = path.read_text().replace('"image_title": "', '"image_title": "my ')
+    path.write_text(corrected)
+    with pytest.raises(TeacherError, match=r"metadata.jsonl was edited: rename it to keep the changes"):
+        ask()
+    assert path.read_text() == corrected
+
+
+def test_a_start_that_fails_leaves_the_labels_of_another_model(ask, folder, endpoint):
+    ask()
+    before = (folder / "metadata.jsonl").read_text()
+    endpoint.behave = lambda request: Reply("{}", 401)
+    with pytest.raises(TeacherError):
+        ask(model="other")
+    assert (folder / "metadata.jsonl").read_text() == before
 
 
 def test_copies_are_asked_once_and_all_labeled(ask, folder, endpoint, drawn_files):

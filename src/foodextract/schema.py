@@ -60,12 +60,12 @@ class FoodRecord(BaseModel):
         """Parse JSON of the right shape in any spacing and key order. Raises AnswerError."""
         try:
             return cls.model_validate(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise AnswerError(f"not JSON: {error}") from error
         except ValidationError as error:
             reasons = [(".".join(map(str, e["loc"])) or "record", e["msg"]) for e in error.errors()]
             text = "; ".join(f"{place}: {message.removeprefix('Value error, ')}" for place, message in reasons)
             raise AnswerError(f"breaks the schema: {text}") from error
+        except (ValueError, RecursionError) as error:  # also nesting without end, and thousands of digits
+            raise AnswerError(f"not JSON: {error}") from error
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -81,10 +81,13 @@ class FoodRecord(BaseModel):
 
         Items override `is_food`: an answer that lists food counts as food. Raises AnswerError.
         """
-        for raw in _objects_in(text):
+        for raw in chain(_parsed(text), _objects_in(text)):
+            if not {"is_food", *FIELDS} & raw.keys():
+                continue
             try:
                 items = {name: _distinct(raw.get(name)) for name in FIELDS}
-                is_food = int(bool(raw.get("is_food")) or any(items.values()))
+                said = str(raw.get("is_food") or 0).lower() not in ("0", "false", "no")
+                is_food = int(said or any(items.values()))
                 title = str(raw.get("image_title") or "")[:MAX_TITLE] if is_food else ""
                 return cls(is_food=is_food, image_title=title, **items)
             except (ValueError, TypeError, RecursionError, MemoryError):
@@ -135,7 +138,7 @@ def guided_schema() -> dict[str, Any]:
 
 def _objects_in(text: str) -> Iterator[dict[str, Any]]:
     """Yield the objects in a text that hold no nested object, written in JSON or as Python reprs."""
-    for found in re.findall(r"\{.*?\}", text, re.DOTALL):
+    for found in re.findall(r"\{[^{}]*\}", text):
         yield from _parsed(found)
 
 

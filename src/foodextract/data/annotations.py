@@ -6,6 +6,7 @@ out. An image without a class of food is rejected: nobody stated that it shows n
 """
 
 import json
+import re
 import sys
 import unicodedata
 from collections import defaultdict
@@ -153,10 +154,12 @@ def _choices(value: Any) -> Iterable[str]:
 
 
 def _read_yolo(tree: Tree, boxes: Boxes) -> None:
-    texts = {_pair(tree, path): path for path in tree.files if path.suffix == ".txt" and path.name not in NAME_LISTS}
-    pairs = {image: texts[key] for image in tree.images if (key := _pair(tree, image)) in texts}
+    found = [path for path in tree.files if path.suffix == ".txt" and path.name not in NAME_LISTS]
+    texts, beside = {_pair(tree, path): path for path in found}, {path.with_suffix(""): path for path in found}
+    paired = {image: beside.get(image.with_suffix("")) or texts.get(_pair(tree, image)) for image in tree.images}
+    pairs = {image: text for image, text in paired.items() if text}
     labels = {image: _read_labels(text) for image, text in pairs.items()}
-    if not any(isinstance(found, set) and found for found in labels.values()):
+    if not any(isinstance(classes, set) and classes for classes in labels.values()):
         return  # text files of another kind, such as captions
     lists = {path: names for path in tree.files if (names := _names_in(path))}
     if len({json.dumps(names) for names in lists.values()}) != 1:
@@ -168,20 +171,26 @@ def _read_yolo(tree: Tree, boxes: Boxes) -> None:
     boxes.files += [*lists, *pairs.values()]
     boxes.classes |= set(names.values())
     stated = _stated_splits(tree, lists)
-    for image, found in labels.items():
-        if isinstance(found, set) and (unknown := found - names.keys()):
-            found = f"class {min(unknown)} has no name in {first_few(map(tree.name, lists))}"
-        if isinstance(found, str):
-            boxes.rejects.append(Reject(tree.name(image), f"{tree.name(pairs[image])}: {found}"))
+    for image, classes in labels.items():
+        if isinstance(classes, set) and (unknown := classes - names.keys()):
+            classes = f"class {min(unknown)} has no name in {first_few(map(tree.name, lists))}"
+        if isinstance(classes, str):
+            boxes.rejects.append(Reject(tree.name(image), f"{tree.name(pairs[image])}: {classes}"))
             continue
-        boxes.names[image] |= {names[number] for number in found}
+        boxes.names[image] |= {names[number] for number in classes}
         boxes.splits[image] = tree.split_of(image) or stated.get(image)
 
 
 def _pair(tree: Tree, path: Path) -> tuple[str, ...]:
     """Return what an image and its label file share: `train/images/a.jpg` and `train/labels/a.txt`."""
     name = PurePosixPath(unicodedata.normalize("NFC", tree.name(path)))
-    return (*(part for part in name.parts[:-1] if split_named(part) or not names_no_class(part)), name.stem)
+    return (*(part for part in name.parts[:-1] if split_named(part) or _sets_apart(part)), name.stem)
+
+
+def _sets_apart(part: str) -> bool:
+    """Tell whether a folder is more than a place for images or labels: a class, or one of several ("batch_02")."""
+    numbered = re.search(r"\d", part) and not re.search("im(age|g)|label|annot", part, re.IGNORECASE)
+    return bool(numbered) or not names_no_class(part)
 
 
 def _read_labels(path: Path) -> set[int] | str:

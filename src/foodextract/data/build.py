@@ -67,7 +67,7 @@ def build(
     killed. Raises DatasetError when a split would be empty, and when `out` holds anything but a data set built here.
     """
     out = Path(out)
-    if out.exists() and not (out / "report.json").exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / "arrow").is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(f"{out} exists and is not a data set built here: choose another folder or empty it")
     unfinished = out.with_name(out.name + ".partial")
     _start(unfinished, origin)

@@ -80,18 +80,22 @@ def _folder_state(folder: Path, rows: Rows) -> str:
     for row in rows:
         state.update(identity(row).encode())
         if isinstance(row, Sample):
-            file = (folder / row.name).stat()
-            state.update(f"{file.st_size} {file.st_mtime_ns}".encode())
+            with suppress(OSError):  # a broken link, which `build` rejects
+                file = (folder / row.name).stat()
+                state.update(f"{file.st_size} {file.st_mtime_ns}".encode())
     return state.hexdigest()
 
 
 def leaks(folder: str | Path, other: str | Path) -> list[tuple[str, str]]:
     """Return pairs of file names: near-duplicates between the data set in `folder` and any folder of images.
 
-    Compare a data set with the training images of a model before believing its scores.
+    Compare a data set with the training images of a model before believing its scores. Raises DatasetError for a path
+    that is no folder.
     """
     prints, files = [], []
     for side, root in enumerate((Path(folder), Path(other))):
+        if not root.is_dir():
+            raise DatasetError(f"{root} is not a folder: check the path")
         for path in tqdm(list(find_images([root])), desc=f"reading {root.name}", unit="image"):
             with suppress(ImageError):  # `build` reports unreadable images
                 prints.append(fingerprint(open_image(path)))

@@ -118,7 +118,8 @@ def _metadata_row(tree: Tree, table: Path, number: int, row: Row) -> Sample | Re
         return Reject(where, f"lacks {', '.join(missing)}: add file_name, is_food, food_items and drink_items")
     if isinstance(image := tree.find(stated, table), str):
         return Reject(where, image)
-    texts = {key: str(row[key]) for key in ("source", "license", "label_scope", "category", "group") if row.get(key)}
+    stated_too = ("source", "license", "label_scope", "category", "group")
+    texts = {key: str(row[key]) for key in stated_too if row.get(key) not in (None, "")}
     return tree.sample(image, label_of(row), split=_stated_split(tree, table, row, image), **texts)
 
 
@@ -240,8 +241,8 @@ def _report(tree: Tree, rows: Iterable[Sample | Reject], used: list[Path]) -> No
     """Name on stderr what is not read: images that no label names, and files that are neither images nor labels."""
     known = {row.name for row in rows}
     unnamed = [name for image in tree.images if (name := tree.name(image)) not in known]
-    passed = [path for path in tree.files if path not in used and not PLAIN_FILES.fullmatch(path.name)]
-    passed = [path for path in passed if path.name not in OWN_FILES]
+    rest = sorted({*tree.files}.difference(used))
+    passed = [path for path in rest if path.name not in OWN_FILES and not PLAIN_FILES.fullmatch(path.name)]
     if unnamed and used:
         print(f"{tree.root}: images that no label names ({len(unnamed):,}): {first_few(unnamed)}", file=sys.stderr)
     if passed:

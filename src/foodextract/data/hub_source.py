@@ -133,7 +133,7 @@ class HubDataset:
         if kind == "original":
             category = row.get("food270_class_name") or row.get("category")
             row = {"source": row.get("image_source"), "category": category}
-        return {key: str(row.get(key) or default) for key, default in defaults.items()}
+        return {key: default if row.get(key) in (None, "") else str(row[key]) for key, default in defaults.items()}
 
     def _count(self, name: str) -> int | None:
         splits = self.streams[name].info.splits

@@ -90,7 +90,7 @@ def _as_png(image: Image.Image) -> bytes:
 
 def _entry(position: int, sample: Sample | Reject, known: Entry | None, folder: Path) -> Entry:
     entry: Entry = {"position": position, "id": identity(sample), "name": readable(sample.name)}
-    if known and known["id"] == entry["id"]:
+    if known and known["id"] == entry["id"] and "reject" not in known:  # what was missing may be there now
         return known
     if isinstance(sample, Reject):
         return entry | {"reject": readable(sample.reason)}

@@ -1,6 +1,6 @@
 """Label a folder of images with a larger model (`foodextract label`). Written beside the images:
 
-metadata.jsonl          the labels, as `sources.labeled_folder` reads them
+metadata.jsonl          the labels, as `folders.labeled_folder` reads them
 metadata.rejects.jsonl  images without a label, the reason, and the answer where there was one
 metadata.ledger.jsonl   one line per outcome, appended at once; a later run asks only for what it lacks
 """
@@ -80,7 +80,9 @@ async def label_folder(
         except OSError as error:
             raise TeacherError(f"cannot write {path}: {error.strerror}") from error
         with ledger:
-            outcomes = _read_ledger(ledger, recipe)
+            outcomes, written = _read_ledger(ledger, recipe)
+            if written and output.exists() and _digest(output) not in written:
+                raise TeacherError(f"{output} was edited: rename it to keep the changes, or choose another output")
             final = ("labeled",) if retry_rejected else ("labeled", "rejected")
             known = {digest for digest, line in outcomes.items() if json.loads(line)["status"] in final}
             digests = {image: _digest(image) for image in tqdm(images, "reading", unit="image")}
@@ -118,22 +120,24 @@ async def label_folder(
             finally:
                 bar.close()
                 summary.seconds = time.monotonic() - started
-                _write_output(output, folder, digests, outcomes, license)
+                _write_output(output, ledger, folder, digests, outcomes, license)
     return summary
 
 
-def _read_ledger(ledger: BinaryIO, recipe: str) -> dict[str, bytes]:
-    """Return the last line of each image of this recipe."""
-    outcomes = {}
+def _read_ledger(ledger: BinaryIO, recipe: str) -> tuple[dict[str, bytes], set[str]]:
+    """Return the last line of each image of this recipe, and the sha256 of every output that was written."""
+    outcomes, written = {}, set()
     ledger.seek(0)
     for line in ledger:
         with suppress(ValueError, LookupError, TypeError):  # cut off when a run was killed
             entry = json.loads(line)
-            if entry["recipe"] == recipe and "status" in entry:
+            if "written" in entry:
+                written.add(entry["written"])
+            elif entry["recipe"] == recipe and "status" in entry:
                 outcomes[entry["sha256"]] = line
     if ledger.tell():
         ledger.write(b"\n")  # ends a line that was cut off
-    return outcomes
+    return outcomes, written
 
 
 def _digest(path: Path) -> str:
@@ -144,7 +148,12 @@ def _digest(path: Path) -> str:
 
 
 def _write_output(
-    output: Path, folder: Path, digests: dict[Path, str], outcomes: dict[str, bytes], license: str | None
+    output: Path,
+    ledger: BinaryIO,
+    folder: Path,
+    digests: dict[Path, str],
+    outcomes: dict[str, bytes],
+    license: str | None,
 ) -> None:
     labels, rejects = [], []
     for path, digest in digests.items():
@@ -157,6 +166,12 @@ def _write_output(
         else:
             rejects.append(row | {key: entry[key] for key in ("status", "reason", "raw") if key in entry})
     for target, rows in ((output, labels), (output.with_suffix(".rejects.jsonl"), rejects)):
+        text = "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["file_name"]))
+        if target == output:
+            if not labels and output.exists():
+                continue  # those of another model, while this one has none
+            ledger.write(json.dumps({"written": hashlib.sha256(text.encode()).hexdigest()}).encode() + b"\n")
+            ledger.flush()
         partial = target.with_name(target.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["file_name"])))
+        partial.write_text(text)
         partial.replace(target)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pydantic import ValidationError
@@ -98,9 +98,10 @@ def _deduplicated(entries: list[Entry], selection: Selection) -> list[Entry]:
     for entry in entries:
         if "reject" in entry:
             selection.reject(entry, entry["reject"])
-    readable = sorted((entry for entry in entries if "pixels" in entry), key=lambda e: (e["pixels"], e["name"]))
+    decoded = [entry for entry in entries if "pixels" in entry]
+    decoded.sort(key=lambda entry: (entry["pixels"], entry["split"] != "test", entry["name"]))  # held-out copies stay
     unique = []
-    for _, copies in groupby(readable, key=lambda entry: entry["pixels"]):
+    for _, copies in groupby(decoded, key=lambda entry: entry["pixels"]):
         first, *others = copies
         unique.append(first)
         for other in others:
@@ -116,6 +117,8 @@ def _cleaned(
     policies = POLICIES | dict(policy)
     if unknown := sorted(set(policy) - set(POLICIES)):
         raise DatasetError(f"no label rule is called {', '.join(unknown)}: choose among {', '.join(POLICIES)}")
+    if unknown := sorted({*policy.values()} - {*get_args(Policy)}):
+        raise DatasetError(f"no action is called {', '.join(unknown)}: choose among {', '.join(get_args(Policy))}")
     statistics = Statistics()
     for entry in entries:
         record, _ = clean(entry["label"], entry["category"], policies=policies)

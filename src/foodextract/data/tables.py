@@ -172,7 +172,7 @@ def _renamed(row: Row) -> Row:
         trained = all((flag_of(named[name]) == 1) == (name in TRAIN_FLAGS) for name in flags)
         named["split"] = "train" if trained else "test"
     rest = {name: value for name, value in named.items() if name not in FILE_COLUMNS}
-    if DAMAGED.search(json.dumps(rest, ensure_ascii=False)):
+    if DAMAGED.search(json.dumps(rest, ensure_ascii=False, default=str)):
         return "has characters that are not UTF-8: save the table as UTF-8"
     return named
 

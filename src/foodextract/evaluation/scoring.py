@@ -98,7 +98,7 @@ def truncated(text: str) -> bool:
     start = text[text.find("{") :] if "{" in text else ""
     try:
         json.JSONDecoder().raw_decode(start)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return isinstance(_partial_json(text), dict)
     return False
 

@@ -18,7 +18,7 @@ SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "1
 LICENSES = {"CC BY-SA 4.0 (OpenMoji)": "cc-by-sa-4.0", "CC0": "cc0-1.0"}  # the Hub's identifiers
 FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 UNNAMED = "owner/name"  # stands for the Hub id in a dataset card until the dataset is published
-OLDEST_DATASETS = "4.0.0"  # the release that brought the feature type `List`, which `columns.FEATURES` has
+OLDEST_DATASETS = "4.0.0"  # the release that brought the feature type `List`, which `samples.FEATURES` has
 RECIPE = (  # a stage's settings in the model card
     "freeze", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "warmup_steps", "lr_scheduler_type", "unlikelihood_weight",
@@ -123,7 +123,7 @@ def _setting(value: object) -> str:
 
 
 def dataset_card(report: Mapping[str, Any], title: str, seed: int, commit: str) -> DatasetCard:
-    """Render the README.md of a dataset from the report of `dataset.build`; its name is UNNAMED until published."""
+    """Render the README.md of a dataset from the report of `build.build`; its name is UNNAMED until published."""
     sources, licenses, is_food = report["sources"], report["licenses"], report["is_food"]
     names = [name for name, _ in sources]
     files = [{"split": split, "path": f"data/{split}-*"} for split in ("train", "test")]

@@ -17,9 +17,9 @@ from PIL import Image
 
 from foodextract.evaluation.calibration import Bin, calibration_error
 from foodextract.evaluation.results import Row
-from foodextract.evaluation.scoring import FIELDS, Counts, try_read
+from foodextract.evaluation.scoring import Counts, is_complete, try_read
 from foodextract.reporting.tables import NAMES, SUBJECTS, subject_name
-from foodextract.schema import FoodRecord
+from foodextract.schema import EXHAUSTIVE, FIELDS, FoodRecord
 
 WIDTH, FONT, LINE = 7.8, 8, 0.16  # inches, points, inches; a notebook adds 0.1 inches on each side
 COLORS = ("#bab0ac", "#9ecae9", "#4c78a8", "#f2b134", "#72b7b2", "#b279a2")  # base gray, stages blue, then baselines
@@ -67,14 +67,24 @@ def _wrapped(caption: str | Lines, letters: int) -> Lines:
     return [(part, color) for line, color in lines for part in textwrap.wrap(line, letters, subsequent_indent="  ")]
 
 
-def worst_cases(images: Sequence[Image.Image], labels: Sequence[FoodRecord], answers: Sequence[str]) -> Figure:
+def worst_cases(
+    images: Sequence[Image.Image],
+    labels: Sequence[FoodRecord],
+    answers: Sequence[str],
+    scopes: Sequence[str] | None = None,
+) -> Figure:
     """A contact sheet of images with the `verdict` on each answer."""
-    return contact_sheet(images, [verdict(*case) for case in zip(labels, answers, strict=True)])
+    cases = zip(labels, answers, scopes or [EXHAUSTIVE] * len(labels), strict=True)
+    return contact_sheet(images, [verdict(*case) for case in cases])
 
 
-def verdict(label: FoodRecord, text: str) -> Lines:
-    """What an answer found (green), invented (red) and missed (amber), or the text if it is not strict JSON."""
+def verdict(label: FoodRecord, text: str, scope: str = EXHAUSTIVE) -> Lines:
+    """What an answer found (green), invented (red) and missed (amber), or the text if it is not strict JSON.
+
+    Items that a label of this scope need not name are gray.
+    """
     answer = try_read(text)
+    color, note = (INVENTED, "not there") if is_complete(label, scope) else (GRAY, "not labeled")
     if answer is None:
         shown = textwrap.shorten(text, 150, placeholder=" …") or "(nothing)"
         missed = f"shows: {label.image_title or 'no food or drink'}"
@@ -86,7 +96,7 @@ def verdict(label: FoodRecord, text: str) -> Lines:
         kind = field.removesuffix("_items")
         wanted, given = getattr(label, field), getattr(answer, field)
         lines += [(f"✓ {name}", RIGHT) for name in wanted if name in given]
-        lines += [(f"+ {name} ({kind}, not there)", INVENTED) for name in given if name not in wanted]
+        lines += [(f"+ {name} ({kind}, {note})", color) for name in given if name not in wanted]
         lines += [(f"− {name} ({kind}, missed)", MISSED) for name in wanted if name not in given]
     return lines or [("✓ food or drink" if label.is_food else "✓ no food or drink", RIGHT)]
 
@@ -125,7 +135,7 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     for column, (name, log) in zip(axes.T, logs.items(), strict=True):
         for axis, part in zip(column, parts, strict=True):
             points = [(entry["step"], entry[part]) for entry in log if part in entry]
-            steps, values = zip(*points, strict=True)
+            steps, values = zip(*points, strict=True) if points else ((), ())
             if len(points) > MANY_POINTS:  # a cloud of noise, and the trend in it
                 window = len(points) // 20
                 mean = np.convolve(values, np.ones(window) / window, mode="valid")

@@ -8,7 +8,7 @@ from typing import Any
 
 from foodextract.schema import FIELDS, FoodRecord
 
-ABSENT = frozenset({"", "-", "n/a", "na", "nan", "nil", "none", "null", "nothing"})  # words for an empty list
+ABSENT = frozenset({"", "-", "n/a", "na", "nan", "nil", "none", "null", "nothing", "()", "{}", "set()"})
 FLAGS = {"1": 1, "true": 1, "yes": 1, "t": 1, "y": 1, "0": 0, "false": 0, "no": 0, "f": 0, "n": 0}
 
 
