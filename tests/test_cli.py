@@ -187,9 +187,9 @@ def test_a_full_disk_is_named(images, monkeypatch):
         raise OSError(28, "No space left on device")
 
     real = os.write
-    monkeypatch.setattr(os, "write", write)
-    result = run(images, "--output", "out.jsonl")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        result = run(images, "--output", "out.jsonl")
     assert result.exit_code == 2
     assert "cannot write out.jsonl: No space left on device. Rerun to resume" in result.stderr
     assert run(images, "--output", "out.jsonl").exit_code == 0  # the line that was cut is written anew

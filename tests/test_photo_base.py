@@ -67,17 +67,6 @@ def test_views_keep_the_label_and_are_the_same_every_time(folder):
     assert max(numbers.values()) <= photos.MOST_VIEWS
 
 
-def test_views_of_hard_photographs_are_those_of_rare_names_and_those_without_food(folder, monkeypatch):
-    found = photos.read_photos(folder)
-    names = photos.learned_names(found)
-    monkeypatch.setattr(photos, "COMMON", max(names.values()))
-    hard = {name for name, count in names.items() if count < max(names.values())} | {""}
-    views = list(photos.views(found, photos.Views.HARD))
-    assert {name for view in views for name in [*view.label["food_items"], *view.label["drink_items"]] or [""]} == hard
-    assert len(hard) < len(names) + 1
-    assert not list(photos.views(found, photos.Views.NONE))
-
-
 def test_a_collage_lists_the_items_of_all_its_parts(folder):
     found = photos.read_photos(folder)
     made = list(photos.collages(found, 30))
@@ -103,7 +92,7 @@ def test_parts_are_whole_groups_and_hold_one_another(folder):
 @pytest.mark.slow
 def test_a_language_model_is_trained_from_scratch_on_each_part(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(photo_subsets, "SIZES", (20,))
-    photos.main(folder, tmp_path / "data", collage_count=2, scene_count=2, changed=photos.Views.NONE)
+    photos.main(folder, tmp_path / "data", collage_count=2, scene_count=2, changed_views=False)
     options = {"model": loading.PHOTO, "train_on": tmp_path / "data", "work": tmp_path, "steps": 2}
     with monkeypatch.context() as patch:
         patch.setattr(photo_subsets, "scores", Mock(side_effect=[[], KeyboardInterrupt]))

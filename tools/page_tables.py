@@ -1,6 +1,7 @@
 """Markdown tables and sentences that only the repository's pages show."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from foodextract.evaluation.results import Row
 from foodextract.reporting.tables import (
@@ -82,6 +83,33 @@ def photo_tower(rows: Sequence[Row]) -> str:
     return (
         f"The tower's patch features have a cosine of {patches.value:.3f} to DINOv2's own, its CLS token one of "
         f"{cls.value:.3f} ({patches.n} photographs)."
+    )
+
+
+def photo_scenes(rows: Sequence[Row]) -> str:
+    """The photo model's answers to drawn scenes; `other_scenes.py` calls every model "tuned"."""
+    return metric_table([replace(row, subject=row.subject.replace("tuned", "photo")) for row in rows])
+
+
+def dataset_quality(rows: Sequence[Row]) -> str:
+    """How many injected label errors the lint finds, and how often it is wrong."""
+    found, alarms = (
+        next(row for row in rows if (row.subject, row.metric) == ("all", metric))
+        for metric in ("faults_found_share", "false_alarm_share")
+    )
+    kinds = sum(row.metric == found.metric for row in rows) - 1
+    return (
+        f"The lint finds {format_row(found)} of {found.n:,} injected label errors of {kinds} kinds, and raises a false "
+        f"alarm on {format_row(alarms)} of {alarms.n:,} correct labels."
+    )
+
+
+def near_duplicates(rows: Sequence[Row]) -> str:
+    """How many injected near-duplicates are found, and how many images are grouped by mistake."""
+    found, mistaken = ({row.metric: row for row in rows}[name] for name in ("recall", "falsely_grouped_rows"))
+    return (
+        f"Of {found.n:,} resized, recompressed, mirrored or cropped copies, {format_row(found)} are found; of "
+        f"{mistaken.n:,} different drawings, {format_row(mistaken)} are grouped by mistake."
     )
 
 

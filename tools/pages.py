@@ -97,7 +97,7 @@ PAGES: dict[str, dict[str, Render]] = {
         "stages": _rendered("offline.json", stage_comparison),
         "photographs in full": _rendered("photographs.json", page_tables.photographs_in_full),
         "photo subsets": _rendered("photo_subsets.json", page_tables.photo_subsets),
-        "photo scenes": _rendered("photo_scenes.json", metric_table),
+        "photo scenes": _rendered("photo_scenes.json", page_tables.photo_scenes),
         "offline in full": _rendered("offline.json", page_tables.offline_in_full),
         "other scenes": _rendered("other_scenes.json", metric_table),
         "baselines": _rendered("baselines.json", page_tables.baselines),
@@ -106,6 +106,8 @@ PAGES: dict[str, dict[str, Render]] = {
     "benchmarks/README.md": {
         "train_step": train_report.text,
         "extract": extract_report.text,
+        "label errors": _rendered("dataset_quality.json", page_tables.dataset_quality),
+        "near-duplicates": _rendered("near_duplicates.json", page_tables.near_duplicates),
         "dialects": _rendered("dialects.json", page_tables.dialects),
         "batch job": _rendered("ray_data.json", page_tables.batch_job),
         "serving": _rendered("serving.json", serve_report.serving),

@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # What README's second and third training state.
 LONG: dict[str, Any] = {"learning_rate": 3e-4, "num_train_epochs": 1.0}
 FINISH: dict[str, Any] = {"learning_rate": 3e-4, "num_train_epochs": 2.0, "bf16": True}
-DATASETS = ("dataset", "finish-dataset", "finish2-dataset")
 INDEX = "model.safetensors.index.json"
 
 
@@ -64,9 +63,8 @@ def main(
     take(out / "stage2", PHOTO)
     take(out / "base", PHOTO_BASE)
     share_tower(PHOTO_BASE, PHOTO)
-    rows = [row for name in DATASETS for row in load(out / name)["train"].remove_columns("image")]
-    images = {(row["source"], row["name"]): row for row in rows if not is_derived(row)}  # most are in several data sets
-    TrainingData.of(images.values()).write(PHOTO)
+    rows = load(out / "finish-dataset")["train"].remove_columns("image")
+    TrainingData.of(row for row in rows if not is_derived(row)).write(PHOTO)
     sources = Counter((photo.license_class, photo.source) for photo in read_photos(photos) if photo.split == "train")
     listed = [{"source": source, "license_class": kind, "images": n} for (kind, source), n in sources.most_common()]
     (PHOTO / "sources.json").write_text(json.dumps(listed, indent=1))

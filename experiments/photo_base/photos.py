@@ -15,7 +15,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -169,23 +168,13 @@ def is_derived(row: Mapping[str, Any]) -> bool:
     return row["source"] == COLLAGE or "-view" in row["name"]
 
 
-class Views(StrEnum):
-    """The training photographs that get changed views. `hard`: those of rare names, and those without food."""
-
-    ALL = "all"
-    HARD = "hard"
-    NONE = "none"
-
-
-def views(photos: Sequence[Photo], chosen: Views = Views.ALL) -> Iterator[Sample]:
+def views(photos: Sequence[Photo]) -> Iterator[Sample]:
     """Changed views of the training photographs, more of those whose only item has a name that few others show."""
     names = learned_names(photos)
-    for photo in photos if chosen is not Views.NONE else ():
+    for photo in photos:
         if photo.split != "train" or any(name not in names for name in photo.items):
             continue
         rarity = COMMON // names[photo.items[0]] - 1 if len(photo.items) == 1 else 1
-        if chosen is Views.HARD and photo.items and (len(photo.items) > 1 or names[photo.items[0]] >= COMMON):
-            continue
         for number in range(min(MOST_VIEWS, max(1, rarity))):
             yield Sample(
                 f"{photo.path.stem}-view{number}.jpg",
@@ -254,14 +243,13 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder of the data set.")],
     collage_count: Annotated[int, typer.Option(help="Collages of two or three photographs.")] = 2000,
     scene_count: Annotated[int, typer.Option(help="Drawn scenes.")] = 3500,
-    changed: Annotated[
-        Views, typer.Option("--views", help="Photographs with changed views; hard: rare names, and no food.")
-    ] = Views.ALL,
+    changed_views: Annotated[bool, typer.Option("--views/--no-views", help="Changed views of the photographs.")] = True,
 ) -> None:
     """Build the data set of the photo model: photographs, collages and drawn scenes."""
     photos = read_photos(folder)
     drawn = scenes(SCENE_SEED, scene_count, 0)
-    parts = [list(samples(photos)), list(views(photos, changed)), list(collages(photos, collage_count)), list(drawn)]
+    changed = views(photos) if changed_views else ()
+    parts = [list(samples(photos)), list(changed), list(collages(photos, collage_count)), list(drawn)]
     report = build(Rows(chain(*parts), total=sum(map(len, parts))), out, policy={"outlier": "flag", "pantry": "flag"})
     kept = {
         key: report[key] for key in ("read", "kept", "rejected", "train", "test", "near_duplicate_groups", "issues")
