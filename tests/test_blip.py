@@ -18,6 +18,7 @@ from foodextract.inference.blip import TARGET, Captioner
 from foodextract.inference.extractor import Extractor
 from foodextract.models.loading import TINY_TUNED, ModelError
 from foodextract.schema import AnswerError, FoodRecord
+from foodextract.serving import server
 from test_server import encoded, reason, serving, until
 
 NAMES = ["grilled_salmon", "beignets", "iced_tea"]
@@ -98,7 +99,7 @@ def test_server_serves_a_captioner(folder):
         assert reason(client.post("/predict", content=b"no image"), 415) == "not_an_image"
 
 
-def test_unusable_captioner_is_refused(folder, tmp_path):
+def test_unusable_captioner_is_refused(folder, tmp_path, monkeypatch):
     model = blip.load(folder, "cpu")
     blip.save(model.model, model.processor, ["LABEL_0", "LABEL_1"], tmp_path)
     with pytest.raises(ModelError, match="does not name its classes"):
@@ -111,7 +112,8 @@ def test_unusable_captioner_is_refused(folder, tmp_path):
         blip.load(tmp_path)
     with pytest.raises(ModelError, match="not for a BLIP"):
         blip.load(folder, precision="int8")
-    result = CliRunner().invoke(app, ["serve", "--model", str(folder), "--port", "0", "--min-confidence", "0.5"])
+    monkeypatch.setattr(server, "run", lambda load, *_: load())
+    result = CliRunner().invoke(app, ["serve", "--model", str(folder), "--min-confidence", "0.5"])
     assert result.exit_code == 2
     assert "has no confidence: leave out --min-confidence" in result.stderr
 

@@ -17,6 +17,7 @@ from foodextract.inference.extractor import Extractor
 from foodextract.models import loading
 from foodextract.models.loading import ModelError
 from foodextract.models.training_data import TrainingData
+from foodextract.serving import server
 
 CALIBRATION = Calibration(item_slope=0.5, images=7)
 
@@ -127,7 +128,8 @@ def test_weights_beside_graphs_of_another_form_are_what_answers(tmp_path):
 
 def test_a_server_without_onnxruntime_names_the_extra(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = CliRunner().invoke(app, ["serve", "--model", str(exported), "--port", "0"])
+    monkeypatch.setattr(server, "run", lambda load, *_: load())
+    result = CliRunner().invoke(app, ["serve", "--model", str(exported)])
     assert result.exit_code == 2
     assert "onnxruntime is not installed: pip install 'foodextract[onnx]'" in result.stderr
 

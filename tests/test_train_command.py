@@ -103,13 +103,12 @@ def test_accelerate_accepts_the_configurations(name):
 
 
 def test_a_processor_that_does_not_fit_the_model_is_refused(drawn, tmp_path):
-    dataset, _ = drawn
     shutil.copytree(TINY_BASE, tmp_path / "base")
     settings = json.loads((tmp_path / "base" / "processor_config.json").read_text())
     settings["image_seq_len"] += 1
     (tmp_path / "base" / "processor_config.json").write_text(json.dumps(settings))
     result = CliRunner().invoke(
-        app, ["train", str(dataset), "-o", str(tmp_path / "out"), "--base", str(tmp_path / "base")]
+        app, ["train", str(drawn), "-o", str(tmp_path / "out"), "--base", str(tmp_path / "base")]
     )
     assert result.exit_code == 2
     assert "use the processor that was saved with the model" in result.stderr

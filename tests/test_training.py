@@ -128,7 +128,7 @@ def test_settings_that_cannot_train_are_named_before_an_image_is_prepared(train,
     monkeypatch.setattr("foodextract.training.cache.prepare", lambda *_, **options: pytest.fail("prepared"))
     with pytest.raises(ModelError, match=r"stage1: validation_rows leaves none of \d+ rows to train on; lower it"):
         train(replace(STAGE1, validation_rows=10_000))
-    with pytest.raises(ModelError, match="stage1: 'cosin' is not a valid SchedulerType"):
+    with pytest.raises(ModelError, match="stage1: cosin is not a valid SchedulerType"):
         train(replace(STAGE1, lr_scheduler_type="cosin"))
     for tracker in ("json", "a.b"):
         with pytest.raises(ModelError, match="nothing can be reported to"):

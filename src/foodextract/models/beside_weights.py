@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from huggingface_hub import hf_hub_download
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 LOG = logging.getLogger("foodextract")
 
@@ -22,7 +22,11 @@ class BesideWeights:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
         """Raises OSError, or ValueError where the file holds something else."""
-        return TypeAdapter(cls).validate_json(Path(path).read_bytes())
+        try:
+            return TypeAdapter(cls).validate_json(Path(path).read_bytes())
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}") from error
 
     @classmethod
     def find(cls, model_id: str | os.PathLike[str]) -> Self | None:
@@ -36,7 +40,7 @@ class BesideWeights:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            LOG.warning(f"{path} is ignored, since it cannot be read: download it again ({str(error).splitlines()[0]})")
+            LOG.warning(f"{path} is ignored, since it cannot be read: download it again ({error})")
             return None
 
     def write(self, folder: Path) -> None:
