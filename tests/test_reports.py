@@ -267,6 +267,7 @@ def test_items_that_a_label_need_not_name_are_no_errors():
     ]
     found = figures.verdict(PIE, both.to_json(), "primary")
     assert found == [("✓ pie", figures.RIGHT), ("+ tea (drink, not labeled)", figures.GRAY)]
+    assert figures.verdict(PIE, TEA.to_json(), "primary")[1] == ("+ tea (drink, not there)", figures.INVENTED)
 
 
 def test_token_mask_marks_what_the_loss_sees_and_shortens_runs():

@@ -81,14 +81,15 @@ def worst_cases(
 def verdict(label: FoodRecord, text: str, scope: str = EXHAUSTIVE) -> Lines:
     """What an answer found (green), invented (red) and missed (amber), or the text if it is not strict JSON.
 
-    Items that a label of this scope need not name are gray.
+    Where a label of this scope need not name every item, and the answer has one that it names, further items are gray.
     """
     answer = try_read(text)
-    color, note = (INVENTED, "not there") if is_complete(label, scope) else (GRAY, "not labeled")
     if answer is None:
         shown = textwrap.shorten(text, 150, placeholder=" …") or "(nothing)"
         missed = f"shows: {label.image_title or 'no food or drink'}"
         return [("not strict JSON:", INVENTED), (shown, GRAY), (missed, MISSED)]
+    found = any(name in getattr(answer, field) for field in FIELDS for name in getattr(label, field))
+    color, note = (INVENTED, "not there") if is_complete(label, scope) or not found else (GRAY, "not labeled")
     lines = []
     if answer.is_food != label.is_food:
         lines.append(("says there is food or drink" if answer.is_food else "says there is none", INVENTED))
