@@ -79,7 +79,8 @@ def _prepare(run: "StageRun") -> cache.PreparedRows:
         home = cache.home_of(run.split, run.processor, folder, stage.target)
         frozen = not (stage.augment or is_sharded() or trains_vision(model))
         path = cache.features_file(home, model, dtype) if frozen else None
-        for old in set(home.glob("features-*")) - {path}:
+        # Another process may be writing the unfinished file.
+        for old in set(home.glob("features-*")) - ({path, path.with_suffix(".partial")} if path else set()):
             old.unlink()  # features of other weights, or for another stage
         stored = path is not None and path.is_file()
         rows = cache.prepare(
