@@ -154,7 +154,7 @@ def _tidy(notebook: nbformat.NotebookNode) -> None:
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
             for output in cell.outputs:
                 _shrink(output.get("data", {}))
-    runtime = {name: notebook.metadata[name] for name in ("accelerator", "colab") if name in notebook.metadata}
+    runtime = {name: notebook.metadata[name] for name in ("accelerator", "colab")}  # what the Colab badge asks for
     notebook.metadata = {**runtime, "kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
 
 
